@@ -1,0 +1,58 @@
+"""Arguments, logging, asyncio.run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+from hostpassd import __version__, config, errors
+from hostpassd.bus.router import NameTaken
+from hostpassd.daemon import Daemon
+
+log = logging.getLogger("hostpassd")
+
+
+def main() -> int:
+    """Runs the daemon; the exit status."""
+    arguments = _arguments()
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(name)s: %(message)s", stream=sys.stderr)
+    try:
+        settings = config.load(arguments.config)
+    except config.ConfigError as error:
+        log.error("%s", error)
+        return 78  # EX_CONFIG
+    if arguments.uri:
+        settings = dataclasses.replace(settings, hypervisors=tuple(arguments.uri))
+    folder = arguments.state_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        asyncio.run(Daemon(settings, folder, arguments.bus_address).run())
+    except (OSError, NameTaken, errors.HostpassError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("hostpassd", description="Which devices this host has, and which machine holds which.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH, help="configuration file (%(default)s)")
+    parser.add_argument("--state-folder", type=Path, default=_state_folder(), help="where the journal is kept (%(default)s)")
+    parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")
+    parser.add_argument("--uri", action="append", help="hypervisor, instead of the configuration's; can be repeated")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser.parse_args()
+
+
+def _state_folder() -> Path:
+    """systemd's StateDirectory=, or the place that it stands for."""
+    return Path(os.environ.get("STATE_DIRECTORY", "/var/lib/hostpassd").split(":")[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How it is told: the D-Bus face. Nothing below this package knows D-Bus."""

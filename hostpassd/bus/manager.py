@@ -1,0 +1,94 @@
+"""The methods of Manager and Job: calls in, the rest of the daemon asked, answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from hostpassd import errors, find, names
+from hostpassd.bus import options
+from hostpassd.bus.access import Access
+from hostpassd.bus.objects import Publisher
+from hostpassd.bus.router import Call, Router
+from hostpassd.passthrough.operations import Operations, Wish
+from hostpassd.passthrough.plan import Options
+from hostpassd.state import State
+
+
+class ManagerMethods:
+    """Handles the calls on the Manager and on Jobs."""
+
+    def __init__(
+        self,
+        state: State,
+        router: Router,
+        access: Access,
+        operations: Operations,
+        publisher: Publisher,
+        sync: Callable[[], Awaitable[None]],
+        rescan: Callable[[], Awaitable[None]],
+        default: Options,
+    ) -> None:
+        self._state = state
+        self._router = router
+        self._access = access
+        self._operations = operations
+        self._publisher = publisher
+        self._sync = sync
+        self._rescan = rescan
+        self._default = default
+        router.handle(names.MANAGER, "FindDevices", self._find_devices)
+        router.handle(names.MANAGER, "GetMachine", self._get_machine)
+        router.handle(names.MANAGER, "Assign", self._assign)
+        router.handle(names.MANAGER, "Dismiss", self._dismiss)
+        router.handle(names.MANAGER, "Sync", self._handle_sync)
+        router.handle(names.MANAGER, "Rescan", self._handle_rescan)
+        router.handle(names.JOB, "Cancel", self._cancel)
+
+    async def _find_devices(self, call: Call) -> Sequence[Any]:
+        return [[names.device_path(name) for name in find.find_devices(self._state, call.args[0])]]
+
+    async def _get_machine(self, call: Call) -> Sequence[Any]:
+        return [names.machine_path(find.one_machine(self._state, call.args[0]).uuid)]
+
+    async def _assign(self, call: Call) -> Sequence[Any]:
+        return await self._operate(call, "assign", options.ASSIGN)
+
+    async def _dismiss(self, call: Call) -> Sequence[Any]:
+        return await self._operate(call, "dismiss", options.DISMISS)
+
+    async def _operate(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
+        machine, device, given = call.args
+        wish = Wish(operation, machine, device, options.read(given, known, self._default), await self._router.uid_of(call.sender))
+
+        async def authorise(action: str, details: Mapping[str, str]) -> None:
+            await self._access.check(call, action, details)
+
+        control = await self._operations.start(wish, authorise)
+        if wish.options.wait:
+            await control.ended.wait()
+        self._publisher.flush()
+        job = control.job
+        if wish.options.wait and job.state != "done":
+            raise errors.by_name(job.error_name.removeprefix(names.ERROR_PREFIX), job.error_message)
+        return [names.job_path(job.number)]
+
+    async def _handle_sync(self, call: Call) -> Sequence[Any]:
+        await self._sync()
+        self._publisher.flush()
+        return [self._publisher.generation]
+
+    async def _handle_rescan(self, call: Call) -> Sequence[Any]:
+        await self._rescan()
+        self._publisher.flush()
+        return []
+
+    async def _cancel(self, call: Call) -> Sequence[Any]:
+        control = self._operations.control(int(call.path.rpartition("/")[2]))
+        if await self._router.uid_of(call.sender) != control.job.started_by_uid:
+            details = {"operation": control.job.operation, "device.name": control.job.device}
+            await self._access.check(call, names.ACTION_CANCEL_OTHERS, details)
+        control.cancelled.set()
+        await control.ended.wait()
+        self._publisher.flush()
+        return []

@@ -1,0 +1,42 @@
+"""The options of operations: a{sv} -> Options. An unknown one, or one of the wrong type, is InvalidOption, never ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hostpassd import errors
+from hostpassd.bus.router import Variant
+from hostpassd.passthrough.plan import Options
+
+_COMMON = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b"}
+ASSIGN = {**_COMMON, "guest-address": "s", "rom-bar": "b"}
+DISMISS = _COMMON
+
+_GUEST_ADDRESS = re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]")
+
+# An hour: longer, nobody is waiting any more, and the group stays locked.
+_LONGEST = 3600
+
+
+def read(options: Mapping[str, Variant], known: Mapping[str, str], default: Options) -> Options:
+    """OPTIONS as a caller gave them, of those KNOWN (name: signature), on top of DEFAULT."""
+    values: dict[str, Any] = {}
+    for name, variant in options.items():
+        if name not in known:
+            raise errors.InvalidOption(f"there is no option {name[:40]!r} here: the options are {', '.join(sorted(known))}")
+        if variant.signature != known[name]:
+            raise errors.InvalidOption(f"the option {name} is of type {known[name]}, not {variant.signature[:40]}")
+        values[name.replace("-", "_")] = variant.value
+    _check(values)
+    return dataclasses.replace(default, **values)
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    if not 0 < values.get("timeout", 1) <= _LONGEST:
+        raise errors.InvalidOption(f"the option timeout is a number of seconds from 1 to {_LONGEST}")
+    address = values.get("guest_address")
+    if address is not None and not _GUEST_ADDRESS.fullmatch(address):
+        raise errors.InvalidOption("the option guest-address is a PCI address such as 0000:04:00.0")

@@ -1,0 +1,86 @@
+"""/etc/hostpassd/hostpassd.toml: what an administrator can set."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from hostpassd.passthrough.eligibility import EXCLUDED_CLASSES
+
+DEFAULT_PATH = Path("/etc/hostpassd/hostpassd.toml")
+
+
+class ConfigError(Exception):
+    """The configuration file cannot be used; the message says the file, the line or key, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """All settings, with their defaults."""
+
+    hypervisors: tuple[str, ...] = ("qemu:///system",)
+    excluded_classes: tuple[str, ...] = EXCLUDED_CLASSES  # PCI base classes (07) or class and subclass (0c05)
+    never: frozenset[str] = frozenset()  # device names never to be given away
+    timeout: int = 20  # seconds, of a job whose caller names none
+
+
+def load(path: Path) -> Config:
+    """The settings in PATH; the defaults where there is no file. Error: ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Config()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    try:
+        return _read(table)
+    except ValueError as error:
+        key = str(error).split(" ", 1)[0]
+        raise ConfigError(f"{path}, line {_line_of(text, key)}: {error}") from None
+
+
+def _read(table: dict[str, Any]) -> Config:
+    readers = {
+        "hypervisors": lambda v: _strings("hypervisors", v),
+        "excluded-classes": lambda v: tuple(_class_code(c) for c in _strings("excluded-classes", v)),
+        "never": lambda v: frozenset(_strings("never", v)),
+        "timeout": _timeout,
+    }
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in readers:
+            raise ValueError(f"{key} is not a setting: the settings are {', '.join(readers)}")
+        values[key.replace("-", "_")] = readers[key](value)
+    return Config(**values)
+
+
+def _strings(key: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{key} is a list of strings")
+    return tuple(value)
+
+
+def _class_code(code: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{2}([0-9a-fA-F]{2})?", code):
+        raise ValueError(f'excluded-classes holds {code!r}: a PCI class is two or four hexadecimal digits, "07" or "0c05"')
+    return code.lower()
+
+
+def _timeout(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 3600:
+        raise ValueError("timeout is a number of seconds from 1 to 3600")
+    return value
+
+
+def _line_of(text: str, key: str) -> int:
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(rf"\s*\"?{re.escape(key)}\"?\s*(=|\])", line) or line.strip().startswith(f"[{key}"):
+            return number
+    return 1

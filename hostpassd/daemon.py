@@ -1,0 +1,209 @@
+"""Wiring and life cycle, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from hostpassd import errors, names
+from hostpassd.audit import audit
+from hostpassd.bus.access import Access
+from hostpassd.bus.manager import ManagerMethods
+from hostpassd.bus.objects import Publisher
+from hostpassd.bus.router import Router
+from hostpassd.bus.spec import Specification
+from hostpassd.config import Config
+from hostpassd.events import Event, HypervisorChanged, MachineGone, MachineRead, MachinesListed
+from hostpassd.host.udev import Udev
+from hostpassd.host.uses import HostUses
+from hostpassd.inotify import Watch
+from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines.stored import StoredWatch, folder_of
+from hostpassd.passthrough.execute import Executor
+from hostpassd.passthrough.journal import Journal
+from hostpassd.passthrough.operations import Operations
+from hostpassd.passthrough.plan import Options
+from hostpassd.state import Changes, State
+
+log = logging.getLogger(__name__)
+
+# Seconds: a Sync that takes longer is an error; a start does not wait longer for libvirt than this.
+SYNC_LIMIT = 10.0
+START_LIMIT = 10.0
+
+
+class Daemon:
+    """One hostpassd: everything made here and joined here."""
+
+    def __init__(self, config: Config, state_folder: Path, bus_address: str | None) -> None:
+        self._bus_address = bus_address
+        # Instances must not repeat over a restart: no daemon hands out a million in a second.
+        self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
+        self._router = Router(Specification.load())
+        self._publisher = Publisher(self._state, self._router)
+        self._journal = Journal(state_folder / "journal")
+        self._udev = Udev(self.emit)
+        self._uses = HostUses(self.emit, self._udev.node_of, state_folder)
+        self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
+        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._journal)
+        self._operations = Operations(self._state, self._executor, self.emit)
+        access = Access(self._router)
+        default = Options(timeout=config.timeout)
+        ManagerMethods(
+            self._state, self._router, access, self._operations, self._publisher, self._sync, self._rescan, default
+        )
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._told = asyncio.Event()
+
+    async def run(self) -> None:
+        """Starts, serves until a signal or the loss of the bus, and stops."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        try:
+            await self._start()
+            await self._until_over(stop)
+        finally:
+            notify("STOPPING=1")
+            await self._stop()
+
+    async def _start(self) -> None:
+        await self._router.connect(self._bus_address)
+        self._udev.arm()
+        self.emit(await self._udev.scan())
+        self._uses.start()
+        await self._uses.read_now()
+        for hypervisor in self._hypervisors.values():
+            self._spawn(hypervisor.run())
+            if folder := folder_of(hypervisor.uri):
+                StoredWatch(hypervisor, folder)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._told.wait(), START_LIMIT)
+        self._publisher.flush()
+        await self._router.own_name(names.BUS_NAME)
+        self._publisher.announce_running()
+        self._publisher.flush()
+        notify("READY=1\n" + self._status())
+        self._spawn(self._watchdog())
+
+    async def _until_over(self, stop: asyncio.Event) -> None:
+        stopping = asyncio.ensure_future(stop.wait())
+        lost = asyncio.ensure_future(self._router.lost)
+        await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if lost.done():
+            raise errors.Failed("the message bus is gone: hostpassd ends, to be started again with it")
+        lost.cancel()
+
+    async def _stop(self) -> None:
+        await self._operations.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._publisher.flush()
+        await self._router.close()
+
+    def emit(self, event: Event) -> None:
+        """The one way in: an event to the state, its changes to the bus, the event to whoever waits for it."""
+        batches = self._state.apply(event)
+        self._publisher.note(batches)
+        self._executor.notice(event)
+        for changes in batches:
+            self._tell_foreign(changes)
+        match event:
+            case HypervisorChanged():
+                if set(self._state.hypervisors) >= set(self._hypervisors) and not self._awaiting_lists():
+                    self._told.set()
+                notify(self._status())
+            case MachinesListed():
+                if not self._awaiting_lists():
+                    self._told.set()
+                self._spawn(self._operations.recover(self._journal))
+            case MachineRead() | MachineGone() if self._journal.lent:
+                self._spawn(self._executor.give_back_idle())
+
+    def _awaiting_lists(self) -> bool:
+        """Whether a connected hypervisor has not told its machines yet."""
+        return any(h.connected and not h.listed for h in self._state.hypervisors.values())
+
+    def _tell_foreign(self, changes: Changes) -> None:
+        """Into the journal: the holds that came and went without a job of ours."""
+        if not self._publisher.running:
+            return
+        ours = {(job.machine, job.device) for job in self._state.jobs.values()}
+        moved = [("added", hold) for hold in changes.holds_added] + [("removed", hold) for hold in changes.holds_removed]
+        for operation, hold in moved:
+            if (hold.machine, hold.device) not in ours:
+                name = self._state.machine_name(hold.machine)
+                audit(
+                    names.MESSAGE_FOREIGN_CHANGE,
+                    f"hold {operation} by others: {name} and {hold.device}",
+                    device=hold.device,
+                    machine=hold.machine,
+                    machine_name=name,
+                    operation=operation,
+                )
+
+    async def _settle(self) -> None:
+        """Lets the state catch up with udev; a failure is udev's own to tell."""
+        with contextlib.suppress(errors.TimedOut):
+            await self._udev.settled(5.0)
+
+    async def _sync(self) -> None:
+        try:
+            async with asyncio.timeout(SYNC_LIMIT):
+                await self._udev.settled(SYNC_LIMIT)
+                await asyncio.gather(*(self._refresh(h) for h in self._hypervisors.values()))
+                await self._uses.read_now()
+        except TimeoutError:
+            raise errors.TimedOut("udev or libvirt did not answer within 10 seconds: try again") from None
+
+    async def _rescan(self) -> None:
+        self.emit(await self._udev.scan())
+        await asyncio.gather(*(self._refresh(h) for h in self._hypervisors.values()))
+        await self._uses.read_now()
+
+    async def _refresh(self, hypervisor: Hypervisor) -> None:
+        """Reads all machines again; those of a hypervisor that is away stay as they were, marked stale."""
+        with contextlib.suppress(errors.HypervisorUnavailable):
+            await hypervisor.refresh()
+
+    def _status(self) -> str:
+        held = sum(1 for machine in self._state.machines for _ in self._state.holds_of(machine))
+        lost = [h.uri for h in self._state.hypervisors.values() if not h.connected]
+        text = f"STATUS={len(self._state.devices)} devices, {len(self._state.machines)} machines, {held} held"
+        return text + (f"; no answer from {', '.join(lost)}" if lost else "")
+
+    async def _watchdog(self) -> None:
+        """Tells systemd that the loop turns, twice in each period that it allows."""
+        period = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+        while period:
+            notify("WATCHDOG=1\n" + self._status())
+            await asyncio.sleep(period / 2)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of the daemon failed", exc_info=error)
+
+
+def notify(text: str) -> None:
+    """Tells the service manager TEXT (sd_notify(3)); nothing where there is none."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
+        notifier.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)

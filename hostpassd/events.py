@@ -1,0 +1,163 @@
+"""What the outside tells the state. Every event is a plain value; the state's `apply` is the only one to act on it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hostpassd.host.device import Device
+from hostpassd.machines.machine import Machine
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceSeen:
+    """A device is there, new or with other values. `replugged`: the kernel said add, so what was there before is gone."""
+
+    device: Device
+    replugged: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceGone:
+    """The device at this sysfs path, and all below it, is gone."""
+
+    sysfs_path: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DevicesScanned:
+    """A fresh scan of everything, parents first: what is not in it is gone."""
+
+    devices: tuple[Device, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostUse:
+    """One thing the host itself uses a device for."""
+
+    kind: str  # mount, swap, storage-stack, address, default-route, bridge, bond
+    detail: str  # for people: "/home on /dev/sda2", "192.0.2.7/24"
+    system: bool = False  # the host cannot live without it (a file system of /, /boot, /usr, /var; swap; own state)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostUsesRead:
+    """All host uses at present, by device name. A device that is not a key has none."""
+
+    uses: dict[str, tuple[HostUse, ...]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HypervisorChanged:
+    """A hypervisor connection came or went. `error` is '' while connected."""
+
+    uri: str
+    connected: bool
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MachineRead:
+    """A machine as libvirt describes it now."""
+
+    machine: Machine
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MachineGone:
+    """A machine that libvirt no longer has."""
+
+    uuid: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MachinesListed:
+    """All machines of one hypervisor, freshly read: what is not in it is gone."""
+
+    uri: str
+    machines: tuple[Machine, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceAdded:
+    """libvirt: the live device with this alias is in the machine. Moves no state by itself; jobs wait for it."""
+
+    uuid: str
+    alias: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceRemoved:
+    """libvirt: the live device with this alias has left the machine."""
+
+    uuid: str
+    alias: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RemovalFailed:
+    """libvirt: the guest refused to let the device with this alias go."""
+
+    uuid: str
+    alias: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Releasing:
+    """A guest was asked to let the device with this alias go, or (`asked` false) no longer is."""
+
+    uuid: str
+    alias: str
+    asked: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One running or just ended assign or dismiss."""
+
+    number: int
+    operation: str  # assign, dismiss
+    machine: str  # UUID
+    device: str  # name
+    started_by_uid: int
+    state: str = "queued"
+    step: str = ""
+    progress: float = 0.0
+    error_name: str = ""  # with its bus prefix
+    error_message: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will not change any more."""
+        return self.state in ("done", "failed", "cancelled")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobChanged:
+    """A job is new or has moved on."""
+
+    job: Job
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobForgotten:
+    """An ended job's time is over."""
+
+    number: int
+
+
+Event = (
+    DeviceSeen
+    | DeviceGone
+    | DevicesScanned
+    | HostUsesRead
+    | HypervisorChanged
+    | MachineRead
+    | MachineGone
+    | MachinesListed
+    | DeviceAdded
+    | DeviceRemoved
+    | RemovalFailed
+    | Releasing
+    | JobChanged
+    | JobForgotten
+)

@@ -1,0 +1,201 @@
+"""A device and its per-bus facts: frozen, typed, no I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import unicodedata
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pci:
+    """Facts of a PCI function, as lspci and sysfs tell them."""
+
+    address: str  # 0000:01:00.0
+    class_code: int  # 24 bits: base class, subclass, programming interface
+    class_name: str
+    vendor_id: int
+    device_id: int
+    subsystem_vendor_id: int
+    subsystem_device_id: int
+    revision: int
+    header_type: int  # without the multi-function bit; 0x7f: the device is off the bus
+    iommu_group: int  # -1: none
+    numa_node: int  # -1: none
+    reset_methods: tuple[str, ...]
+    boot_display: bool
+    physical_function: str | None  # device name
+    max_virtual_functions: int
+    off_bus: bool  # configuration space reads all ones
+    multifunction: bool = False
+
+    @property
+    def base_class(self) -> int:
+        """The PCI base class, 0x02 for a network controller."""
+        return self.class_code >> 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usb:
+    """Facts of a USB device, as lsusb and sysfs tell them."""
+
+    bus: int
+    number: int
+    port: str  # the kernel's name: 1-1.2, for a root hub usb1
+    vendor_id: int
+    product_id: int
+    device_class: int
+    speed: int  # Mbit/s, rounded down (1.5 is 1)
+    interfaces: tuple[str, ...]  # class, subclass and protocol of each interface: 08:06:50
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scsi:
+    """Facts of a SCSI logical unit, as lsscsi and sysfs tell them."""
+
+    host: int
+    channel: int
+    target: int
+    lun: int
+    type: str  # disk, cd/dvd, tape ... (lsscsi's words)
+    wwid: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mdev:
+    """Facts of a mediated device."""
+
+    uuid: str
+    type: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MdevParent:
+    """What a device offers in mediated device types: (id, name, how many more can be made)."""
+
+    types: tuple[tuple[str, str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Net:
+    """Facts of a network interface."""
+
+    interface: str
+    mac_address: str
+    ifindex: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """Facts of a whole disk."""
+
+    node: str  # /dev/sda
+    size: int  # bytes
+    number: str = ""  # major:minor
+
+
+Facts = Pci | Usb | Scsi | Mdev | MdevParent | Net | Block
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Device:
+    """One node of the tree. `instance` is given by the state: new for each plug-in."""
+
+    name: str  # libvirt's node device name where unambiguous; [A-Za-z0-9_] only
+    kind: str
+    sysfs_path: str  # /sys/devices/...
+    parent: str | None  # name of the nearest ancestor in the tree
+    device_nodes: tuple[str, ...] = ()
+    driver: str = ""
+    label: str = ""
+    vendor: str = ""
+    product: str = ""
+    serial: str = ""
+    facts: tuple[Facts, ...] = ()
+    instance: int = 0
+
+    @property
+    def pci(self) -> Pci | None:
+        """The PCI facts, if it is a PCI function."""
+        return next((facts for facts in self.facts if isinstance(facts, Pci)), None)
+
+    @property
+    def usb(self) -> Usb | None:
+        """The USB facts, if it is a USB device."""
+        return next((facts for facts in self.facts if isinstance(facts, Usb)), None)
+
+    @property
+    def scsi(self) -> Scsi | None:
+        """The SCSI facts, if it is a logical unit."""
+        return next((facts for facts in self.facts if isinstance(facts, Scsi)), None)
+
+
+# The kinds that can be handed to a machine; anything else stands for its nearest ancestor of such a kind.
+ASSIGNABLE_KINDS = frozenset({"pci", "usb", "scsi", "mdev"})
+
+TEXT_LIMIT = 256
+
+
+def clean(text: str | bytes, limit: int = TEXT_LIMIT) -> str:
+    """TEXT made fit for a bus, a prompt, a log and a terminal.
+
+    Device strings are the device's own claims: broken UTF-8 becomes U+FFFD, control, format and
+    surrogate characters go, white space is folded, and what is longer than LIMIT characters is cut.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    text = text[: limit * 16]
+    kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _UNFIT)
+    return " ".join(kept.split())[:limit]
+
+
+# Control, format (bidirectional overrides), surrogate, private use and unassigned characters.
+_UNFIT = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
+
+
+def escape(kernel_name: str) -> str:
+    """KERNEL_NAME with each byte outside [A-Za-z0-9] as _xx: br-lan is br_2dlan."""
+    raw = kernel_name.encode("utf-8", "surrogateescape")
+    return "".join(chr(b) if chr(b).isascii() and chr(b).isalnum() else f"_{b:02x}" for b in raw)
+
+
+def plain(kernel_name: str) -> str:
+    """KERNEL_NAME the way libvirt writes it in node device names: 0000:01:00.0 is 0000_01_00_0."""
+    return re.sub(r"[^A-Za-z0-9]", "_", kernel_name)
+
+
+def device_name(kind: str, kernel_name: str, parent_kernel_name: str = "") -> str:
+    """The name of a device of KIND that the kernel calls KERNEL_NAME (for mdev, below PARENT_KERNEL_NAME)."""
+    if kind == "pci":
+        return "pci_" + plain(kernel_name)
+    if kind == "usb":
+        return "usb_" + plain(kernel_name)
+    if kind == "usb-interface":
+        port, _, interface = kernel_name.partition(":")
+        return f"usb_{plain(port)}__{plain(interface)}"
+    if kind == "scsi-host":
+        return "scsi_" + plain(kernel_name)
+    if kind == "scsi-target":
+        return "scsi_" + plain(kernel_name)
+    if kind == "scsi":
+        return "scsi_" + plain(kernel_name)
+    if kind == "mdev":
+        return f"mdev_{plain(kernel_name)}_{plain(parent_kernel_name)}"
+    return f"{kind.replace('-', '_')}_{escape(kernel_name)}"
+
+
+def same_thing(old: Device, new: Device) -> bool:
+    """Whether NEW, found where OLD was, is the same plugged-in thing with other values, and not another one."""
+    return _identity(old) == _identity(new)
+
+
+def _identity(device: Device) -> tuple[Any, ...]:
+    usb, pci, scsi = device.usb, device.pci, device.scsi
+    if usb:
+        return (usb.bus, usb.number, usb.vendor_id, usb.product_id)
+    if pci:
+        return (pci.vendor_id, pci.device_id)
+    if scsi:
+        return (scsi.wwid,)
+    return (device.kind, device.sysfs_path)

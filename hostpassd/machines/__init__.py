@@ -1,0 +1,1 @@
+"""Who holds it: virtual machines and the devices they claim."""

@@ -1,0 +1,189 @@
+"""Assign and dismiss from a caller's wish to a job's end: look up, authorise, look up again, plan, execute."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+
+from hostpassd import errors, find, names
+from hostpassd.audit import audit
+from hostpassd.events import Event, Job, JobForgotten
+from hostpassd.passthrough import plan as plans
+from hostpassd.passthrough.execute import Control, Executor
+from hostpassd.passthrough.journal import Journal
+from hostpassd.passthrough.plan import Options, Plan
+from hostpassd.state import State
+
+log = logging.getLogger(__name__)
+
+# How long an ended job stays, in seconds, so that a caller that did not wait cannot miss its end.
+JOB_STAYS = 30.0
+JOBS_PER_USER = 16
+
+# Asks about one device of a plan; raises NotAuthorized and its kin.
+Authorise = Callable[[str, Mapping[str, str]], Awaitable[None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wish:
+    """What a caller asked for, as it was spelt."""
+
+    operation: str  # assign, dismiss
+    machine: str
+    device: str
+    options: Options
+    uid: int
+
+
+class Operations:
+    """All jobs."""
+
+    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None]) -> None:
+        self._state = state
+        self._executor = executor
+        self._emit = emit
+        self._controls: dict[int, Control] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last = 0
+
+    async def start(self, wish: Wish, authorise: Authorise) -> Control:
+        """Authorises WISH and starts its job. Raises what keeps it from being started; nothing is changed then."""
+        plan = self._plan(wish)
+        action = names.ACTION_ASSIGN if wish.operation == "assign" else names.ACTION_DISMISS
+        for device in plan.devices:
+            await authorise(action, self._details(plan, device))
+        again = self._plan(wish)
+        if (again.machine, again.devices, again.instances) != (plan.machine, plan.devices, plan.instances):
+            raise errors.StalePlan("the device or the machine changed while authorisation was asked for: look again")
+        self._check_limit(wish.uid)
+        return self._begin(wish, again)
+
+    def control(self, number: int) -> Control:
+        """The running job NUMBER. Error: Failed when it has ended."""
+        control = self._controls.get(number)
+        if not control:
+            raise errors.Failed(f"job {number} has ended: there is nothing to cancel")
+        return control
+
+    async def recover(self, journal: Journal) -> None:
+        """Finishes or undoes what an earlier run of the daemon began, as soon as its machine is known again."""
+        for unfinished in list(journal.unfinished):
+            machine = self._state.machines.get(unfinished.machine)
+            if machine and not machine.stale:
+                journal.recovered(unfinished)
+                await self._executor.recover(unfinished)
+        await self._executor.give_back_idle()
+
+    async def stop(self) -> None:
+        """Cancels all jobs and waits until each is undone."""
+        for control in list(self._controls.values()):
+            control.cancelled.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _plan(self, wish: Wish) -> Plan:
+        machine = find.one_machine(self._state, wish.machine)
+        if wish.operation == "assign":
+            return plans.plan_assign(self._state, machine, find.one_device(self._state, wish.device), wish.options)
+        missing = find.one_missing(self._state, machine, wish.device)
+        try:
+            device = find.one_device(self._state, wish.device)
+            return plans.plan_dismiss(self._state, machine, device, wish.options)
+        except (errors.NoSuchDevice, errors.NotAssigned, errors.StalePlan):
+            if not missing:
+                raise
+        place = self._state.last_place(machine.uuid, missing.id)
+        return plans.plan_dismiss_missing(machine, missing, place, wish.options)
+
+    def _details(self, plan: Plan, name: str) -> dict[str, str]:
+        """What polkit, its rules and its prompt are told."""
+        machine = self._state.machines[plan.machine]
+        device = self._state.device(name)
+        facts = (device.usb or device.pci) if device else None
+        product = getattr(facts, "product_id", getattr(facts, "device_id", None))
+        return {
+            "device.name": name,
+            "device.kind": device.kind if device else "",
+            "device.label": device.label if device else name,
+            "device.vendor-id": f"{facts.vendor_id:04x}" if facts else "",
+            "device.product-id": f"{product:04x}" if product is not None else "",
+            "device.serial": device.serial if device else "",
+            "device.driver": device.driver if device else "",
+            "device.companions": " ".join(d for d in plan.devices if d != name),
+            "machine.name": machine.name,
+            "machine.uuid": machine.uuid,
+            "machine.state": machine.state,
+            "operation": plan.operation,
+            "override": "",
+        }
+
+    def _check_limit(self, uid: int) -> None:
+        running = Counter(control.job.started_by_uid for control in self._controls.values())
+        if running[uid] >= JOBS_PER_USER:
+            raise errors.LimitExceeded(f"you have {running[uid]} jobs running: wait until one of them ends")
+
+    def _begin(self, wish: Wish, plan: Plan) -> Control:
+        self._last += 1
+        job = Job(self._last, plan.operation, plan.machine, plan.device, wish.uid)
+        control = Control(job, self._emit, wish.options.timeout)
+        self._controls[job.number] = control
+        task = asyncio.get_running_loop().create_task(self._run(wish, plan, control))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return control
+
+    async def _run(self, wish: Wish, plan: Plan, control: Control) -> None:
+        result: dict[str, object] = {"state": "done", "progress": 1.0, "step": ""}
+        try:
+            await self._run_alone(wish, plan, control)
+        except errors.Cancelled as error:
+            result = {"state": "cancelled", "error_name": names.ERROR_PREFIX + error.name, "error_message": str(error)}
+        except errors.HostpassError as error:
+            result = {"state": "failed", "error_name": names.ERROR_PREFIX + error.name, "error_message": str(error)}
+        except Exception:
+            log.exception("job %d ended with a fault of hostpassd", control.job.number)
+            text = "hostpassd made a mistake: see its journal, and look at the device before trying again"
+            result = {"state": "failed", "error_name": names.ERROR_PREFIX + "Failed", "error_message": text}
+        finally:
+            del self._controls[control.job.number]
+        control.tell(**result)
+        self._audit(control.job)
+        control.ended.set()
+        asyncio.get_running_loop().call_later(JOB_STAYS, self._emit, JobForgotten(control.job.number))
+
+    async def _run_alone(self, wish: Wish, plan: Plan, control: Control) -> None:
+        """Waits for its turn; what was authorised is planned afresh then, because the one before may have changed all."""
+        lock = self._executor.lock(plan.group)
+        turn = asyncio.ensure_future(lock.acquire())
+        cancel = asyncio.ensure_future(control.cancelled.wait())
+        try:
+            await asyncio.wait({turn, cancel}, timeout=control.left, return_when=asyncio.FIRST_COMPLETED)
+            if not turn.done():
+                turn.cancel()
+                control.check()
+                raise errors.TimedOut("another job on the same device or group did not end in time: try again")
+            control.check()
+            again = self._plan(wish)
+            if again.devices != plan.devices or again.instances != plan.instances:
+                raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
+            await self._executor.run(again, control)
+        finally:
+            cancel.cancel()
+            if turn.done() and not turn.cancelled():
+                lock.release()
+
+    def _audit(self, job: Job) -> None:
+        audit(
+            names.MESSAGE_OPERATION,
+            f"{job.operation} of {job.device}: {job.state}{' (' + job.error_message + ')' if job.error_message else ''}",
+            device=job.device,
+            machine=job.machine,
+            machine_name=self._state.machine_name(job.machine),
+            operation=job.operation,
+            job=str(job.number),
+            result=job.error_name or job.state,
+            uid=str(job.started_by_uid),
+        )

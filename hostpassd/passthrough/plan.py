@@ -1,0 +1,307 @@
+"""What an assign or dismiss will do, step by step, with each step's undo: pure.
+
+The plan is the very object that `execute` runs; nothing is decided there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from hostpassd import errors
+from hostpassd.host.device import Device
+from hostpassd.machines.domain_xml import claim_of, hostdev_xml
+from hostpassd.machines.machine import Claim, Hold, Machine, Missing
+from hostpassd.passthrough import eligibility
+from hostpassd.passthrough.eligibility import Blocker
+from hostpassd.state import State
+
+# The kinds of hold that are the handing over of the device itself.
+DETACHABLE_KINDS = frozenset({"hostdev", "interface"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Store:
+    """Put a device into the stored configuration, as `claim.xml` says."""
+
+    device: str
+    claim: Claim
+
+    @property
+    def text(self) -> str:
+        return f"store {self.device} in the machine's configuration"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unstore:
+    """Take a claim out of the stored configuration."""
+
+    device: str
+    claim: Claim
+
+    @property
+    def text(self) -> str:
+        return f"remove {self.device} from the machine's stored configuration"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Free:
+    """Take a device from its host driver, as a node device, so that its group can be owned."""
+
+    device: str
+    driver: str  # the host driver that it has now
+
+    @property
+    def text(self) -> str:
+        return f"free {self.device} from its host driver {self.driver or '(none)'}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GiveBack:
+    """Give a device back to its host driver, when the whole group is free."""
+
+    device: str
+
+    @property
+    def text(self) -> str:
+        return f"give {self.device} back to its host driver"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attach:
+    """Attach a device to the running machine and wait for libvirt's added event of its alias."""
+
+    device: str
+    alias: str
+    xml: str
+
+    @property
+    def text(self) -> str:
+        return f"attach {self.device} to the running machine"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Release:
+    """Ask the guest to let a device go and wait for libvirt's removed event of its alias."""
+
+    device: str
+    alias: str
+
+    @property
+    def text(self) -> str:
+        return f"ask the guest to release {self.device} and wait until it has"
+
+
+Step = Store | Unstore | Free | GiveBack | Attach | Release
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller asks for. None: the default for this machine and device."""
+
+    live: bool | None = None
+    config: bool | None = None
+    instance: int | None = None
+    timeout: int = 20  # seconds, for the whole job
+    wait: bool = True
+    guest_address: str = ""
+    rom_bar: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """One operation: what moves, and the steps in order."""
+
+    operation: str
+    machine: str  # UUID
+    device: str  # the device that was asked for (of a missing one: where it was last)
+    devices: tuple[str, ...]  # all that move, the asked one first
+    instances: tuple[int, ...]  # of `devices`, to see a replug between prompt and execution
+    steps: tuple[Step, ...]
+    group: str  # two plans of one group never run together
+
+
+def undo(step: Step) -> Step | None:
+    """The step that takes STEP back; None where nothing can, or need."""
+    match step:
+        case Store(device, claim):
+            return Unstore(device, claim)
+        case Unstore(device, claim):
+            return Store(device, claim)
+        case Free(device, _):
+            return GiveBack(device)
+        case Attach(device, alias, _):
+            return Release(device, alias)
+        case GiveBack() | Release():
+            return None
+
+
+def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocker, ...]:
+    """The device's blockers without the target machine's own holds."""
+    return tuple(b for b in eligibility.blockers(state, device) if b.machine != machine.uuid)
+
+
+def plan_assign(state: State, machine: Machine, device: Device, options: Options) -> Plan:
+    """The plan that hands DEVICE and its companions to MACHINE.
+
+    Errors: HypervisorUnavailable, InvalidOption, StalePlan, AlreadyAssigned, Blocked.
+    """
+    _check_reachable(machine)
+    _check_instance(device, options)
+    live, config = _halves(machine, options)
+    devices = [device, *(state.devices[name] for name in eligibility.companions(state, device))]
+    held = {d.name: _hold_of(state, machine, d.name) for d in devices}
+    to_store = [d for d in devices if config and not (held[d.name] and _half(held[d.name], live=False))]
+    to_attach = [d for d in devices if live and not (held[d.name] and _half(held[d.name], live=True))]
+    if not to_store and not to_attach:
+        raise errors.AlreadyAssigned(f"{machine.name} already has {device.name}: there is nothing to do")
+    _check_blockers(state, machine, device)
+    steps: list[Step] = []
+    for d in to_store:
+        steps.append(Store(d.name, claim_of(_xml(state, d, options, d is device, stored=True))))
+    if len(devices) > 1 or device.driver == "vfio-pci":
+        # libvirt frees a managed device as it attaches it, but the group must be free before the first attach.
+        steps += [Free(d.name, d.driver) for d in to_attach if d.pci]
+    for d in to_attach:
+        steps.append(Attach(d.name, alias_of(d), _xml(state, d, options, d is device, stored=False)))
+    return _plan("assign", machine, device, devices, steps)
+
+
+def plan_dismiss(state: State, machine: Machine, device: Device, options: Options) -> Plan:
+    """The plan that takes DEVICE, and its companions that the machine holds, back.
+
+    Errors: HypervisorUnavailable, InvalidOption, StalePlan, NotAssigned, NotSupported.
+    """
+    _check_reachable(machine)
+    _check_instance(device, options)
+    hold = _hold_of(state, machine, device.name)
+    if hold is None:
+        _refuse_other_kinds(state, machine, device)
+        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing")
+    live, config = _halves_held(hold, options, device, machine)
+    devices = [device, *(d for d in _group_of(state, device) if _hold_of(state, machine, d.name))]
+    steps: list[Step] = []
+    for d in devices:
+        claim = _claim_on(state, machine, d.name, live=False) if config else None
+        if claim:
+            steps.append(Unstore(d.name, claim))
+    released: list[Device] = []
+    for d in devices:
+        claim = _claim_on(state, machine, d.name, live=True) if live else None
+        if claim:
+            steps.append(Release(d.name, claim.alias))
+            released.append(d)
+    if not steps:
+        raise errors.NotAssigned(f"{machine.name} does not have {device.name} in the half asked for")
+    # Only when the last member is out can a host driver bind: the group is VFIO's as long as one is in.
+    steps += [GiveBack(d.name) for d in released if d.pci]
+    return _plan("dismiss", machine, device, devices, steps)
+
+
+def plan_dismiss_missing(machine: Machine, missing: Missing, place: str, options: Options) -> Plan:
+    """The plan that takes out of MACHINE what it holds and is not on this host. PLACE: where it was last, or ''."""
+    _check_reachable(machine)
+    live = missing.live if options.live is None else options.live
+    config = missing.config if options.config is None else options.config
+    name = place or missing.id
+    steps: list[Step] = []
+    for claim in machine.stored if config else ():
+        if claim.id == missing.id:
+            steps.append(Unstore(name, claim))
+    for claim in machine.live if live else ():
+        if claim.id == missing.id and claim.alias and not claim.missing:
+            steps.append(Release(name, claim.alias))
+    if not steps:
+        raise errors.NotAssigned(f"{machine.name} does not have {missing.id} in the half asked for")
+    return Plan("dismiss", machine.uuid, name, (name,), (0,), tuple(steps), name)
+
+
+def alias_of(device: Device) -> str:
+    """The alias under which hostpassd attaches DEVICE: new for each plug-in, so that a stale twin is never hit."""
+    return f"ua-hostpassd-{device.name.replace('_', '-')}-{device.instance}"
+
+
+def _plan(operation: str, machine: Machine, device: Device, devices: list[Device], steps: list[Step]) -> Plan:
+    group = f"group {device.pci.iommu_group}" if device.pci and device.pci.iommu_group >= 0 else device.name
+    names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
+    return Plan(operation, machine.uuid, device.name, names, instances, tuple(steps), group)
+
+
+def _check_reachable(machine: Machine) -> None:
+    if machine.stale:
+        raise errors.HypervisorUnavailable(f"{machine.uri} cannot be reached: {machine.name} is as last known, try later")
+
+
+def _check_instance(device: Device, options: Options) -> None:
+    if options.instance is not None and options.instance != device.instance:
+        raise errors.StalePlan(f"another thing is plugged in at {device.name} now (instance {device.instance}): look again")
+
+
+def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
+    live = machine.active if options.live is None else options.live
+    config = machine.persistent if options.config is None else options.config
+    if live and not machine.active:
+        raise errors.InvalidOption(f"live: {machine.name} does not run; start it, or leave live out")
+    if config and not machine.persistent:
+        raise errors.InvalidOption(f"config: {machine.name} is transient, it has no stored configuration; leave config out")
+    if not live and not config:
+        raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
+    return live, config
+
+
+def _halves_held(hold: Hold, options: Options, device: Device, machine: Machine) -> tuple[bool, bool]:
+    live = hold.live if options.live is None else options.live
+    config = hold.config if options.config is None else options.config
+    if not live and not config:
+        raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
+    if (options.live and not hold.live) or (options.config and not hold.config):
+        half = "live" if options.live and not hold.live else "in its stored configuration"
+        raise errors.NotAssigned(f"{machine.name} does not have {device.name} {half}: leave that option out")
+    return live, config
+
+
+def _check_blockers(state: State, machine: Machine, device: Device) -> None:
+    found = blockers_for(state, device, machine)
+    if found:
+        told = "; ".join(f"{b.code}: {b.message}" for b in found)
+        raise errors.Blocked(f"{device.name} cannot be assigned: {told}")
+
+
+def _hold_of(state: State, machine: Machine, name: str) -> Hold | None:
+    return next((h for h in state.holds_on(name) if h.machine == machine.uuid and h.kind in DETACHABLE_KINDS), None)
+
+
+def _half(hold: Hold | None, *, live: bool) -> bool:
+    return hold is not None and (hold.live if live else hold.config)
+
+
+def _refuse_other_kinds(state: State, machine: Machine, device: Device) -> None:
+    for hold in state.holds_on(device.name):
+        if hold.machine == machine.uuid:
+            text = f"{machine.name} uses {device.name} as {hold.kind}, which only the machine's own configuration can change"
+            raise errors.NotSupported(text)
+
+
+def _claim_on(state: State, machine: Machine, device: str, *, live: bool) -> Claim | None:
+    for claim in machine.live if live else machine.stored:
+        if claim.kind in DETACHABLE_KINDS and state.find_claim(machine.uuid, claim, live=live) == device:
+            return claim
+    return None
+
+
+def _group_of(state: State, device: Device) -> Iterable[Device]:
+    if not device.pci or device.pci.iommu_group < 0:
+        return []
+    return [state.devices[name] for name in sorted(state.group(device.pci.iommu_group)) if name != device.name]
+
+
+def _xml(state: State, device: Device, options: Options, asked: bool, *, stored: bool) -> str:
+    unique = not device.usb or len(state.keyed(("usb-id", device.usb.vendor_id, device.usb.product_id))) == 1
+    return hostdev_xml(
+        device,
+        alias=alias_of(device),
+        stored=stored,
+        unique=unique,
+        guest_address=options.guest_address if asked else "",
+        rom_bar=options.rom_bar if asked else None,
+    )

@@ -1,0 +1,626 @@
+"""The one state and its single writer: apply(event) -> changes. No I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from hostpassd.events import (
+    DeviceAdded,
+    DeviceGone,
+    DeviceRemoved,
+    DeviceSeen,
+    DevicesScanned,
+    Event,
+    HostUse,
+    HostUsesRead,
+    HypervisorChanged,
+    Job,
+    JobChanged,
+    JobForgotten,
+    MachineGone,
+    MachineRead,
+    MachinesListed,
+    Releasing,
+    RemovalFailed,
+)
+from hostpassd.host.device import ASSIGNABLE_KINDS, Device, Net, same_thing
+from hostpassd.machines.machine import (
+    Claim,
+    Hold,
+    InterfaceSource,
+    Machine,
+    MdevSource,
+    Missing,
+    NodeSource,
+    PciSource,
+    ScsiSource,
+    UsbSource,
+)
+from hostpassd.passthrough import eligibility
+from hostpassd.passthrough.eligibility import Blocker
+
+# What an object on the bus stands for: ("device", name), ("machine", uuid), ("job", number) or ("manager", "").
+Entity = tuple[str, str]
+MANAGER: Entity = ("manager", "")
+
+# By what a claim can name a device: ("pci", address), ("usb", bus, number), ("usb-id", vendor, product) ...
+Key = tuple[Any, ...]
+
+_K = TypeVar("_K")
+
+
+@dataclasses.dataclass(slots=True)
+class Changes:
+    """What one or more events did. An entity is in at most one of the three."""
+
+    added: dict[Entity, None] = dataclasses.field(default_factory=dict)
+    changed: dict[Entity, None] = dataclasses.field(default_factory=dict)
+    removed: dict[Entity, None] = dataclasses.field(default_factory=dict)
+    holds_added: list[Hold] = dataclasses.field(default_factory=list)
+    holds_removed: list[Hold] = dataclasses.field(default_factory=list)
+    jobs_ended: list[Job] = dataclasses.field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.removed or self.holds_added or self.holds_removed)
+
+    def reopens(self, later: Changes) -> bool:
+        """Whether LATER brings back what this removes: then they are two batches."""
+        return any(entity in self.removed for entity in later.added)
+
+    def merge(self, later: Changes) -> None:
+        """Takes in what happened after."""
+        for entity in later.added:
+            self.add(entity)
+        for entity in later.changed:
+            self.change(entity)
+        for entity in later.removed:
+            self.remove(entity)
+        self.holds_added += later.holds_added
+        self.holds_removed += later.holds_removed
+        self.jobs_ended += later.jobs_ended
+
+    def add(self, entity: Entity) -> None:
+        self.changed.pop(entity, None)
+        self.added[entity] = None
+
+    def change(self, entity: Entity) -> None:
+        if entity not in self.added and entity not in self.removed:
+            self.changed[entity] = None
+
+    def remove(self, entity: Entity) -> None:
+        self.changed.pop(entity, None)
+        if entity in self.added:
+            del self.added[entity]
+        else:
+            self.removed[entity] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HypervisorState:
+    """A hypervisor connection."""
+
+    uri: str
+    connected: bool
+    error: str
+    listed: bool = False  # whether it has told its machines since it was connected
+
+
+class State:
+    """Everything that is known. Others read it; only `apply` writes it, and each write costs per change, not per size."""
+
+    def __init__(
+        self,
+        first_instance: int = 1,
+        excluded_classes: tuple[str, ...] = eligibility.EXCLUDED_CLASSES,
+        never: frozenset[str] = frozenset(),
+    ) -> None:
+        self.devices: dict[str, Device] = {}
+        self.machines: dict[str, Machine] = {}
+        self.jobs: dict[int, Job] = {}
+        self.hypervisors: dict[str, HypervisorState] = {}
+        self.missing: dict[str, tuple[Missing, ...]] = {}
+        self.excluded_classes = excluded_classes
+        self.never = never
+        self._next_instance = first_instance
+        self._by_path: dict[str, str] = {}
+        self._children: dict[str, dict[str, None]] = {}
+        self._groups: dict[int, dict[str, None]] = {}
+        self._functions: dict[str, dict[str, None]] = {}
+        self._keys: dict[Key, dict[str, None]] = {}
+        self._interest: dict[Key, dict[str, None]] = {}
+        self._interest_of: dict[str, frozenset[Key]] = {}
+        self._holds_on: dict[str, dict[tuple[str, str], Hold]] = {}
+        self._holds_of: dict[str, dict[tuple[str, str], Hold]] = {}
+        self._uses: dict[str, tuple[HostUse, ...]] = {}
+        self._releasing: set[tuple[str, str]] = set()
+        self._places: dict[tuple[str, str], str] = {}
+        # What spreads upward is counted at each ancestor, so that one change costs the depth of the tree.
+        self._spread: dict[str, tuple[Blocker, ...]] = {}
+        self._below: dict[str, Counter[Blocker]] = {}
+        self._leaves: Counter[str] = Counter()
+        self._changes = Changes()
+        self._ended: list[Changes] = []
+
+    # --- reading ---
+
+    def device(self, name: str) -> Device | None:
+        return self.devices.get(name)
+
+    def at(self, sysfs_path: str) -> Device | None:
+        """The device at SYSFS_PATH."""
+        return self.devices.get(self._by_path.get(sysfs_path, ""))
+
+    def children(self, name: str) -> list[str]:
+        """The names of the devices directly below, sorted."""
+        return sorted(self._children.get(name, ()))
+
+    def group(self, number: int) -> Iterable[str]:
+        return self._groups.get(number, {})
+
+    def virtual_functions(self, device: str) -> Iterable[str]:
+        return self._functions.get(device, {})
+
+    def holds_on(self, device: str) -> Iterable[Hold]:
+        return self._holds_on.get(device, {}).values()
+
+    def holds_of(self, uuid: str) -> Iterable[Hold]:
+        """All holds of one machine."""
+        return self._holds_of.get(uuid, {}).values()
+
+    def uses_of(self, device: str) -> tuple[HostUse, ...]:
+        return self._uses.get(device, ())
+
+    def below(self, device: str) -> Mapping[Blocker, int]:
+        return self._below.get(device, {})
+
+    def has_leaves(self, device: str) -> bool:
+        return self._leaves[device] > 0
+
+    def machine_name(self, uuid: str) -> str:
+        machine = self.machines.get(uuid)
+        return machine.name if machine else uuid
+
+    def keyed(self, key: Key) -> list[str]:
+        """The devices that KEY names."""
+        return list(self._keys.get(key, ()))
+
+    def ancestors(self, name: str) -> Iterator[Device]:
+        """The devices above, nearest first."""
+        device = self.devices.get(name)
+        while device and device.parent and (device := self.devices.get(device.parent)):
+            yield device
+
+    def descendants(self, name: str) -> Iterator[str]:
+        """The names of all devices below, parents first."""
+        for child in self._children.get(name, ()):
+            yield child
+            yield from self.descendants(child)
+
+    def target(self, device: str) -> str | None:
+        """The device that DEVICE stands for in an operation: the nearest of a kind that can be assigned.
+
+        What hangs below a USB device is its function, a logical unit too.
+        """
+        found: str | None = None
+        here = self.devices.get(device)
+        for node in (here, *self.ancestors(device)) if here else ():
+            if node.kind == "usb":
+                return found if found and self.devices[found].kind not in ("scsi",) else node.name
+            if node.kind in ASSIGNABLE_KINDS and found is None:
+                found = node.name
+        return found
+
+    def find_claim(self, uuid: str, claim: Claim, *, live: bool) -> str | None:
+        """The device that a machine's CLAIM means now."""
+        own = frozenset(hold.device for hold in self.holds_of(uuid) if hold.live)
+        return None if live and claim.missing else self._find(claim, frozenset() if live else own)
+
+    def last_place(self, uuid: str, claim_id: str) -> str:
+        """The name of the device on which a claim stood last, '' for never."""
+        return self._places.get((uuid, claim_id), "")
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a hypervisor cannot be reached."""
+        return any(not h.connected for h in self.hypervisors.values())
+
+    # --- writing ---
+
+    def apply(self, event: Event) -> list[Changes]:
+        """Takes one event in and tells what it changed, in batches: what goes and comes back ends one and opens the next."""
+        match event:
+            case DeviceSeen(device):
+                self._see(device)
+            case DeviceGone(path):
+                self._lose(self._by_path.get(path))
+            case DevicesScanned(devices):
+                self._scanned(devices)
+            case HostUsesRead(uses):
+                self._read_uses(uses)
+            case MachineRead(machine):
+                self._read_machine(machine)
+            case MachineGone(uuid):
+                self._lose_machine(uuid)
+            case MachinesListed(uri, machines):
+                self._listed(uri, machines)
+            case HypervisorChanged(uri, connected, error):
+                self._hypervisor(HypervisorState(uri, connected, error))
+            case Releasing(uuid, alias, asked):
+                (self._releasing.add if asked else self._releasing.discard)((uuid, alias))
+                self._resolve(uuid)
+            case DeviceRemoved(uuid, alias):
+                self._releasing.discard((uuid, alias))
+                self._resolve(uuid)
+            case JobChanged(job):
+                self._job(job)
+            case JobForgotten(number):
+                if self.jobs.pop(number, None):
+                    self._changes.remove(("job", str(number)))
+            case DeviceAdded() | RemovalFailed():
+                pass
+        batches, self._ended, self._changes = [*self._ended, self._changes], [], Changes()
+        return [changes for changes in batches if changes]
+
+    # --- devices ---
+
+    def _scanned(self, devices: tuple[Device, ...]) -> None:
+        seen = {device.name for device in devices}
+        for name in [name for name in self.devices if name not in seen]:
+            self._lose(name)
+        for device in devices:
+            self._see(device)
+
+    def _see(self, device: Device) -> None:
+        old = self.devices.get(device.name)
+        if old and not same_thing(old, device):
+            self._lose(device.name)
+            old = None
+        if old:
+            self._update(old, dataclasses.replace(device, instance=old.instance))
+        else:
+            self._insert(dataclasses.replace(device, instance=self._next_instance))
+            self._next_instance += 1
+
+    def _update(self, old: Device, new: Device) -> None:
+        if old == new:
+            return
+        if old.parent != new.parent or old.facts != new.facts:
+            self._unlink(old)
+            self.devices[new.name] = new
+            self._link(new)
+        self.devices[new.name] = new
+        self._rekey(old, new)
+        self._touch(new.name)
+        self._spread_again(new.name)
+
+    def _insert(self, device: Device) -> None:
+        name = device.name
+        if ("device", name) in self._changes.removed:
+            self._ended.append(self._changes)
+            self._changes = Changes()
+        self.devices[name] = device
+        self._changes.add(("device", name))
+        self._link(device)
+        self._rekey(None, device)
+        self._spread_again(name)
+        self._touch(name)
+
+    def _lose(self, name: str | None) -> None:
+        device = self.devices.get(name or "")
+        if not device:
+            return
+        for child in list(self._children.get(device.name, ())):
+            self._lose(child)
+        self._touch(device.name)
+        self._unlink(device)
+        del self.devices[device.name]
+        self._changes.remove(("device", device.name))
+        self._rekey(device, None)
+        for index in (self._spread, self._below, self._uses):
+            index.pop(device.name, None)
+        del self._leaves[device.name]
+
+    def _link(self, device: Device) -> None:
+        """Enters a device into the indexes of the tree, with what is below it already (a child can come first)."""
+        self._by_path[device.sysfs_path] = device.name
+        _index(self._children, device.parent, device.name)
+        if device.pci:
+            _index(self._groups, device.pci.iommu_group, device.name)
+            _index(self._functions, device.pci.physical_function, device.name)
+            self._touch(device.pci.physical_function)
+        self._touch(device.parent)
+        for name in (device.name, *self.descendants(device.name)):
+            if name != device.name:
+                self._touch(name)
+            self._count(name, device.name, self._spread.get(name, ()), 1)
+
+    def _unlink(self, device: Device) -> None:
+        for name in (device.name, *self.descendants(device.name)):
+            self._count(name, device.name, self._spread.get(name, ()), -1)
+        self._by_path.pop(device.sysfs_path, None)
+        _unindex(self._children, device.parent, device.name)
+        if device.pci:
+            _unindex(self._groups, device.pci.iommu_group, device.name)
+            _unindex(self._functions, device.pci.physical_function, device.name)
+            self._touch(device.pci.physical_function)
+        self._touch(device.parent)
+
+    def _count(self, name: str, link: str, spread: tuple[Blocker, ...], by: int) -> None:
+        """Adds what NAME spreads upward, and whether it is a leaf, to LINK (if above NAME) and all above LINK."""
+        device = self.devices[name]
+        above = list(self.ancestors(link))
+        if name != link:
+            above.insert(0, self.devices[link])
+        under_usb = any(d.kind == "usb" for d in self.ancestors(name))
+        leaf = eligibility.is_leaf(device, under_usb)
+        for ancestor in above:
+            if spread:
+                _add(self._below.setdefault(ancestor.name, Counter()), spread, by)
+                self._touch(ancestor.name)
+            if leaf:
+                had = self._leaves[ancestor.name] > 0
+                self._leaves[ancestor.name] += by
+                if had != (self._leaves[ancestor.name] > 0):
+                    self._touch(ancestor.name)
+
+    def _spread_again(self, name: str) -> None:
+        """Brings up to date what NAME spreads upward."""
+        device = self.devices.get(name)
+        if not device:
+            return
+        old, new = self._spread.get(name, ()), eligibility.use_blockers(self, device)
+        if old == new:
+            return
+        self._spread[name] = new
+        self._touch(name)
+        for ancestor in self.ancestors(name):
+            counter = self._below.setdefault(ancestor.name, Counter())
+            _add(counter, old, -1)
+            _add(counter, new, 1)
+            self._touch(ancestor.name)
+
+    def _touch(self, name: str | None) -> None:
+        """Marks a device, and those of its IOMMU group (whose companion it may be), as changed."""
+        device = self.devices.get(name or "")
+        if not device:
+            return
+        self._changes.change(("device", device.name))
+        if device.pci and device.pci.iommu_group >= 0:
+            for mate in self._groups.get(device.pci.iommu_group, ()):
+                self._changes.change(("device", mate))
+
+    def _rekey(self, old: Device | None, new: Device | None) -> None:
+        """Brings the index of names-by-which-claims-name-it up to date, and the machines that named it."""
+        before, after = (frozenset(_device_keys(d)) if d else frozenset() for d in (old, new))
+        name = (old or new).name  # type: ignore[union-attr]
+        for key in before - after:
+            _unindex(self._keys, key, name)
+        for key in after - before:
+            _index(self._keys, key, name)
+        keys = before | after if not (old and new) else before ^ after
+        for uuid in dict.fromkeys(uuid for key in keys for uuid in self._interest.get(key, ())):
+            self._resolve(uuid)
+
+    def _read_uses(self, uses: Mapping[str, tuple[HostUse, ...]]) -> None:
+        changed = [n for n in {**self._uses, **uses} if self._uses.get(n, ()) != uses.get(n, ())]
+        self._uses = dict(uses)
+        for name in changed:
+            self._touch(name)
+            self._spread_again(name)
+
+    # --- machines ---
+
+    def _hypervisor(self, new: HypervisorState) -> None:
+        old = self.hypervisors.get(new.uri)
+        if old and (old.connected, old.error) == (new.connected, new.error):
+            return
+        self.hypervisors[new.uri] = new
+        self._changes.change(MANAGER)
+        if not new.connected:
+            for machine in [m for m in self.machines.values() if m.uri == new.uri]:
+                self._read_machine(dataclasses.replace(machine, stale=True))
+
+    def _listed(self, uri: str, machines: tuple[Machine, ...]) -> None:
+        seen = {machine.uuid for machine in machines}
+        for uuid in [m.uuid for m in self.machines.values() if m.uri == uri and m.uuid not in seen]:
+            self._lose_machine(uuid)
+        for machine in machines:
+            self._read_machine(machine)
+        if uri in self.hypervisors:
+            self.hypervisors[uri] = dataclasses.replace(self.hypervisors[uri], listed=True)
+
+    def _read_machine(self, machine: Machine) -> None:
+        old = self.machines.get(machine.uuid)
+        if old == machine:
+            return
+        self.machines[machine.uuid] = machine
+        entity = ("machine", machine.uuid)
+        (self._changes.change if old else self._changes.add)(entity)
+        self._set_interest(machine)
+        self._resolve(machine.uuid)
+        if old and old.name != machine.name:
+            for hold in list(self.holds_of(machine.uuid)):
+                self._spread_again(hold.device)
+
+    def _lose_machine(self, uuid: str) -> None:
+        machine = self.machines.get(uuid)
+        if not machine:
+            return
+        self._set_interest(dataclasses.replace(machine, live=(), stored=()))
+        self._set_holds(uuid, {})
+        self._releasing = {pair for pair in self._releasing if pair[0] != uuid}
+        self._places = {pair: place for pair, place in self._places.items() if pair[0] != uuid}
+        del self.machines[uuid]
+        self.missing.pop(uuid, None)
+        self._changes.remove(("machine", uuid))
+
+    def _set_interest(self, machine: Machine) -> None:
+        new = frozenset(key for claim in (*machine.live, *machine.stored) for key in _claim_keys(claim))
+        old = self._interest_of.get(machine.uuid, frozenset())
+        for key in old - new:
+            _unindex(self._interest, key, machine.uuid)
+        for key in new - old:
+            _index(self._interest, key, machine.uuid)
+        if new:
+            self._interest_of[machine.uuid] = new
+        else:
+            self._interest_of.pop(machine.uuid, None)
+
+    def _resolve(self, uuid: str) -> None:
+        """Stands each claim of a machine on the device it means now; what means none is missing."""
+        machine = self.machines.get(uuid)
+        if not machine:
+            return
+        self._releasing -= {
+            (uuid, alias) for u, alias in self._releasing if u == uuid and all(c.alias != alias for c in machine.live)
+        }
+        holds: dict[tuple[str, str], Hold] = {}
+        missing: dict[str, Missing] = {}
+        own: frozenset[str] = frozenset()
+        for live, claims in ((True, machine.live), (False, machine.stored)):
+            for claim in claims:
+                if live and claim.missing:
+                    continue
+                device = self._find(claim, own)
+                if device:
+                    self._places[(uuid, claim.id)] = device
+                    _merge_hold(holds, self._hold(machine, claim, device, live))
+                else:
+                    _merge_missing(missing, claim, live)
+            own = frozenset(device for device, _ in holds)
+        self._set_holds(uuid, holds)
+        rows = tuple(missing.values())
+        if self.missing.get(uuid, ()) != rows:
+            self.missing[uuid] = rows
+            self._changes.change(("machine", uuid))
+
+    def _find(self, claim: Claim, own: frozenset[str]) -> str | None:
+        """The device that CLAIM means. OWN: what the machine holds live, which tells twins apart."""
+        found = [name for name in self._candidates(claim) if (target := self.target(name)) is not None]
+        targets = list(dict.fromkeys(self.target(name) for name in found))
+        if len(targets) > 1:
+            # libvirt refuses an ambiguous vendor and product; the live half says which of the twins it is.
+            targets = [name for name in targets if name in own]
+        return targets[0] if len(targets) == 1 else None
+
+    def _candidates(self, claim: Claim) -> list[str]:
+        keys = _claim_keys(claim)
+        if not keys:
+            return []
+        found = self.keyed(keys[0])
+        return [name for name in found if all(name in self._keys.get(key, {}) for key in keys[1:])]
+
+    def _hold(self, machine: Machine, claim: Claim, device: str, live: bool) -> Hold:
+        releasing = live and (machine.uuid, claim.alias) in self._releasing
+        return Hold(machine.uuid, device, claim.kind, live, not live, claim.alias, releasing, machine.stale)
+
+    def _set_holds(self, uuid: str, new: dict[tuple[str, str], Hold]) -> None:
+        old = self._holds_of.get(uuid, {})
+        if new == old:
+            return
+        self._changes.change(("machine", uuid))
+        self._holds_of[uuid] = new
+        for key in {**old, **new}:
+            before, after = old.get(key), new.get(key)
+            if before == after:
+                continue
+            device, kind = key
+            rows = self._holds_on.setdefault(device, {})
+            rows.pop((uuid, kind), None)
+            if after:
+                rows[(uuid, kind)] = after
+            if before and not after:
+                self._changes.holds_removed.append(before)
+            if after and not before:
+                self._changes.holds_added.append(after)
+            if not rows:
+                del self._holds_on[device]
+            self._touch(device)
+            self._spread_again(device)
+
+    # --- jobs ---
+
+    def _job(self, job: Job) -> None:
+        old = self.jobs.get(job.number)
+        if old == job:
+            return
+        self.jobs[job.number] = job
+        entity = ("job", str(job.number))
+        (self._changes.change if old else self._changes.add)(entity)
+        if job.ended and not (old and old.ended):
+            self._changes.jobs_ended.append(job)
+
+
+def _device_keys(device: Device) -> Iterator[Key]:
+    """By what claims can name DEVICE."""
+    if device.pci:
+        yield ("pci", device.pci.address)
+    if device.usb and not eligibility.is_hub(device):
+        yield ("usb", device.usb.bus, device.usb.number)
+        yield ("usb-id", device.usb.vendor_id, device.usb.product_id)
+    if device.scsi:
+        yield ("scsi", device.scsi.host, device.scsi.channel, device.scsi.target, device.scsi.lun)
+    if device.kind == "mdev":
+        for facts in device.facts:
+            yield ("mdev", getattr(facts, "uuid", "").lower())
+    for facts in device.facts:
+        if isinstance(facts, Net):
+            yield ("net", facts.interface)
+    for node in device.device_nodes:
+        yield ("node", node)
+
+
+def _claim_keys(claim: Claim) -> list[Key]:
+    """The keys that a device must have, all of them, to be what CLAIM means."""
+    match claim.source:
+        case PciSource(address):
+            return [("pci", address)]
+        case UsbSource(vendor, product, bus, number):
+            place: list[Key] = [("usb", bus, number)] if bus is not None and number is not None else []
+            named: list[Key] = [("usb-id", vendor, product)] if vendor is not None and product is not None else []
+            return place + named
+        case ScsiSource(host, channel, target, lun):
+            return [("scsi", host, channel, target, lun)]
+        case MdevSource(uuid):
+            return [("mdev", uuid.lower())]
+        case NodeSource(path):
+            return [("node", path)]
+        case InterfaceSource(interface):
+            return [("net", interface)]
+
+
+def _merge_hold(holds: dict[tuple[str, str], Hold], hold: Hold) -> None:
+    old = holds.get((hold.device, hold.kind))
+    if old:
+        hold = dataclasses.replace(old, live=old.live or hold.live, config=old.config or hold.config)
+    holds[(hold.device, hold.kind)] = hold
+
+
+def _merge_missing(missing: dict[str, Missing], claim: Claim, live: bool) -> None:
+    old = missing.get(claim.id)
+    row = Missing(claim.id, claim.text, live, not live, claim.alias, claim.kind)
+    if old:
+        row = dataclasses.replace(old, live=old.live or live, config=old.config or not live)
+    missing[claim.id] = row
+
+
+def _index(index: dict[_K, dict[str, None]], key: _K | None, name: str) -> None:
+    if key is not None:
+        index.setdefault(key, {})[name] = None
+
+
+def _unindex(index: dict[_K, dict[str, None]], key: _K | None, name: str) -> None:
+    if key is not None and key in index:
+        index[key].pop(name, None)
+        if not index[key]:
+            del index[key]
+
+
+def _add(counter: Counter[Blocker], blockers: tuple[Blocker, ...], by: int) -> None:
+    for blocker in blockers:
+        counter[blocker] += by
+        if not counter[blocker]:
+            del counter[blocker]

@@ -1,0 +1,106 @@
+"""./dev, as far as it can be seen without installing anything on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def dev(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ./dev and returns what came of it."""
+    return subprocess.run(
+        [REPOSITORY / "dev", *words],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def stub(folder: Path, name: str, body: str) -> None:
+    """Puts a program of that name into FOLDER."""
+    program = folder / name
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize("words", [[], ["frobnicate"], ["lint", "x"], ["install", "--prefix"], ["uninstall", "x"]])
+def test_a_wrong_word_is_one_sentence_and_exit_2(words: list[str]) -> None:
+    done = dev(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dev: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_names_every_word() -> None:
+    done = dev("help")
+    assert done.returncode == 0
+    for word in ("run", "test", "lint", "lab", "bench", "install", "uninstall", "help"):
+        assert f"./dev {word}" in done.stdout
+
+
+def test_what_is_installed_is_taken_off_again_and_nothing_else(tmp_path: Path) -> None:
+    kept = tmp_path / "etc/hostpassd/hostpassd.toml"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+
+    assert dev("install", DESTDIR=str(tmp_path)).returncode == 0
+    package = tmp_path / "usr/lib/python3/dist-packages/hostpassd"
+    assert {file.relative_to(package) for file in package.rglob("*.*")} == {
+        file.relative_to(REPOSITORY / "hostpassd") for file in (REPOSITORY / "hostpassd").rglob("*.py")
+    }
+    manifest = tmp_path / "usr/share/hostpassd/manifest"
+    files = {str(file) for file in tmp_path.rglob("*") if file.is_file()} - {str(manifest), str(kept)}
+    assert files == {f"{tmp_path}{target}" for target in manifest.read_text().splitlines()}
+    assert all(Path(file).stat().st_mode & 0o777 == 0o644 for file in files)
+    assert f"{tmp_path}/usr/share/dbus-1/interfaces/org.hostpassd1.xml" in files
+
+    assert dev("uninstall", DESTDIR=str(tmp_path)).returncode == 0
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [kept]
+
+
+def test_installing_again_leaves_no_file_of_the_older_one(tmp_path: Path) -> None:
+    dev("install", DESTDIR=str(tmp_path))
+    old = tmp_path / "usr/lib/python3/dist-packages/hostpassd/gone.py"
+    old.write_text("")
+    assert dev("install", DESTDIR=str(tmp_path)).returncode == 0
+    assert not old.exists()
+
+
+def test_uninstalling_what_is_not_there_says_so(tmp_path: Path) -> None:
+    done = dev("uninstall", DESTDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert "not installed" in done.stderr
+
+
+def missing_package(tmp_path: Path, *, uid: int, apt_status: int) -> subprocess.CompletedProcess[str]:
+    """What './dev run' does where one package is missing and apt-get ends with APT_STATUS."""
+    stub(tmp_path, "dpkg-query", '[ "$4" = python3-pyudev ] || echo installed')
+    stub(tmp_path, "id", f"echo {uid}")
+    stub(tmp_path, "apt-get", f'echo "$@" >>{tmp_path}/apt-calls; echo said by apt; exit {apt_status}')
+    return dev("run", PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a policy for new services is laid down meanwhile")
+def test_only_what_is_missing_is_asked_of_apt_and_its_failure_is_told(tmp_path: Path) -> None:
+    done = missing_package(tmp_path, uid=0, apt_status=100)
+    assert done.returncode == 1
+    calls = (tmp_path / "apt-calls").read_text().splitlines()
+    assert calls[0] == "update"
+    assert len(calls) == 2
+    assert calls[1].endswith("install -y --no-install-recommends python3-pyudev")
+    assert "said by apt" in done.stderr
+    assert "dev: apt-get could not install python3-pyudev" in done.stderr
+
+
+def test_who_is_not_root_is_told_what_to_install(tmp_path: Path) -> None:
+    done = missing_package(tmp_path, uid=1000, apt_status=0)
+    assert done.returncode == 1
+    assert done.stderr.endswith("apt-get install --no-install-recommends python3-pyudev\n")
+    assert not (tmp_path / "apt-calls").exists()
