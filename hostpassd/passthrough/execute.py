@@ -109,23 +109,19 @@ class Executor:
             for at, step in enumerate(plan.steps):
                 control.check()
                 control.tell(state="running", step=step.text, progress=at / len(plan.steps))
-                self._journal.step(number, step)
+                self._journal.step(number, at)
                 begun.append(step)
                 await self._perform(plan.machine, step, control)
             await self._settle()
-        except errors.HostpassError as error:
+        except Exception as error:
             await self._settle()
-            if not any(isinstance(step, Release) for step in begun):
-                raise await self._undone(plan.machine, begun, control, error) from error
-            raise
-        finally:
+            failures = []
+            if not _asked_a_guest(begun):
+                control.tell(state="undoing")
+                failures = await self.undo(plan.machine, begun, control)
             self._journal.end(number)
-
-    async def _undone(self, uuid: str, begun: list[Step], control: Control, error: errors.HostpassError) -> errors.HostpassError:
-        """Undoes what was begun, last first; the error to tell, with what could not be undone."""
-        control.tell(state="undoing")
-        failures = await self.undo(uuid, begun, control)
-        return type(error)(f"{error}; not undone: {'; '.join(failures)}") if failures else error
+            raise _with(error, failures) from None
+        self._journal.end(number)
 
     async def undo(self, uuid: str, begun: list[Step], control: Control | None) -> list[str]:
         """Takes steps back, last first, as far as they show in the truth; returns what failed."""
@@ -144,11 +140,23 @@ class Executor:
         return failures
 
     async def recover(self, unfinished: Unfinished) -> None:
-        """Undoes an assign of an earlier run that did not get to its end; of a dismiss, what was done stays done."""
-        complete = all(self._shows(unfinished.machine, step) for step in unfinished.steps)
-        log.warning("an earlier %s was not finished: %s", unfinished.operation, "kept" if complete else "undone")
-        if unfinished.operation == "assign" and not complete:
-            await self.undo(unfinished.machine, list(unfinished.steps), None)
+        """Undoes an operation of an earlier run that did not get to its end, or finishes it where a guest was asked."""
+        uuid, begun = unfinished.machine, list(unfinished.steps[: unfinished.begun])
+        left = [step for step in unfinished.steps if not self._shows(uuid, step)]
+        if left and _asked_a_guest(begun):
+            log.warning("an earlier %s was not finished: going on with it", unfinished.operation)
+            await self._finish(uuid, left)
+        elif left:
+            log.warning("an earlier %s was not finished: undoing it", unfinished.operation)
+            await self.undo(uuid, begun, None)
+
+    async def _finish(self, uuid: str, left: list[Step]) -> None:
+        for step in left:
+            try:
+                await self._perform(uuid, step, None)
+            except errors.HostpassError as error:
+                log.error("could not finish: %s: %s", step.text, error)
+                return
 
     async def give_back_idle(self) -> None:
         """Gives back what was lent to groups that no machine has any more (a machine that was shut down, say)."""
@@ -251,7 +259,7 @@ class Executor:
         return f"group {here.pci.iommu_group}" if here and here.pci and here.pci.iommu_group >= 0 else device
 
     def _shows(self, uuid: str, step: Step) -> bool:
-        """Whether the effect of STEP is there to be undone. The alias tells ours from what others did."""
+        """Whether the effect of STEP is there. The alias tells ours from what others did."""
         machine = self._state.machines.get(uuid)
         match step:
             case Store(_, claim):
@@ -263,8 +271,10 @@ class Executor:
                 return machine is not None and any(c.alias == alias for c in machine.live)
             case Free(device, _):
                 return device in self._journal.lent
-            case GiveBack() | Release():
-                return False
+            case GiveBack(device):
+                return device not in self._journal.lent
+            case Release(_, alias):
+                return machine is None or all(c.alias != alias for c in machine.live)
 
     def _uri(self, uuid: str) -> str:
         machine = self._state.machines.get(uuid)
@@ -289,6 +299,18 @@ class Executor:
             del self._waiting[future]
             if cancel:
                 cancel.cancel()
+
+
+def _asked_a_guest(begun: list[Step]) -> bool:
+    """Whether a guest was asked to let go: that cannot be taken back."""
+    return any(isinstance(step, Release) for step in begun)
+
+
+def _with(error: Exception, failures: list[str]) -> Exception:
+    """The error to tell, with what could not be undone."""
+    if isinstance(error, errors.HostpassError) and failures:
+        return type(error)(f"{error}; not undone: {'; '.join(failures)}")
+    return error
 
 
 _STILL = "it still has the device, and the hold ends whenever the guest lets go"

@@ -24,7 +24,8 @@ class Unfinished:
 
     operation: str
     machine: str
-    steps: tuple[Step, ...]  # those begun, in order
+    steps: tuple[Step, ...]  # of the whole plan
+    begun: int  # how many of them had begun, the first ones
 
 
 class Journal:
@@ -39,11 +40,12 @@ class Journal:
     def begin(self, number: int, plan: Plan) -> None:
         """An operation starts."""
         self._open.add(number)
-        self._append({"begin": number, "operation": plan.operation, "machine": plan.machine})
+        steps = [_encode(step) for step in plan.steps]
+        self._append({"begin": number, "operation": plan.operation, "machine": plan.machine, "steps": steps, "begun": 0})
 
-    def step(self, number: int, step: Step) -> None:
-        """A step's effect is about to begin."""
-        self._append({"step": number, "do": _encode(step)})
+    def step(self, number: int, at: int) -> None:
+        """The effect of the step AT (from 0) is about to begin."""
+        self._append({"step": number, "begun": at + 1})
 
     def end(self, number: int) -> None:
         """An operation is over: done, or undone as far as could be."""
@@ -82,7 +84,7 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 # A crash can leave the last line half written: its effect had not begun.
                 log.warning("the journal %s has a line that cannot be read, it is left out: %s", self._path, error)
-        return tuple(Unfinished(b["operation"], b["machine"], tuple(b["steps"])) for b in begun.values()), lent
+        return tuple(_unfinished(row) for row in begun.values()), lent
 
     def _append(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -93,9 +95,10 @@ class Journal:
     def _rewrite(self) -> None:
         """Leaves only what is still to be known: nothing, when nothing is unfinished or lent."""
         rows: list[dict[str, Any]] = []
-        for number, unfinished in enumerate(self.unfinished):
-            rows.append({"begin": -1 - number, "operation": unfinished.operation, "machine": unfinished.machine})
-            rows += [{"step": -1 - number, "do": _encode(step)} for step in unfinished.steps]
+        for number, left in enumerate(self.unfinished):
+            steps = [_encode(step) for step in left.steps]
+            row = {"operation": left.operation, "machine": left.machine, "steps": steps, "begun": left.begun}
+            rows.append({"begin": -1 - number, **row})
         rows += [{"lend": device, "uri": uri, "driver": driver} for device, (uri, driver) in self.lent.items()]
         temporary = self._path.with_suffix(".new")
         with temporary.open("w", encoding="utf-8") as file:
@@ -107,15 +110,20 @@ class Journal:
 
 def _take(row: dict[str, Any], begun: dict[int, dict[str, Any]], lent: dict[str, tuple[str, str]]) -> None:
     if "begin" in row:
-        begun[row["begin"]] = {"operation": row["operation"], "machine": row["machine"], "steps": []}
+        _unfinished(row)  # a row that cannot be read is left out here already
+        begun[row["begin"]] = row
     elif "step" in row:
-        begun[row["step"]]["steps"].append(_decode(row["do"]))
+        begun[row["step"]]["begun"] = row["begun"]
     elif "end" in row:
         begun.pop(row["end"], None)
     elif "lend" in row:
         lent[row["lend"]] = (row["uri"], row["driver"])
     elif "return" in row:
         lent.pop(row["return"], None)
+
+
+def _unfinished(row: dict[str, Any]) -> Unfinished:
+    return Unfinished(row["operation"], row["machine"], tuple(_decode(step) for step in row["steps"]), row["begun"])
 
 
 def _encode(step: Step) -> dict[str, str]:

@@ -47,6 +47,7 @@ class Operations:
         self._emit = emit
         self._controls: dict[int, Control] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._recovering = asyncio.Lock()
         self._last = 0
 
     async def start(self, wish: Wish, authorise: Authorise) -> Control:
@@ -70,12 +71,13 @@ class Operations:
 
     async def recover(self, journal: Journal) -> None:
         """Finishes or undoes what an earlier run of the daemon began, as soon as its machine is known again."""
-        for unfinished in list(journal.unfinished):
-            machine = self._state.machines.get(unfinished.machine)
-            if machine and not machine.stale:
-                journal.recovered(unfinished)
-                await self._executor.recover(unfinished)
-        await self._executor.give_back_idle()
+        async with self._recovering:
+            for unfinished in journal.unfinished:
+                machine = self._state.machines.get(unfinished.machine)
+                if machine and not machine.stale:
+                    await self._executor.recover(unfinished)
+                    journal.recovered(unfinished)
+            await self._executor.give_back_idle()
 
     async def stop(self) -> None:
         """Cancels all jobs and waits until each is undone."""

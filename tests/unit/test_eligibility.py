@@ -1,0 +1,147 @@
+"""Blockers and companions, case by case."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from hostpassd.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
+from hostpassd.host.device import Device
+from hostpassd.passthrough.eligibility import blockers, companions
+from hostpassd.state import State
+from tests.unit.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
+
+PORT = bridge("0000:00:01.0", group=1)
+NIC = pci("0000:01:00.0", PORT, group=2)
+
+
+def codes(state: State, device: Device) -> set[tuple[str, str]]:
+    return {(b.code, b.severity) for b in blockers(state, state.devices[device.name])}
+
+
+def test_a_nic_behind_a_root_port_is_free() -> None:
+    state = state_of(PORT, NIC, net("enp1s0", NIC))
+    assert codes(state, NIC) == set()
+    assert codes(state, PORT) == {("bridge", "never"), ("not-leaf", "override")}
+
+
+@pytest.mark.parametrize(
+    ("facts", "code"),
+    [
+        ({"code": 0x060100, "driver": "lpc_ich"}, ("bridge", "never")),
+        ({"header": 2}, ("bridge", "never")),
+        ({"header": 0x7F}, ("not-responding", "never")),
+        ({"off_bus": True}, ("not-responding", "never")),
+        ({"code": 0x070002}, ("class-excluded", "override")),
+        ({"code": 0x0C0500}, ("class-excluded", "override")),
+        ({"code": 0x050000}, ("class-excluded", "override")),
+        ({"code": 0x088000}, ("class-excluded", "override")),
+        ({"boot_display": True, "code": 0x030000}, ("boot-display", "override")),
+        ({"group": -1}, ("no-iommu", "never")),
+    ],
+)
+def test_what_a_pci_function_is(facts: dict[str, object], code: tuple[str, str]) -> None:
+    device = pci("0000:02:00.0", **{"group": 7, **facts})  # type: ignore[arg-type]
+    assert codes(state_of(device), device) == {code}
+
+
+def test_a_usb_controller_is_not_excluded_by_the_smbus_class() -> None:
+    controller = pci("0000:00:14.0", group=3, code=0x0C0330)
+    assert codes(state_of(controller), controller) == set()
+
+
+def test_companions_are_the_endpoints_that_a_driver_binds() -> None:
+    parent = bridge("0000:03:00.0", group=5)
+    nic = pci("0000:04:01.0", parent, group=5)
+    sound = pci("0000:04:02.0", parent, group=5, driver="snd_intel8x0", code=0x040100)
+    idle = pci("0000:04:03.0", parent, group=5, driver="")
+    bound = pci("0000:04:04.0", parent, group=5, driver="vfio-pci")
+    state = state_of(parent, nic, sound, idle, bound)
+    assert companions(state, nic) == (sound.name, bound.name)
+    assert codes(state, nic) == set()
+
+
+def test_a_bridge_on_a_host_driver_makes_its_group_not_viable_and_is_named() -> None:
+    lpc = pci("0000:00:1f.0", group=9, code=0x060100, driver="lpc_ich")
+    sata = pci("0000:00:1f.2", group=9, code=0x010601, driver="ahci")
+    state = state_of(lpc, sata)
+    found = {b.code: b.message for b in blockers(state, sata)}
+    assert set(found) == {"group-not-viable"}
+    assert "0000:00:1f.0 (lpc_ich)" in found["group-not-viable"]
+    state.apply(DeviceSeen(dataclasses.replace(lpc, driver="")))
+    assert codes(state, sata) == set()
+
+
+def test_hubs_functions_and_what_hangs_on_a_stick() -> None:
+    controller = pci("0000:00:14.0", group=3, code=0x0C0330)
+    root = usb("usb1", controller, device_class=9)
+    hub = usb("1-1", root, device_class=9)
+    stick = usb("1-1.2", hub, number=4)
+    lun = scsi(6, 0, 0, 0, stick)
+    disk = block("sdc", lun)
+    state = state_of(controller, root, hub, stick, lun, disk)
+    assert codes(state, root) == codes(state, hub) == {("hub", "never")}
+    assert codes(state, stick) == set()
+    assert codes(state, lun) == codes(state, disk) == {("not-assignable-kind", "never")}
+    assert state.target(disk.name) == state.target(lun.name) == stick.name
+    assert codes(state, controller) == {("not-leaf", "override")}
+    state.apply(DeviceGone(stick.sysfs_path))
+    assert codes(state, controller) == set()
+
+
+def test_a_use_blocks_everything_above_and_the_companions() -> None:
+    nic, sound = pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5, driver="snd")
+    interface = net("enp4s1", nic)
+    state = state_of(nic, sound, interface)
+    state.apply(HostUsesRead({interface.name: (HostUse("address", "192.0.2.7/24"),)}))
+    assert ("network-in-use", "override") in codes(state, nic)
+    assert ("network-in-use", "override") in codes(state, sound)
+    assert any("192.0.2.7/24" in b.message for b in blockers(state, state.devices[sound.name]))
+    state.apply(HostUsesRead({}))
+    assert codes(state, nic) == codes(state, sound) == set()
+
+
+@pytest.mark.parametrize(
+    ("use", "code"),
+    [
+        (HostUse("mount", "/ on /dev/sda1", system=True), ("host-system", "never")),
+        (HostUse("swap", "/dev/sda2", system=True), ("host-system", "never")),
+        (HostUse("mount", "/srv on /dev/sda1"), ("mounted", "override")),
+        (HostUse("storage-stack", "LVM volume vg-root"), ("storage-stack", "override")),
+    ],
+)
+def test_a_use_of_a_disk_blocks_the_lun_and_the_controller(use: HostUse, code: tuple[str, str]) -> None:
+    controller = pci("0000:05:00.0", group=4, code=0x010000)
+    lun = scsi(0, 0, 1, 0, controller)
+    disk = block("sda", lun)
+    state = state_of(controller, lun, disk)
+    state.apply(HostUsesRead({disk.name: (use,)}))
+    assert codes(state, lun) == {code}
+    assert codes(state, controller) == {code, ("not-leaf", "override")}
+
+
+def test_holds_of_any_machine_block_the_device_its_companions_and_what_is_above() -> None:
+    controller = pci("0000:05:00.0", group=4, code=0x010000)
+    lun = scsi(0, 0, 1, 0, controller)
+    state = state_of(controller, lun)
+    state.apply(MachineRead(machine("a", live=(hostdev(lun),))))
+    state.apply(MachineRead(machine("b", OTHER, running=False, stored=(hostdev(lun),))))
+    assert codes(state, lun) == {("held-live", "never"), ("held-config", "override")}
+    assert codes(state, controller) == {("held-live", "never"), ("held-config", "override"), ("not-leaf", "override")}
+    assert {b.machine for b in blockers(state, lun)} == {machine().uuid, OTHER}
+
+
+def test_virtual_functions_stand_on_their_own_and_block_their_physical_one() -> None:
+    physical = pci("0000:06:00.0", group=10)
+    virtual = pci("0000:06:10.0", group=11, physical=physical)
+    state = state_of(physical, virtual)
+    assert codes(state, virtual) == set()
+    assert codes(state, physical) == {("has-virtual-functions", "override")}
+
+
+def test_the_configuration_keeps_a_device_for_the_host() -> None:
+    state = State(never=frozenset({NIC.name}))
+    for device in (PORT, NIC):
+        state.apply(DeviceSeen(device))
+    assert codes(state, NIC) == {("host-system", "never")}

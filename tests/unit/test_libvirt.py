@@ -1,0 +1,508 @@
+"""The connection to libvirt, against its embedded driver in this process; and the watch on stored configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import pytest
+
+from hostpassd.errors import (
+    AlreadyAssigned,
+    HypervisorRefused,
+    HypervisorUnavailable,
+    NoSuchDevice,
+    NoSuchMachine,
+    NotSupported,
+)
+from hostpassd.events import (
+    DeviceAdded,
+    DeviceRemoved,
+    Event,
+    HypervisorChanged,
+    MachineGone,
+    MachineRead,
+    MachinesListed,
+    RemovalFailed,
+)
+from hostpassd.inotify import Watch
+from hostpassd.machines import libvirt as ours
+from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines.machine import Claim, Machine, PciSource, UsbSource
+from hostpassd.machines.stored import StoredWatch, folder_of
+
+GAMING, OFF, TRANSIENT = (f"aaaaaaaa-2222-3333-4444-00000000000{n}" for n in (1, 2, 3))
+PCI = (
+    "<hostdev mode='subsystem' type='pci' managed='yes'><source>"
+    "<address domain='0x0000' bus='0x06' slot='0x00' function='0x0'/></source></hostdev>"
+)
+USB = (
+    "<hostdev mode='subsystem' type='usb'><source startupPolicy='optional'>"
+    "<vendor id='0x046d'/><product id='0xc52b'/></source></hostdev>"
+)
+
+
+def domain(name: str, uuid: str, devices: str = "", extra: str = "") -> str:
+    return (
+        f"<domain type='test'><name>{name}</name><uuid>{uuid}</uuid><memory>8192</memory>"
+        f"<os><type>hvm</type></os>{extra}<devices>{devices}</devices></domain>"
+    )
+
+
+NODE = (
+    "<node xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>"
+    + domain("gaming", GAMING, PCI + USB, "<test:runstate>1</test:runstate>")
+    + domain("off", OFF, "", "<test:runstate>5</test:runstate>")
+    + domain("trans", TRANSIENT, USB, "<test:transient>1</test:transient>")
+    + "</node>"
+)
+
+
+class Tape:
+    """The events so far, and a wait for more."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._more = asyncio.Event()
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        self._more.set()
+
+    async def until(self, wanted: Callable[[list[Event]], Any]) -> Any:
+        """What WANTED finds, once it finds something."""
+        async with asyncio.timeout(10):
+            while not (found := wanted(self.events)):
+                self._more.clear()
+                await self._more.wait()
+        return found
+
+    async def until_listed(self, times: int = 1) -> MachinesListed:
+        def listed(events: list[Event]) -> MachinesListed | None:
+            lists = [event for event in events if isinstance(event, MachinesListed)]
+            return lists[times - 1] if len(lists) >= times else None
+
+        found = await self.until(listed)
+        assert isinstance(found, MachinesListed)
+        return found
+
+    def last(self, uuid: str) -> Machine:
+        """The machine as it was last told."""
+        for event in reversed(self.events):
+            machines = (event.machine,) if isinstance(event, MachineRead) else getattr(event, "machines", ())
+            for machine in machines:
+                if machine.uuid == uuid:
+                    assert isinstance(machine, Machine)
+                    return machine
+        raise AssertionError(uuid)
+
+
+@contextlib.asynccontextmanager
+async def running(uri: str) -> AsyncIterator[tuple[Hypervisor, Tape]]:
+    tape = Tape()
+    hypervisor = Hypervisor(uri, tape.emit)
+    task = asyncio.create_task(hypervisor.run())
+    try:
+        yield hypervisor, tape
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    (tmp_path / "node.xml").write_text(NODE)
+    return f"test://{tmp_path}/node.xml"
+
+
+class Opened:
+    """libvirt.open, seen through: its connections, the callbacks given to them, and how it is to fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.connections: list[Any] = []
+        self.close_callbacks: list[Any] = []
+        self.callbacks: dict[int, tuple[Any, Any]] = {}
+        self.refusals = 0
+        self.go = threading.Event()
+        self.go.set()
+        self._open = libvirt.open
+        monkeypatch.setattr(libvirt, "open", self)
+
+    def __call__(self, uri: str) -> Any:
+        self.go.wait(10)
+        if self.refusals:
+            self.refusals -= 1
+            raise libvirt.libvirtError("no libvirtd here")
+        connection = self._open(uri)
+        self.connections.append(connection)
+        register = connection.domainEventRegisterAny
+
+        def register_any(domain: Any, number: int, callback: Any, opaque: Any) -> Any:
+            self.callbacks[number] = (callback, opaque)
+            return register(domain, number, callback, opaque)
+
+        connection.domainEventRegisterAny = register_any
+        connection.registerCloseCallback = lambda callback, _opaque: self.close_callbacks.append(callback)
+        connection.unregisterCloseCallback = lambda: None
+        return connection
+
+    def fire(self, number: int, *values: Any) -> None:
+        """Call the callback for event NUMBER on the newest connection as libvirt does: in a thread of its own."""
+        callback, opaque = self.callbacks[number]
+        thread = threading.Thread(target=callback, args=(self.connections[-1], *values, opaque))
+        thread.start()
+        thread.join()
+
+    def lose(self, reason: int) -> None:
+        """What libvirt does when the connection breaks."""
+        self.connections[-1].isAlive = lambda: 0
+        thread = threading.Thread(target=self.close_callbacks[-1], args=(self.connections[-1], reason, None))
+        thread.start()
+        thread.join()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+    return Opened(monkeypatch)
+
+
+# Reading.
+
+
+async def test_all_machines_are_listed_with_both_halves(uri: str) -> None:
+    async with running(uri) as (_, tape):
+        listed = await tape.until_listed()
+        assert tape.events[0] == HypervisorChanged(uri, True, "")
+    machines = {machine.name: machine for machine in listed.machines}
+    assert machines.keys() == {"gaming", "off", "trans"}
+    gaming = machines["gaming"]
+    assert (gaming.uuid, gaming.uri, gaming.state, gaming.persistent) == (GAMING, uri, "running", True)
+    both = [PciSource("0000:06:00.0"), UsbSource(0x046D, 0xC52B)]
+    assert [claim.source for claim in gaming.live] == [claim.source for claim in gaming.stored] == both
+    assert (machines["off"].state, machines["off"].live, machines["off"].stored) == ("shut off", (), ())
+    assert (machines["trans"].persistent, machines["trans"].stored, len(machines["trans"].live)) == (False, (), 1)
+
+
+async def test_what_others_do_to_a_machine_is_told(tmp_path: Path) -> None:
+    uuid = "bbbbbbbb-2222-3333-4444-000000000001"
+    async with running("test:///default") as (_, tape):
+        await tape.until_listed()
+        other = libvirt.open("test:///default")
+        machine = await asyncio.to_thread(other.defineXML, domain("theirs", uuid, USB))
+        read = await tape.until(lambda events: [e for e in events if isinstance(e, MachineRead)])
+        assert read[0].machine.name == "theirs"
+        assert len(read[0].machine.stored) == 1
+        await asyncio.to_thread(machine.create)
+        await tape.until(lambda _: len(tape.last(uuid).live) == 1)
+        assert tape.last(uuid).active
+        await asyncio.to_thread(machine.destroy)
+        await tape.until(lambda _: tape.last(uuid).state == "shut off")
+        await asyncio.to_thread(machine.undefine)
+        await tape.until(lambda events: MachineGone(uuid) in events)
+        other.close()
+
+
+async def test_a_device_event_comes_after_the_reading_that_shows_it(uri: str, opened: Opened) -> None:
+    async with running(uri) as (_, tape):
+        await tape.until_listed()
+        machine = opened.connections[-1].lookupByUUIDString(GAMING)
+        for number, event in (
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, DeviceAdded(GAMING, "ua-1")),
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, DeviceRemoved(GAMING, "ua-1")),
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, RemovalFailed(GAMING, "ua-1")),
+        ):
+            before = len(tape.events)
+            opened.fire(number, machine, "ua-1")
+            await tape.until(lambda events: events[-1:] == [event])  # noqa: B023
+            assert [type(e) for e in tape.events[before:]] == [MachineRead, type(event)]
+
+
+async def test_an_event_during_a_reading_has_the_machine_read_again(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, finish = threading.Event(), threading.Event()
+    read = ours._Link.read
+
+    def slow(self: Any, uuid: str) -> Any:
+        machine = read(self, uuid)
+        reading.set()
+        finish.wait(10)
+        return machine
+
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        monkeypatch.setattr(ours._Link, "read", slow)
+        first = asyncio.create_task(hypervisor.refresh_machine(GAMING))
+        assert await asyncio.to_thread(reading.wait, 10)
+        machine = opened.connections[-1].lookupByUUIDString(GAMING)
+        for alias in ("ua-1", "ua-2"):
+            opened.fire(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, machine, alias)
+        finish.set()
+        await first
+        await tape.until(lambda events: DeviceAdded(GAMING, "ua-2") in events)
+    after = [type(event) for event in tape.events if not isinstance(event, HypervisorChanged | MachinesListed)]
+    assert after == [MachineRead, MachineRead, DeviceAdded, DeviceAdded]
+
+
+async def test_refresh_reads_everything_and_a_machine_by_name(uri: str) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.refresh()
+        assert isinstance(tape.events[-1], MachinesListed)
+        await hypervisor.refresh_machine("off")
+        assert tape.last(OFF) == getattr(tape.events[-1], "machine", None)
+        with pytest.raises(NoSuchMachine):
+            await hypervisor.refresh_machine("nobody")
+
+
+async def test_a_machine_that_cannot_be_read_is_shown_as_it_was(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(uri) as (hypervisor, tape):
+        listed = await tape.until_listed()
+
+        def unreadable(xml: str) -> Any:
+            raise ValueError("no XML")
+
+        monkeypatch.setattr(ours, "read_claims", unreadable)
+        with pytest.raises(HypervisorRefused):
+            await hypervisor.refresh_machine(GAMING)
+        await hypervisor.refresh()
+        again = await tape.until_listed(2)
+        assert set(again.machines) == set(listed.machines)
+
+
+# Changing.
+
+
+def stored(tape: Tape, uuid: str) -> dict[str, Claim]:
+    return {claim.id: claim for claim in tape.last(uuid).stored}
+
+
+async def test_a_driver_that_cannot_attach_is_given_the_whole_machine_again(uri: str) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.attach_stored(OFF, USB)
+        await hypervisor.attach_stored(OFF, PCI)
+        assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b", "hostdev:pci:0000:06:00.0"}
+        with pytest.raises(AlreadyAssigned):
+            await hypervisor.attach_stored(OFF, PCI)
+        claim = stored(tape, OFF)["hostdev:pci:0000:06:00.0"]
+        await hypervisor.detach_stored(OFF, claim)
+        assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
+        await hypervisor.detach_stored(OFF, claim)  # already gone
+        assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
+
+
+async def test_the_live_half_stays_when_the_stored_half_changes(uri: str) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.detach_stored(GAMING, stored(tape, GAMING)["hostdev:usb:046d:c52b"])
+        assert len(tape.last(GAMING).stored) == 1
+        assert len(tape.last(GAMING).live) == 2
+
+
+async def test_a_transient_machine_is_not_made_persistent(uri: str) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        with pytest.raises(HypervisorRefused):
+            await hypervisor.attach_stored(TRANSIENT, PCI)
+        await hypervisor.refresh()
+        assert not tape.last(TRANSIENT).persistent
+
+
+async def test_errors_say_what_is_wrong_in_libvirts_words(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "_NODE_DEVICE_PATIENCE", 0.0)
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        with pytest.raises(NoSuchMachine):
+            await hypervisor.attach_stored("aaaaaaaa-2222-3333-4444-00000000000f", USB)
+        with pytest.raises(NotSupported):
+            await hypervisor.detach_live(GAMING, "ua-1")
+        with pytest.raises(NoSuchDevice, match="pci_0000_99_00_0"):
+            await hypervisor.detach_host("pci_0000_99_00_0")
+        broken = USB.replace("0x046d", "x")
+        with pytest.raises(HypervisorRefused, match=r"libvirt refused: .*vendor") as refused:
+            await hypervisor.attach_stored(OFF, broken)
+        assert "\n" not in str(refused.value)
+
+
+async def test_a_node_device_that_libvirt_has_not_seen_yet_is_waited_for(uri: str, opened: Opened) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        connection, calls = opened.connections[-1], []
+        lookup = connection.nodeDeviceLookupByName
+
+        class Node:
+            def detachFlags(self, driver: str | None) -> None:
+                calls.append("detached")
+
+        def late(name: str) -> Any:
+            calls.append("looked")
+            return Node() if calls.count("looked") == 3 else lookup("pci_0000_99_00_0")
+
+        connection.nodeDeviceLookupByName = late
+        await hypervisor.detach_host("pci_0000_06_00_0")
+        assert calls == ["looked", "looked", "looked", "detached"]
+
+
+# Losing libvirt and finding it again.
+
+
+async def test_not_connected_is_an_error_and_no_empty_list(uri: str, opened: Opened) -> None:
+    opened.refusals = 10**6
+    async with running(uri) as (hypervisor, tape):
+        await tape.until(lambda events: events)
+        assert isinstance(tape.events[0], HypervisorChanged) and not tape.events[0].connected
+        assert "no libvirtd here" in tape.events[0].error
+        for call in (hypervisor.refresh(), hypervisor.detach_live(GAMING, "x"), hypervisor.refresh_machine("off")):
+            with pytest.raises(HypervisorUnavailable, match="no libvirtd here"):
+                await call
+        opened.refusals = 0
+        await tape.until_listed()
+    assert [type(event) for event in tape.events] == [HypervisorChanged, HypervisorChanged, MachinesListed]
+
+
+async def test_a_lost_connection_is_told_and_comes_back(uri: str, opened: Opened) -> None:
+    async with running(uri) as (_, tape):
+        await tape.until_listed()
+        opened.refusals = 1
+        opened.lose(libvirt.VIR_CONNECT_CLOSE_REASON_EOF)
+        await tape.until_listed(2)
+    changes = [event.connected for event in tape.events if isinstance(event, HypervisorChanged)]
+    assert changes == [True, False, False, True]
+    assert not any(isinstance(event, MachineGone) for event in tape.events)
+    assert all(connection._o is None for connection in opened.connections)  # each was closed
+
+
+async def test_a_call_that_finds_the_connection_dead_ends_as_unavailable(uri: str, opened: Opened) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        connection = opened.connections[-1]
+
+        def dead(*_: Any) -> Any:
+            connection.isAlive = lambda: 0
+            raise libvirt.libvirtError("client socket is closed")
+
+        connection.lookupByUUIDString = dead
+        with pytest.raises(HypervisorUnavailable):
+            await hypervisor.attach_live(GAMING, USB)
+        assert not [e for e in tape.events if isinstance(e, HypervisorChanged)][-1].connected  # told before the error
+        await tape.until_listed(2)
+
+
+async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, finish = threading.Event(), threading.Event()
+    read = ours._Link.read
+
+    def stuck(self: Any, uuid: str) -> Any:
+        reading.set()
+        finish.wait(10)
+        return read(self, uuid)
+
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        monkeypatch.setattr(ours._Link, "read", stuck)
+        opened.fire(
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, opened.connections[-1].lookupByUUIDString(GAMING), "ua-1"
+        )
+        assert await asyncio.to_thread(reading.wait, 10)
+        waits = [asyncio.create_task(hypervisor.refresh_machine(uuid)) for uuid in (GAMING, OFF)]
+        waits.append(asyncio.create_task(hypervisor.refresh()))
+        await asyncio.sleep(0)  # all three wait now
+        opened.lose(libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE)
+        for wait in waits:
+            with pytest.raises(HypervisorUnavailable, match="does not answer"):
+                await wait
+        finish.set()
+        await tape.until(lambda events: DeviceRemoved(GAMING, "ua-1") in events)
+        lists = [n for n, event in enumerate(tape.events) if isinstance(event, MachinesListed)]
+        assert lists[1] < tape.events.index(DeviceRemoved(GAMING, "ua-1"))
+
+
+async def test_a_libvirtd_that_does_not_answer_holds_nothing_up(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_OPEN_PATIENCE", 0.01)
+    opened.go.clear()
+    async with running(uri) as (hypervisor, tape):
+        await tape.until(lambda events: events)
+        assert "does not answer" in tape.events[0].error  # type: ignore[union-attr]
+        with pytest.raises(HypervisorUnavailable):
+            await hypervisor.refresh()
+        opened.go.set()
+        await tape.until_listed()
+
+
+# Stored configuration that others change.
+
+
+class Reads:
+    """Stands for the hypervisor: what it was asked to read."""
+
+    def __init__(self) -> None:
+        self.tape: list[str] = []
+        self.more = asyncio.Event()
+
+    async def refresh(self) -> None:
+        self.tape.append("*")
+        self.more.set()
+
+    async def refresh_machine(self, uuid_or_name: str) -> None:
+        self.tape.append(uuid_or_name)
+        self.more.set()
+        if uuid_or_name == "nobody":
+            raise NoSuchMachine("nobody")
+
+
+async def test_a_changed_file_has_its_machine_read_once(tmp_path: Path) -> None:
+    reads = Reads()
+    watch = StoredWatch(reads, str(tmp_path))
+    for name in ("nobody", "win 10"):
+        for text in ("a", "b"):  # as libvirt does it
+            (tmp_path / f"{name}.xml.new").write_text(text)
+            os.rename(tmp_path / f"{name}.xml.new", tmp_path / f"{name}.xml")
+    async with asyncio.timeout(5):
+        await reads.more.wait()
+    assert reads.tape == ["nobody", "win 10"]
+    reads.more.clear()
+    (tmp_path / "win 10.xml").unlink()
+    async with asyncio.timeout(5):
+        await reads.more.wait()
+    assert reads.tape == ["nobody", "win 10", "win 10"]
+    watch.close()
+
+
+async def test_when_the_folder_goes_everything_is_read(tmp_path: Path) -> None:
+    reads = Reads()
+    (tmp_path / "qemu").mkdir()
+    watch = StoredWatch(reads, str(tmp_path / "qemu"))
+    (tmp_path / "qemu").rmdir()
+    async with asyncio.timeout(5):
+        await reads.more.wait()
+    assert reads.tape == ["*"]
+    watch.close()
+
+
+async def test_a_folder_that_cannot_be_watched_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    StoredWatch(Reads(), str(tmp_path / "none")).close()
+    assert len(caplog.records) == 1
+    assert folder_of("qemu:///system?socket=/x") == "/etc/libvirt/qemu"
+    assert folder_of("test:///default") is None
+
+
+async def test_a_watch_gives_its_descriptor_back(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    watch = Watch(str(tmp_path), lambda names: None)
+    watch.close()
+    watch.close()
+    with pytest.raises(OSError):
+        Watch(str(tmp_path / "none"), lambda names: None)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,113 @@
+"""Plans: what they hold, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from hostpassd import errors
+from hostpassd.events import MachineRead
+from hostpassd.host.device import Device
+from hostpassd.machines.machine import Machine
+from hostpassd.passthrough.plan import Attach, Free, GiveBack, Options, Plan, Release, Store, Unstore, plan_assign, plan_dismiss
+from hostpassd.state import State
+from tests.unit.world import OTHER, bridge, hostdev, machine, pci, scsi, state_of, usb
+
+PORT = bridge("0000:00:01.0", group=1)
+NIC = pci("0000:01:00.0", PORT, group=2)
+STICK = usb("1-1", number=3)
+PAIR = (pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5, driver="snd", code=0x040100))
+LUN = scsi(2, 0, 1, 0)
+
+
+def world(*machines: Machine) -> State:
+    state = state_of(PORT, NIC, STICK, *PAIR, LUN)
+    for m in machines:
+        state.apply(MachineRead(m))
+    return state
+
+
+def assign(state: State, device: Device, options: Options | None = None) -> Plan:
+    (m,) = [m for m in state.machines.values() if m.name == "vm"]
+    return plan_assign(state, m, state.devices[device.name], options or Options())
+
+
+def kinds(plan: Plan) -> list[str]:
+    return [f"{type(step).__name__} {step.device}" for step in plan.steps]
+
+
+@pytest.mark.parametrize("device", [NIC, STICK, LUN])
+def test_a_running_persistent_machine_gets_both_halves_stored_first(device: Device) -> None:
+    assert kinds(assign(world(machine()), device)) == [f"Store {device.name}", f"Attach {device.name}"]
+
+
+def test_a_stopped_or_transient_machine_gets_its_only_half() -> None:
+    assert kinds(assign(world(machine(running=False)), NIC)) == [f"Store {NIC.name}"]
+    assert kinds(assign(world(machine(persistent=False)), NIC)) == [f"Attach {NIC.name}"]
+
+
+def test_companions_are_freed_before_the_first_attach() -> None:
+    plan = assign(world(machine(persistent=False)), PAIR[0])
+    assert [type(step) for step in plan.steps] == [Free, Free, Attach, Attach]
+    assert plan.devices == (PAIR[0].name, PAIR[1].name)
+
+
+def test_the_missing_half_is_added_and_nothing_more() -> None:
+    state = world(machine(stored=(hostdev(NIC),)))
+    assert kinds(assign(state, NIC)) == [f"Attach {NIC.name}"]
+    state = world(machine(live=(hostdev(NIC),), stored=(hostdev(NIC),)))
+    with pytest.raises(errors.AlreadyAssigned):
+        assign(state, NIC)
+    assert kinds(assign(world(machine(live=(hostdev(NIC),))), NIC)) == [f"Store {NIC.name}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (machine(running=False), Options(live=True)),
+        (machine(persistent=False), Options(config=True)),
+        (machine(), Options(live=False, config=False)),
+    ],
+)
+def test_a_half_that_the_machine_has_not_is_an_invalid_option(given: Machine, options: Options) -> None:
+    with pytest.raises(errors.InvalidOption):
+        assign(world(given), NIC, options)
+
+
+def test_blocked_names_every_code_and_what_it_names() -> None:
+    state = world(machine(), machine("b", OTHER, live=(hostdev(NIC),), stored=(hostdev(NIC),)))
+    with pytest.raises(errors.Blocked, match=r"held-config.* b has .*held-live.* b has") as error:
+        assign(state, NIC)
+    assert "0000:01:00.0" in str(error.value)
+
+
+def test_another_instance_is_a_stale_plan() -> None:
+    state = world(machine())
+    with pytest.raises(errors.StalePlan):
+        assign(state, NIC, Options(instance=state.devices[NIC.name].instance + 1))
+
+
+def test_dismiss_takes_the_stored_half_first_then_all_of_the_group_then_gives_back() -> None:
+    held = (hostdev(PAIR[0], "a"), hostdev(PAIR[1], "b"))
+    state = world(machine(live=held, stored=held))
+    plan = plan_dismiss(state, state.machines[machine().uuid], state.devices[PAIR[1].name], Options())
+    assert [type(s) for s in plan.steps] == [Unstore, Unstore, Release, Release, GiveBack, GiveBack]
+    assert [s.alias for s in plan.steps if isinstance(s, Release)] == ["b", "a"]
+
+
+def test_dismiss_of_what_is_not_held_is_refused() -> None:
+    state = world(machine(stored=(hostdev(STICK),)))
+    m = state.machines[machine().uuid]
+    with pytest.raises(errors.NotAssigned):
+        plan_dismiss(state, m, state.devices[NIC.name], Options())
+    with pytest.raises(errors.NotAssigned):
+        plan_dismiss(state, m, state.devices[STICK.name], Options(live=True))
+
+
+def test_a_twin_is_stored_by_bus_and_number_too() -> None:
+    state = state_of(STICK, usb("1-2", number=4))
+    state.apply(MachineRead(machine(running=False)))
+    (step,) = assign(state, STICK).steps
+    assert isinstance(step, Store) and 'bus="' in step.claim.xml.replace("'", '"')
+    (step,) = assign(world(machine(running=False)), STICK).steps
+    assert isinstance(step, Store) and 'bus="' not in step.claim.xml.replace("'", '"')
+    assert "optional" in step.claim.xml

@@ -1,0 +1,203 @@
+"""The state: what each event changes, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hostpassd.events import (
+    DeviceGone,
+    DeviceRemoved,
+    DeviceSeen,
+    DevicesScanned,
+    HostUse,
+    HostUsesRead,
+    HypervisorChanged,
+    MachineGone,
+    MachineRead,
+    Releasing,
+)
+from hostpassd.host.device import Device
+from hostpassd.machines.machine import Claim, UsbSource
+from hostpassd.passthrough.eligibility import blockers, companions
+from hostpassd.state import State
+from tests.unit.world import OTHER, URI, UUID, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
+
+STICK = usb("1-1", number=3, serial="A")
+TWIN = usb("1-2", number=4, serial="B")
+
+
+def by_ids(alias: str = "hostdev0", bus: int | None = None, number: int | None = None) -> Claim:
+    source = UsbSource(0x46F4, 0x0001, bus, number)
+    return Claim("hostdev", source, alias, "<hostdev/>", f"hostdev:usb:46f4:0001:{bus}:{number}", "usb 46f4:0001")
+
+
+def held(state: State, uuid: str = UUID) -> dict[str, tuple[bool, bool]]:
+    return {hold.device: (hold.live, hold.config) for hold in state.holds_of(uuid)}
+
+
+def test_a_hold_appears_moves_and_goes_with_one_signal_each() -> None:
+    state = state_of(STICK)
+    batches = state.apply(MachineRead(machine(live=(hostdev(STICK),))))
+    assert [h.device for b in batches for h in b.holds_added] == [STICK.name]
+    batches = state.apply(MachineRead(machine(live=(hostdev(STICK),), stored=(hostdev(STICK),))))
+    assert not any(b.holds_added or b.holds_removed for b in batches)
+    assert held(state) == {STICK.name: (True, True)}
+    batches = state.apply(MachineRead(machine()))
+    assert [(h.device, h.live, h.config) for b in batches for h in b.holds_removed] == [(STICK.name, True, True)]
+
+
+def test_a_claim_finds_its_device_when_that_comes_and_is_missing_when_it_goes() -> None:
+    state = State()
+    state.apply(MachineRead(machine(stored=(by_ids(),))))
+    assert [row.config for row in state.missing[UUID]] == [True]
+    assert state.apply(DeviceSeen(STICK))[0].holds_added
+    assert state.missing[UUID] == () and held(state) == {STICK.name: (False, True)}
+    assert state.apply(DeviceGone(STICK.sysfs_path))[0].holds_removed
+    assert held(state) == {} and len(state.missing[UUID]) == 1
+    assert state.last_place(UUID, state.missing[UUID][0].id) == STICK.name
+
+
+def test_twins_are_told_apart_by_number_and_by_the_live_half() -> None:
+    state = state_of(STICK, TWIN)
+    state.apply(MachineRead(machine(live=(by_ids(bus=1, number=4),), stored=(by_ids(),))))
+    assert held(state) == {TWIN.name: (True, True)}
+    state.apply(MachineRead(machine("b", OTHER, running=False, stored=(by_ids(),))))
+    assert held(state, OTHER) == {}
+    assert len(state.missing[OTHER]) == 1
+
+
+def test_a_stale_twin_is_missing_and_not_the_newly_plugged_one() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(live=(by_ids(bus=1, number=3),))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    state.apply(DeviceSeen(usb("1-1", number=9, serial="A")))
+    assert held(state) == {} and len(state.missing[UUID]) == 1
+
+
+def test_a_replug_is_another_instance_and_ends_a_batch() -> None:
+    state = state_of(STICK)
+    first = state.devices[STICK.name].instance
+    batches = state.apply(DeviceSeen(usb("1-1", number=9)))
+    assert [list(b.removed) for b in batches] == [[("device", STICK.name)], []]
+    assert [list(b.added) for b in batches] == [[], [("device", STICK.name)]]
+    assert state.devices[STICK.name].instance > first
+
+
+def test_an_update_keeps_the_instance_and_says_nothing_when_nothing_differs() -> None:
+    state = state_of(STICK)
+    assert state.apply(DeviceSeen(STICK)) == []
+    first = state.devices[STICK.name].instance
+    state.apply(DeviceSeen(dataclasses.replace(STICK, driver="")))
+    assert state.devices[STICK.name].instance == first
+
+
+def test_an_unreachable_hypervisor_leaves_holds_stale_and_signals_no_removal() -> None:
+    state = state_of(STICK)
+    state.apply(HypervisorChanged(URI, True))
+    state.apply(MachineRead(machine(live=(hostdev(STICK),))))
+    batches = state.apply(HypervisorChanged(URI, False, "gone"))
+    assert state.degraded and not any(b.holds_removed or b.removed for b in batches)
+    assert [hold.stale for hold in state.holds_of(UUID)] == [True]
+    state.apply(HypervisorChanged(URI, True))
+    state.apply(MachineRead(machine(live=(hostdev(STICK),))))
+    assert [hold.stale for hold in state.holds_of(UUID)] == [False]
+
+
+def test_releasing_shows_until_the_guest_lets_go() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "ua-x"),))))
+    state.apply(Releasing(UUID, "ua-x"))
+    assert [hold.releasing for hold in state.holds_of(UUID)] == [True]
+    state.apply(MachineRead(machine()))
+    state.apply(DeviceRemoved(UUID, "ua-x"))
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "ua-x"),))))
+    assert [hold.releasing for hold in state.holds_of(UUID)] == [False]
+
+
+def test_a_machine_that_goes_takes_its_holds_along() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(live=(hostdev(STICK),))))
+    (batch,) = state.apply(MachineGone(UUID))
+    assert [h.device for h in batch.holds_removed] == [STICK.name]
+    assert list(state.holds_on(STICK.name)) == [] and list(batch.removed) == [("machine", UUID)]
+
+
+def test_only_what_is_concerned_changes() -> None:
+    devices = [pci(f"0000:{n:02x}:00.0", group=n) for n in range(1, 60)]
+    state = state_of(*devices)
+    (batch,) = state.apply(DeviceSeen(dataclasses.replace(devices[0], driver="vfio-pci")))
+    assert set(batch.changed) == {("device", devices[0].name)}
+
+
+# --- incremental equals from scratch ---
+
+_PORT = bridge("0000:00:01.0", group=1)
+_CARD = pci("0000:01:00.0", _PORT, group=2, code=0x0C0330)
+_MATE = pci("0000:01:00.1", _PORT, group=2, driver="snd")
+_HUB = usb("usb1", _CARD, device_class=9)
+_A = usb("1-1", _HUB, number=3)
+_B = usb("1-2", _HUB, number=4)
+_LUN = scsi(2, 0, 0, 0, _A)
+_DISK = block("sdb", _LUN)
+_IF = net("eth0", _MATE)
+_ALL = (_PORT, _CARD, _MATE, _HUB, _A, _B, _LUN, _DISK, _IF)
+
+_claims = st.lists(st.sampled_from([hostdev(_A, "a"), hostdev(_CARD, "c"), hostdev(_MATE, "m"), by_ids("i"), by_ids("n", 1, 4)]), max_size=3)
+_events = st.one_of(
+    st.sampled_from(_ALL).map(DeviceSeen),
+    st.sampled_from(_ALL).map(lambda d: DeviceSeen(dataclasses.replace(d, driver="vfio-pci"))),
+    st.sampled_from(_ALL).map(lambda d: DeviceGone(d.sysfs_path)),
+    st.sampled_from((_A, _B)).map(lambda d: DeviceSeen(usb(d.usb.port if d.usb else "", _HUB, number=77))),
+    st.tuples(_claims, _claims).map(lambda c: MachineRead(machine(live=tuple(c[0]), stored=tuple(c[1])))),
+    st.tuples(_claims, _claims).map(lambda c: MachineRead(machine("b", OTHER, live=tuple(c[0]), stored=tuple(c[1])))),
+    st.just(MachineGone(OTHER)),
+    st.sets(st.sampled_from((_DISK.name, _IF.name, _CARD.name))).map(
+        lambda names: HostUsesRead({n: (HostUse("mount", f"/mnt/{n}"),) for n in names})
+    ),
+)
+
+
+def _told(state: State) -> dict[str, object]:
+    """Everything derived about each device and machine."""
+    rows: dict[str, object] = {}
+    for device in state.devices.values():
+        rows[device.name] = (
+            dataclasses.replace(device, instance=0),
+            state.children(device.name),
+            blockers(state, device),
+            companions(state, device),
+            sorted(map(repr, state.holds_on(device.name))),
+            state.uses_of(device.name),
+        )
+    for uuid in state.machines:
+        rows[uuid] = (sorted(map(repr, state.holds_of(uuid))), sorted(map(repr, state.missing.get(uuid, ()))))
+    return rows
+
+
+def _depth(device: Device) -> int:
+    return device.sysfs_path.count("/")
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(_events, max_size=25))
+def test_any_history_gives_what_a_fresh_reading_gives(events: list[DeviceSeen]) -> None:
+    state = State()
+    uses: dict[str, tuple[HostUse, ...]] = {}
+    for event in events:
+        before = _told(state)
+        batches = state.apply(event)
+        if isinstance(event, HostUsesRead):
+            uses = event.uses
+        uses = {n: rows for n, rows in uses.items() if not any(("device", n) in b.removed for b in batches)}
+        named = {key for b in batches for where in (b.added, b.changed, b.removed) for _, key in where}
+        after = _told(state)
+        assert {key for key in {**before, **after} if before.get(key) != after.get(key)} <= named
+    fresh = State()
+    fresh.apply(DevicesScanned(tuple(sorted(state.devices.values(), key=_depth))))
+    for m in state.machines.values():
+        fresh.apply(MachineRead(m))
+    fresh.apply(HostUsesRead({name: rows for name, rows in uses.items() if name in state.devices}))
+    assert _told(state) == _told(fresh)

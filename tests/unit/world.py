@@ -1,0 +1,247 @@
+"""A small world for the logic's tests: devices to build states of, and a hypervisor that behaves as libvirt was seen to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from hostpassd import errors
+from hostpassd.events import DeviceAdded, DeviceRemoved, DeviceSeen, DevicesScanned, Event, HypervisorChanged, MachineRead
+from hostpassd.host.device import Block, Device, Net, Pci, Scsi, Usb, device_name
+from hostpassd.machines.domain_xml import claim_of
+from hostpassd.machines.machine import Claim, Machine
+from hostpassd.state import State
+
+URI = "qemu:///system"
+UUID = "11111111-2222-3333-4444-555555555555"
+OTHER = "99999999-2222-3333-4444-555555555555"
+
+
+def pci(
+    address: str,
+    parent: Device | None = None,
+    *,
+    driver: str = "e1000e",
+    code: int = 0x020000,
+    group: int = -1,
+    header: int = 0,
+    physical: Device | None = None,
+    **facts: object,
+) -> Device:
+    """A PCI function; in a group of its own number unless GROUP says otherwise."""
+    own = Pci(
+        address=address,
+        class_code=code,
+        class_name="",
+        vendor_id=0x8086,
+        device_id=0x10D3,
+        subsystem_vendor_id=0,
+        subsystem_device_id=0,
+        revision=0,
+        header_type=header,
+        iommu_group=group,
+        numa_node=-1,
+        reset_methods=(),
+        boot_display=False,
+        physical_function=physical.name if physical else None,
+        max_virtual_functions=0,
+        off_bus=False,
+    )
+    own = dataclasses.replace(own, **facts)  # type: ignore[arg-type]
+    return _device("pci", address, parent, own, driver=driver, label=address)
+
+
+def bridge(address: str, parent: Device | None = None, group: int = 0) -> Device:
+    """A PCI bridge on pcieport."""
+    return pci(address, parent, driver="pcieport", code=0x060400, group=group, header=1)
+
+
+def usb(
+    port: str,
+    parent: Device | None = None,
+    *,
+    number: int = 2,
+    vendor: int = 0x46F4,
+    product: int = 0x0001,
+    device_class: int = 0,
+    serial: str = "",
+) -> Device:
+    """A USB device on bus 1."""
+    own = Usb(1, number, port, vendor, product, device_class, 480, ("08:06:50",))
+    return _device("usb", port, parent, own, driver="usb", label=f"stick {serial or port}", serial=serial)
+
+
+def scsi(host: int, channel: int, target: int, lun: int, parent: Device | None = None) -> Device:
+    """A SCSI disk."""
+    return _device("scsi", f"{host}:{channel}:{target}:{lun}", parent, Scsi(host, channel, target, lun, "disk", ""), driver="sd")
+
+
+def block(name: str, parent: Device) -> Device:
+    """A whole disk."""
+    return _device("block", name, parent, Block(f"/dev/{name}", 1 << 30), nodes=(f"/dev/{name}",))
+
+
+def net(name: str, parent: Device) -> Device:
+    """A network interface."""
+    return _device("net", name, parent, Net(name, "52:54:00:00:00:01"))
+
+
+def _device(
+    kind: str,
+    kernel: str,
+    parent: Device | None,
+    facts: Pci | Usb | Scsi | Block | Net,
+    *,
+    driver: str = "",
+    label: str = "",
+    serial: str = "",
+    nodes: tuple[str, ...] = (),
+) -> Device:
+    path = f"{parent.sysfs_path if parent else '/sys/devices/pci0000:00'}/{kernel}"
+    name = device_name(kind, kernel)
+    parent_name = parent.name if parent else None
+    return Device(name, kind, path, parent_name, nodes, driver, label or kernel, serial=serial, facts=(facts,))
+
+
+def state_of(*devices: Device) -> State:
+    """A state with these devices, parents first."""
+    state = State()
+    state.apply(DevicesScanned(devices))
+    return state
+
+
+def hostdev(device: Device, alias: str = "hostdev0") -> Claim:
+    """The claim that a <hostdev> of DEVICE makes."""
+    from hostpassd.machines.domain_xml import hostdev_xml
+
+    return claim_of(hostdev_xml(device, alias=alias, stored=False, unique=True))
+
+
+def machine(
+    name: str = "vm",
+    uuid: str = UUID,
+    *,
+    running: bool = True,
+    persistent: bool = True,
+    live: tuple[Claim, ...] = (),
+    stored: tuple[Claim, ...] = (),
+) -> Machine:
+    """A machine of URI."""
+    return Machine(uuid, name, URI, "running" if running else "shut off", persistent, live, stored)
+
+
+class Libvirt:
+    """A hypervisor on a STATE's devices that does what LAB-like runs of libvirt and VFIO showed.
+
+    A managed device goes to vfio-pci as it is attached; an attach while a group member is on a host driver fails; a
+    node device that was detached stays on vfio-pci until it is re-attached; a host driver cannot bind while a group
+    member is in a machine. Set `fail` to let a call fail, `withhold` to swallow events, `stubborn` for a deaf guest.
+    """
+
+    def __init__(self, state: State, emit: Callable[[Event], None], *machines: Machine) -> None:
+        self.state = state
+        self.emit = emit
+        self.home = {d.name: d.driver for d in state.devices.values()}
+        self.detached: set[str] = set()
+        self.calls: list[str] = []
+        self.fail: Callable[[str], bool] = lambda call: False
+        self.before: Callable[[str], None] = lambda call: None
+        self.after: Callable[[str], None] = lambda call: None
+        self.withhold = False
+        self.stubborn = False
+        self.ports = 5
+        emit(HypervisorChanged(URI, True))
+        for m in machines:
+            emit(MachineRead(m))
+
+    async def attach_live(self, uuid: str, xml: str) -> None:
+        with_call = self._called("attach_live")
+        machine, claim = self.state.machines[uuid], claim_of(xml)
+        device = self._device(claim)
+        if device.pci:
+            self._check_group(device)
+            if sum(c.source.__class__.__name__ == "PciSource" for c in machine.live) >= self.ports:
+                raise errors.HypervisorRefused("No more available PCI slots")
+            self._bind(device.name, "vfio-pci")
+        self.emit(MachineRead(dataclasses.replace(machine, live=(*machine.live, claim))))
+        if not self.withhold:
+            self.emit(DeviceAdded(uuid, claim.alias))
+        self.after(with_call)
+
+    async def attach_stored(self, uuid: str, xml: str) -> None:
+        with_call = self._called("attach_stored")
+        machine, claim = self.state.machines[uuid], claim_of(xml)
+        if any(c.id == claim.id for c in machine.stored):
+            raise errors.AlreadyAssigned("device is already in the domain configuration")
+        self.emit(MachineRead(dataclasses.replace(machine, stored=(*machine.stored, claim))))
+        self.after(with_call)
+
+    async def detach_live(self, uuid: str, alias: str) -> None:
+        with_call = self._called("detach_live")
+        if not self.stubborn:
+            self.guest_releases(uuid, alias)
+        self.after(with_call)
+
+    async def detach_stored(self, uuid: str, claim: Claim) -> None:
+        with_call = self._called("detach_stored")
+        machine = self.state.machines[uuid]
+        self.emit(MachineRead(dataclasses.replace(machine, stored=tuple(c for c in machine.stored if c.id != claim.id))))
+        self.after(with_call)
+
+    async def detach_host(self, name: str) -> None:
+        with_call = self._called("detach_host")
+        self.detached.add(name)
+        self._bind(name, "vfio-pci")
+        self.after(with_call)
+
+    async def reattach_host(self, name: str) -> None:
+        with_call = self._called("reattach_host")
+        self.detached.discard(name)
+        self._bind(name, "" if self._owned(name) else self.home[name])
+        self.after(with_call)
+
+    def guest_releases(self, uuid: str, alias: str) -> None:
+        """The guest lets a device go."""
+        machine = self.state.machines[uuid]
+        gone = [c for c in machine.live if c.alias == alias]
+        self.emit(MachineRead(dataclasses.replace(machine, live=tuple(c for c in machine.live if c.alias != alias))))
+        for claim in gone:
+            device = self._device(claim)
+            if device.pci and device.name not in self.detached:
+                self._bind(device.name, "" if self._owned(device.name) else self.home[device.name])
+        self.emit(DeviceRemoved(uuid, alias))
+
+    def destroy(self, uuid: str) -> None:
+        """The machine is powered off."""
+        machine = self.state.machines[uuid]
+        for claim in machine.live:
+            self.guest_releases(uuid, claim.alias)
+        self.emit(MachineRead(dataclasses.replace(self.state.machines[uuid], state="shut off", live=())))
+
+    def _called(self, call: str) -> str:
+        self.calls.append(call)
+        self.before(call)
+        if self.fail(call):
+            raise errors.HypervisorRefused(f"internal error: {call} failed as it was told to")
+        return call
+
+    def _device(self, claim: Claim) -> Device:
+        from hostpassd.state import _claim_keys
+
+        return self.state.devices[self.state.keyed(_claim_keys(claim)[0])[0]]
+
+    def _mates(self, name: str) -> list[str]:
+        device = self.state.devices[name]
+        return [n for n in self.state.group(device.pci.iommu_group) if n != name] if device.pci else []
+
+    def _owned(self, name: str) -> bool:
+        return any(hold.live for mate in self._mates(name) for hold in self.state.holds_on(mate))
+
+    def _check_group(self, device: Device) -> None:
+        for mate in self._mates(device.name):
+            other = self.state.devices[mate]
+            if other.driver not in ("", "vfio-pci", "pcieport"):
+                raise errors.HypervisorRefused(f"group {device.pci.iommu_group if device.pci else 0} is not viable")
+
+    def _bind(self, name: str, driver: str) -> None:
+        self.emit(DeviceSeen(dataclasses.replace(self.state.devices[name], driver=driver)))
