@@ -31,18 +31,26 @@ def main() -> int:
     folder = arguments.state_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        asyncio.run(Daemon(settings, folder, arguments.bus_address).run())
+        asyncio.run(_run(settings, folder, arguments.bus_address))
     except (OSError, NameTaken, errors.HostpassError) as error:
         log.error("%s", error)
         return 1
     return 0
 
 
+async def _run(settings: config.Config, folder: Path, bus_address: str | None) -> None:
+    await Daemon(settings, folder, bus_address).run()
+
+
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("hostpassd", description="Which devices this host has, and which machine holds which.")
+    parser = argparse.ArgumentParser(
+        "hostpassd", description="Which devices this host has, and which machine holds which."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH, help="configuration file (%(default)s)")
-    parser.add_argument("--state-folder", type=Path, default=_state_folder(), help="where the journal is kept (%(default)s)")
+    parser.add_argument(
+        "--state-folder", type=Path, default=_state_folder(), help="where the journal is kept (%(default)s)"
+    )
     parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")
     parser.add_argument("--uri", action="append", help="hypervisor, instead of the configuration's; can be repeated")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))

@@ -69,7 +69,9 @@ def _strings(key: str, value: object) -> tuple[str, ...]:
 
 def _class_code(code: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{2}([0-9a-fA-F]{2})?", code):
-        raise ValueError(f'excluded-classes holds {code!r}: a PCI class is two or four hexadecimal digits, "07" or "0c05"')
+        raise ValueError(
+            f'excluded-classes holds {code!r}: a PCI class is two or four hexadecimal digits, "07" or "0c05"'
+        )
     return code.lower()
 
 

@@ -24,7 +24,6 @@ from hostpassd.config import Config
 from hostpassd.events import Event, HypervisorChanged, MachineGone, MachineRead, MachinesListed
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
-from hostpassd.inotify import Watch
 from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.stored import StoredWatch, folder_of
 from hostpassd.passthrough.execute import Executor
@@ -38,6 +37,8 @@ log = logging.getLogger(__name__)
 # Seconds: a Sync that takes longer is an error; a start does not wait longer for libvirt than this.
 SYNC_LIMIT = 10.0
 START_LIMIT = 10.0
+# Seconds that a job waits for udev to show what it did.
+SETTLE_LIMIT = 5.0
 
 
 class Daemon:
@@ -47,15 +48,15 @@ class Daemon:
         self._bus_address = bus_address
         # Instances must not repeat over a restart: no daemon hands out a million in a second.
         self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
-        self._router = Router(Specification.load())
+        self._router = Router(Specification.load(), log=logging.getLogger("hostpassd.bus"))
         self._publisher = Publisher(self._state, self._router)
         self._journal = Journal(state_folder / "journal")
-        self._udev = Udev(self.emit)
-        self._uses = HostUses(self.emit, self._udev.node_of, state_folder)
+        self._udev = Udev(self.emit, self._refresh_uses)
+        self._uses = HostUses(self.emit, self._udev.node_of, str(state_folder))
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
         self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._journal)
         self._operations = Operations(self._state, self._executor, self.emit)
-        access = Access(self._router)
+        access = Access(self._router, log=logging.getLogger("hostpassd.access"))
         default = Options(timeout=config.timeout)
         ManagerMethods(
             self._state, self._router, access, self._operations, self._publisher, self._sync, self._rescan, default
@@ -78,7 +79,7 @@ class Daemon:
     async def _start(self) -> None:
         await self._router.connect(self._bus_address)
         self._udev.arm()
-        self.emit(await self._udev.scan())
+        await self._udev.scan()
         self._uses.start()
         await self._uses.read_now()
         for hypervisor in self._hypervisors.values():
@@ -96,12 +97,11 @@ class Daemon:
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())
-        lost = asyncio.ensure_future(self._router.lost)
-        await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+        over: set[asyncio.Future[Any]] = {stopping, self._router.lost}
+        await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        if lost.done():
+        if self._router.lost.done():
             raise errors.Failed("the message bus is gone: hostpassd ends, to be started again with it")
-        lost.cancel()
 
     async def _stop(self) -> None:
         await self._operations.stop()
@@ -139,7 +139,9 @@ class Daemon:
         if not self._publisher.running:
             return
         ours = {(job.machine, job.device) for job in self._state.jobs.values()}
-        moved = [("added", hold) for hold in changes.holds_added] + [("removed", hold) for hold in changes.holds_removed]
+        moved = [("added", hold) for hold in changes.holds_added] + [
+            ("removed", hold) for hold in changes.holds_removed
+        ]
         for operation, hold in moved:
             if (hold.machine, hold.device) not in ours:
                 name = self._state.machine_name(hold.machine)
@@ -155,21 +157,24 @@ class Daemon:
     async def _settle(self) -> None:
         """Lets the state catch up with udev; a failure is udev's own to tell."""
         with contextlib.suppress(errors.TimedOut):
-            await self._udev.settled(5.0)
+            await self._udev.settled(asyncio.get_running_loop().time() + SETTLE_LIMIT)
 
     async def _sync(self) -> None:
         try:
-            async with asyncio.timeout(SYNC_LIMIT):
-                await self._udev.settled(SYNC_LIMIT)
+            async with asyncio.timeout(SYNC_LIMIT) as limit:
+                await self._udev.settled(limit.when() or 0.0)
                 await asyncio.gather(*(self._refresh(h) for h in self._hypervisors.values()))
                 await self._uses.read_now()
         except TimeoutError:
             raise errors.TimedOut("udev or libvirt did not answer within 10 seconds: try again") from None
 
     async def _rescan(self) -> None:
-        self.emit(await self._udev.scan())
+        await self._udev.scan()
         await asyncio.gather(*(self._refresh(h) for h in self._hypervisors.values()))
         await self._uses.read_now()
+
+    def _refresh_uses(self) -> None:
+        self._uses.refresh()
 
     async def _refresh(self, hypervisor: Hypervisor) -> None:
         """Reads all machines again; those of a hypervisor that is away stay as they were, marked stale."""

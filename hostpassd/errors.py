@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class HostpassError(Exception):
-    """An error a caller is told. `name` is its bus name without the prefix; `standard` marks a name of the D-Bus specification."""
+    """An error a caller is told. `name`: its bus name without the prefix; `standard`: D-Bus's own, not ours."""
 
     name = "Failed"
     standard = False

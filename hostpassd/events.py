@@ -10,7 +10,7 @@ from hostpassd.machines.machine import Machine
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceSeen:
-    """A device is there, new or with other values. `replugged`: the kernel said add, so what was there before is gone."""
+    """A device is there, new or with other values. `replugged`: the kernel added it, so it is another thing."""
 
     device: Device
     replugged: bool = False

@@ -109,7 +109,7 @@ class HypervisorState:
 
 
 class State:
-    """Everything that is known. Others read it; only `apply` writes it, and each write costs per change, not per size."""
+    """Everything that is known. Only `apply` writes it, and each write costs per change, not per size."""
 
     def __init__(
         self,
@@ -230,10 +230,10 @@ class State:
     # --- writing ---
 
     def apply(self, event: Event) -> list[Changes]:
-        """Takes one event in and tells what it changed, in batches: what goes and comes back ends one and opens the next."""
+        """Takes one event in; what it changed, in batches: what goes and comes back ends one and opens the next."""
         match event:
-            case DeviceSeen(device):
-                self._see(device)
+            case DeviceSeen(device, replugged):
+                self._see(device, replugged)
             case DeviceGone(path):
                 self._lose(self._by_path.get(path))
             case DevicesScanned(devices):
@@ -273,9 +273,9 @@ class State:
         for device in devices:
             self._see(device)
 
-    def _see(self, device: Device) -> None:
+    def _see(self, device: Device, replugged: bool = False) -> None:
         old = self.devices.get(device.name)
-        if old and not same_thing(old, device):
+        if old and (replugged or not same_thing(old, device)):
             self._lose(device.name)
             old = None
         if old:
@@ -499,8 +499,8 @@ class State:
 
     def _find(self, claim: Claim, own: frozenset[str]) -> str | None:
         """The device that CLAIM means. OWN: what the machine holds live, which tells twins apart."""
-        found = [name for name in self._candidates(claim) if (target := self.target(name)) is not None]
-        targets = list(dict.fromkeys(self.target(name) for name in found))
+        found = (self.target(name) for name in self._candidates(claim))
+        targets = [name for name in dict.fromkeys(found) if name]
         if len(targets) > 1:
             # libvirt refuses an ambiguous vendor and product; the live half says which of the twins it is.
             targets = [name for name in targets if name in own]

@@ -59,7 +59,13 @@ class ManagerMethods:
 
     async def _operate(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
         machine, device, given = call.args
-        wish = Wish(operation, machine, device, options.read(given, known, self._default), await self._router.uid_of(call.sender))
+        wish = Wish(
+            operation,
+            machine,
+            device,
+            options.read(given, known, self._default),
+            await self._router.uid_of(call.sender),
+        )
 
         async def authorise(action: str, details: Mapping[str, str]) -> None:
             await self._access.check(call, action, details)

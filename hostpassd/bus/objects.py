@@ -242,7 +242,9 @@ class Publisher:
 
     def _batch(self, changes: Changes) -> Batch:
         return Batch(
-            added={path_of(entity): interfaces_of(self._state, entity) for entity in changes.added if self._has(entity)},
+            added={
+                path_of(entity): interfaces_of(self._state, entity) for entity in changes.added if self._has(entity)
+            },
             changed={path_of(entity): self._interfaces(entity) for entity in changes.changed if self._has(entity)},
             signals=list(self._signals(changes)),
             removed=[path_of(entity) for entity in changes.removed],
@@ -273,6 +275,6 @@ class Publisher:
                 body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
                 yield Signal(names.ROOT, names.MANAGER, member, body)
         for job in changes.jobs_ended:
-            yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, job.error_name, job.error_message])
-
-
+            yield Signal(
+                names.job_path(job.number), names.JOB, "Completed", [job.state, job.error_name, job.error_message]
+            )

@@ -1,4 +1,4 @@
-"""The options of operations: a{sv} -> Options. An unknown one, or one of the wrong type, is InvalidOption, never ignored."""
+"""The options of operations: a{sv} -> Options. What is unknown or of the wrong type is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def read(options: Mapping[str, Variant], known: Mapping[str, str], default: Opti
     values: dict[str, Any] = {}
     for name, variant in options.items():
         if name not in known:
-            raise errors.InvalidOption(f"there is no option {name[:40]!r} here: the options are {', '.join(sorted(known))}")
+            raise errors.InvalidOption(
+                f"there is no option {name[:40]!r} here: the options are {', '.join(sorted(known))}"
+            )
         if variant.signature != known[name]:
             raise errors.InvalidOption(f"the option {name} is of type {known[name]}, not {variant.signature[:40]}")
         values[name.replace("-", "_")] = variant.value

@@ -34,7 +34,7 @@ _USE_CODES = {
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class Blocker:
-    """One reason why a device cannot, or should not, be assigned. `machine`: whose hold it is, '' for any other reason."""
+    """One reason why a device cannot, or should not, be assigned. `machine`: whose hold it is, if it is one."""
 
     code: str
     severity: str

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from hostpassd import errors
 from hostpassd.events import DeviceAdded, DeviceRemoved, Event, Job, JobChanged, Releasing, RemovalFailed
@@ -211,7 +211,9 @@ class Executor:
                     self._emit(Releasing(uuid, alias, asked=False))
                     raise
             if not await self._until(lambda: self._answered(uuid, alias), control):
-                raise errors.GuestDidNotRelease(f"{self._state.machine_name(uuid)} has not let {alias} go in time: {_STILL}")
+                raise errors.GuestDidNotRelease(
+                    f"{self._state.machine_name(uuid)} has not let {alias} go in time: {_STILL}"
+                )
             if self._heard[(uuid, alias)] is RemovalFailed:
                 raise errors.GuestDidNotRelease(f"{self._state.machine_name(uuid)} refused to let {alias} go: {_STILL}")
         finally:
@@ -251,7 +253,9 @@ class Executor:
 
     def _group_is_free(self, device: str) -> bool:
         here = self._state.device(device)
-        group = self._state.group(here.pci.iommu_group) if here and here.pci and here.pci.iommu_group >= 0 else (device,)
+        group = (
+            self._state.group(here.pci.iommu_group) if here and here.pci and here.pci.iommu_group >= 0 else (device,)
+        )
         return not any(hold.live for name in group for hold in self._state.holds_on(name))
 
     def _group_of(self, device: str) -> str:
@@ -290,8 +294,10 @@ class Executor:
         self._waiting[future] = predicate
         cancel = asyncio.ensure_future(control.cancelled.wait()) if control else None
         try:
-            waited = {future, cancel} if cancel else {future}
-            await asyncio.wait(waited, timeout=control.left if control else seconds, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {future, cancel} if cancel else {future}
+            await asyncio.wait(
+                waited, timeout=control.left if control else seconds, return_when=asyncio.FIRST_COMPLETED
+            )
             if cancel and cancel.done() and not future.done():
                 raise errors.Cancelled("the job was cancelled")
             return future.done()

@@ -1,4 +1,4 @@
-"""What was begun and not finished, across a crash: one file of JSON lines, each on the disk before its effect begins."""
+"""What was begun and not finished, across a crash: a file of JSON lines, each on disk before its effect begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from hostpassd.passthrough.plan import Plan, Step
 
 log = logging.getLogger(__name__)
 
-_STEPS = {kind.__name__: kind for kind in (plans.Store, plans.Unstore, plans.Free, plans.GiveBack, plans.Attach, plans.Release)}
+_STEPS = {
+    kind.__name__: kind
+    for kind in (plans.Store, plans.Unstore, plans.Free, plans.GiveBack, plans.Attach, plans.Release)
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Unfinished:
 
 
 class Journal:
-    """Append-only while operations run; empty when none does. The lines are: begin, step (begun), end; and lend, return."""
+    """Append-only while operations run; empty when none does. Lines: begin, step (begun), end; lend, return."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,7 +44,9 @@ class Journal:
         """An operation starts."""
         self._open.add(number)
         steps = [_encode(step) for step in plan.steps]
-        self._append({"begin": number, "operation": plan.operation, "machine": plan.machine, "steps": steps, "begun": 0})
+        self._append(
+            {"begin": number, "operation": plan.operation, "machine": plan.machine, "steps": steps, "begun": 0}
+        )
 
     def step(self, number: int, at: int) -> None:
         """The effect of the step AT (from 0) is about to begin."""

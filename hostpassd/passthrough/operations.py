@@ -157,7 +157,7 @@ class Operations:
         asyncio.get_running_loop().call_later(JOB_STAYS, self._emit, JobForgotten(control.job.number))
 
     async def _run_alone(self, wish: Wish, plan: Plan, control: Control) -> None:
-        """Waits for its turn; what was authorised is planned afresh then, because the one before may have changed all."""
+        """Waits for its turn; plans afresh then, because the job before may have changed everything."""
         lock = self._executor.lock(plan.group)
         turn = asyncio.ensure_future(lock.acquire())
         cancel = asyncio.ensure_future(control.cancelled.wait())
@@ -178,9 +178,10 @@ class Operations:
                 lock.release()
 
     def _audit(self, job: Job) -> None:
+        why = f" ({job.error_message})" if job.error_message else ""
         audit(
             names.MESSAGE_OPERATION,
-            f"{job.operation} of {job.device}: {job.state}{' (' + job.error_message + ')' if job.error_message else ''}",
+            f"{job.operation} of {job.device}: {job.state}{why}",
             device=job.device,
             machine=job.machine,
             machine_name=self._state.machine_name(job.machine),

@@ -229,12 +229,16 @@ def _plan(operation: str, machine: Machine, device: Device, devices: list[Device
 
 def _check_reachable(machine: Machine) -> None:
     if machine.stale:
-        raise errors.HypervisorUnavailable(f"{machine.uri} cannot be reached: {machine.name} is as last known, try later")
+        raise errors.HypervisorUnavailable(
+            f"{machine.uri} cannot be reached: {machine.name} is as last known, try later"
+        )
 
 
 def _check_instance(device: Device, options: Options) -> None:
     if options.instance is not None and options.instance != device.instance:
-        raise errors.StalePlan(f"another thing is plugged in at {device.name} now (instance {device.instance}): look again")
+        raise errors.StalePlan(
+            f"another thing is plugged in at {device.name} now (instance {device.instance}): look again"
+        )
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
@@ -243,7 +247,9 @@ def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
     if live and not machine.active:
         raise errors.InvalidOption(f"live: {machine.name} does not run; start it, or leave live out")
     if config and not machine.persistent:
-        raise errors.InvalidOption(f"config: {machine.name} is transient, it has no stored configuration; leave config out")
+        raise errors.InvalidOption(
+            f"config: {machine.name} is transient, it has no stored configuration; leave config out"
+        )
     if not live and not config:
         raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
     return live, config
@@ -278,7 +284,7 @@ def _half(hold: Hold | None, *, live: bool) -> bool:
 def _refuse_other_kinds(state: State, machine: Machine, device: Device) -> None:
     for hold in state.holds_on(device.name):
         if hold.machine == machine.uuid:
-            text = f"{machine.name} uses {device.name} as {hold.kind}, which only the machine's own configuration can change"
+            text = f"{machine.name} uses {device.name} as {hold.kind}: change that in the machine's own configuration"
             raise errors.NotSupported(text)
 
 

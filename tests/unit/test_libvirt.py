@@ -307,6 +307,22 @@ async def test_the_live_half_stays_when_the_stored_half_changes(uri: str) -> Non
         assert len(tape.last(GAMING).live) == 2
 
 
+async def test_of_twins_the_one_meant_goes(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(libvirt.virDomain, "detachDeviceFlags", lambda self, xml, flags: asked.append(xml))
+    placed = USB.replace("</source>", "<address bus='1' device='11'/></source>")
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.attach_stored(OFF, placed)
+        await hypervisor.attach_stored(OFF, USB)
+        by_ids, by_place = (stored(tape, OFF)[f"hostdev:usb:046d:c52b{place}"] for place in ("", ":1:11"))
+        await hypervisor.detach_stored(OFF, by_ids)
+        assert stored(tape, OFF).keys() == {by_place.id}
+        assert asked == []  # libvirt would have taken the other one
+        await hypervisor.detach_stored(OFF, by_place)
+        assert asked == [by_place.xml]
+
+
 async def test_a_transient_machine_is_not_made_persistent(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
@@ -410,17 +426,20 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         monkeypatch.setattr(ours._Link, "read", stuck)
+        first = asyncio.create_task(hypervisor.refresh_machine(GAMING))
+        await asyncio.sleep(0)  # it waits for the very reading in which the connection is lost
         opened.fire(
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, opened.connections[-1].lookupByUUIDString(GAMING), "ua-1"
         )
         assert await asyncio.to_thread(reading.wait, 10)
         waits = [asyncio.create_task(hypervisor.refresh_machine(uuid)) for uuid in (GAMING, OFF)]
-        waits.append(asyncio.create_task(hypervisor.refresh()))
-        await asyncio.sleep(0)  # all three wait now
+        waits += [asyncio.create_task(hypervisor.refresh()), first]
+        await asyncio.sleep(0)  # all wait now
         opened.lose(libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE)
         for wait in waits:
             with pytest.raises(HypervisorUnavailable, match="does not answer"):
-                await wait
+                async with asyncio.timeout(5):
+                    await wait
         finish.set()
         await tape.until(lambda events: DeviceRemoved(GAMING, "ua-1") in events)
         lists = [n for n, event in enumerate(tape.events) if isinstance(event, MachinesListed)]

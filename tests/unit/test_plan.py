@@ -8,7 +8,18 @@ from hostpassd import errors
 from hostpassd.events import MachineRead
 from hostpassd.host.device import Device
 from hostpassd.machines.machine import Machine
-from hostpassd.passthrough.plan import Attach, Free, GiveBack, Options, Plan, Release, Store, Unstore, plan_assign, plan_dismiss
+from hostpassd.passthrough.plan import (
+    Attach,
+    Free,
+    GiveBack,
+    Options,
+    Plan,
+    Release,
+    Store,
+    Unstore,
+    plan_assign,
+    plan_dismiss,
+)
 from hostpassd.state import State
 from tests.unit.world import OTHER, bridge, hostdev, machine, pci, scsi, state_of, usb
 

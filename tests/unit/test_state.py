@@ -86,6 +86,13 @@ def test_a_replug_is_another_instance_and_ends_a_batch() -> None:
     assert state.devices[STICK.name].instance > first
 
 
+def test_a_replug_of_the_same_card_is_another_instance_too() -> None:
+    state = state_of(pci("0000:01:00.0", group=2))
+    first = state.devices["pci_0000_01_00_0"].instance
+    state.apply(DeviceSeen(pci("0000:01:00.0", group=2), replugged=True))
+    assert state.devices["pci_0000_01_00_0"].instance > first
+
+
 def test_an_update_keeps_the_instance_and_says_nothing_when_nothing_differs() -> None:
     state = state_of(STICK)
     assert state.apply(DeviceSeen(STICK)) == []
@@ -145,7 +152,10 @@ _DISK = block("sdb", _LUN)
 _IF = net("eth0", _MATE)
 _ALL = (_PORT, _CARD, _MATE, _HUB, _A, _B, _LUN, _DISK, _IF)
 
-_claims = st.lists(st.sampled_from([hostdev(_A, "a"), hostdev(_CARD, "c"), hostdev(_MATE, "m"), by_ids("i"), by_ids("n", 1, 4)]), max_size=3)
+_claims = st.lists(
+    st.sampled_from([hostdev(_A, "a"), hostdev(_CARD, "c"), hostdev(_MATE, "m"), by_ids("i"), by_ids("n", 1, 4)]),
+    max_size=3,
+)
 _events = st.one_of(
     st.sampled_from(_ALL).map(DeviceSeen),
     st.sampled_from(_ALL).map(lambda d: DeviceSeen(dataclasses.replace(d, driver="vfio-pci"))),

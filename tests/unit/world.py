@@ -1,4 +1,4 @@
-"""A small world for the logic's tests: devices to build states of, and a hypervisor that behaves as libvirt was seen to."""
+"""A small world for the logic's tests: devices, and a hypervisor that behaves as libvirt was seen to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import dataclasses
 from collections.abc import Callable
 
 from hostpassd import errors
-from hostpassd.events import DeviceAdded, DeviceRemoved, DeviceSeen, DevicesScanned, Event, HypervisorChanged, MachineRead
+from hostpassd.events import (
+    DeviceAdded,
+    DeviceRemoved,
+    DeviceSeen,
+    DevicesScanned,
+    Event,
+    HypervisorChanged,
+    MachineRead,
+)
 from hostpassd.host.device import Block, Device, Net, Pci, Scsi, Usb, device_name
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.machines.machine import Claim, Machine
@@ -73,7 +81,9 @@ def usb(
 
 def scsi(host: int, channel: int, target: int, lun: int, parent: Device | None = None) -> Device:
     """A SCSI disk."""
-    return _device("scsi", f"{host}:{channel}:{target}:{lun}", parent, Scsi(host, channel, target, lun, "disk", ""), driver="sd")
+    return _device(
+        "scsi", f"{host}:{channel}:{target}:{lun}", parent, Scsi(host, channel, target, lun, "disk", ""), driver="sd"
+    )
 
 
 def block(name: str, parent: Device) -> Device:
@@ -185,7 +195,9 @@ class Libvirt:
     async def detach_stored(self, uuid: str, claim: Claim) -> None:
         with_call = self._called("detach_stored")
         machine = self.state.machines[uuid]
-        self.emit(MachineRead(dataclasses.replace(machine, stored=tuple(c for c in machine.stored if c.id != claim.id))))
+        self.emit(
+            MachineRead(dataclasses.replace(machine, stored=tuple(c for c in machine.stored if c.id != claim.id)))
+        )
         self.after(with_call)
 
     async def detach_host(self, name: str) -> None:

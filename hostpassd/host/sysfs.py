@@ -1,0 +1,502 @@
+"""From a sysfs folder and udev's properties to a Device: one row a kind, one small function a facts class.
+
+Blocking file reads only (a device costs some 100 us); nothing here knows where the properties come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import re
+from collections.abc import Callable
+
+from hostpassd.host.device import Block, Device, Facts, Mdev, MdevParent, Net, Pci, Scsi, Usb, clean, device_name
+
+log = logging.getLogger(__name__)
+
+DEVICES = "/sys/devices/"
+VIRTUAL = "/sys/devices/virtual/"
+
+_READ_LIMIT = 4096  # bytes: a page, the most that sysfs gives for a text attribute
+
+# How the kernel says "this device has none of that", or is about to go.
+_ABSENT = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.EINVAL, errno.ENODATA, errno.EOPNOTSUPP}
+)
+
+# lsscsi's words, by the SCSI peripheral device type.
+_SCSI_TYPES = {
+    0x00: "disk",
+    0x01: "tape",
+    0x02: "printer",
+    0x03: "process",
+    0x04: "worm",
+    0x05: "cd/dvd",
+    0x06: "scanner",
+    0x07: "optical",
+    0x08: "mediumx",
+    0x09: "comms",
+    0x0C: "storage",
+    0x0D: "enclosu",
+    0x0E: "sim dsk",
+    0x0F: "opti rd",
+    0x10: "bridge",
+    0x11: "osd",
+    0x12: "adi",
+    0x13: "sec man",
+    0x14: "zbc",
+    0x1E: "wlun",
+    0x1F: "no dev",
+}
+
+
+class Complaints:
+    """Warnings about unreadable files, each once for a device and a file name, until the device has gone."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, set[str]] = {}
+
+    def unreadable(self, path: str, name: str, error: Exception) -> None:
+        """Say that NAME of the device at PATH cannot be read, if that has not been said."""
+        made = self._made.setdefault(path, set())
+        if name not in made:
+            made.add(name)
+            log.warning("%s of %s cannot be read: %s", name, clean(path), error)
+
+    def forget(self, path: str) -> None:
+        """The device at PATH has gone: one that comes to its place is complained of anew."""
+        self._made.pop(path, None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """What a device is read from: its folder and its udev properties ('' for one that it has not)."""
+
+    path: str
+    subsystem: str
+    devtype: str
+    prop: Callable[[str], str]
+    complaints: Complaints
+
+    @property
+    def kernel_name(self) -> str:
+        """The last part of the path: 0000:01:00.0, 1-1.2, sda."""
+        return self.path.rpartition("/")[2]
+
+    def read(self, name: str) -> bytes:
+        """At most 4 KiB of the file NAME; empty if there is no such file or it cannot be read."""
+        return self.read_parts(name, (0, _READ_LIMIT))[0]
+
+    def read_parts(self, name: str, *parts: tuple[int, int]) -> list[bytes]:
+        """PARTS (offset, size) of the file NAME; all empty if there is no such file or it cannot be read."""
+        try:
+            descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return [os.pread(descriptor, size, offset) for offset, size in parts]
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                self.complaints.unreadable(self.path, name, error)
+            return [b"" for _ in parts]
+
+    def text(self, name: str) -> str:
+        """The file NAME fit for everything that follows, by `clean`."""
+        return clean(self.read(name))
+
+    def number(self, name: str, base: int = 0, default: int = 0) -> int:
+        """The file NAME as a number; DEFAULT if it is none."""
+        try:
+            return int(self.read(name), base)
+        except ValueError:
+            return default
+
+    def link(self, name: str) -> str:
+        """The last part of where the link NAME leads, or ''."""
+        try:
+            return os.readlink(f"{self.path}/{name}").rpartition("/")[2]
+        except OSError:
+            return ""
+
+    def entries(self, name: str = "") -> list[str]:
+        """What is in the folder NAME (the device's own by default), sorted; empty if there is none."""
+        try:
+            return sorted(os.listdir(f"{self.path}/{name}" if name else self.path))
+        except OSError:
+            return []
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Words:
+    """What a device calls itself."""
+
+    vendor: str = ""
+    product: str = ""
+    serial: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kind:
+    """One row: which devices of a subsystem are of this kind, and how they are read."""
+
+    name: str
+    devtype: str = ""  # '': any
+    pattern: str = ""  # of the whole kernel name; '': any
+    unless: str = ""  # a file that, when it reads 1, makes the device none of this kind
+    facts: Callable[[Source], tuple[Facts, ...]] = lambda source: ()
+    words: Callable[[Source], Words] = lambda source: Words()
+    label: Callable[[Source, Words], str] = lambda source, words: ""
+    nodes: Callable[[Source], tuple[str, ...]] | None = None  # None: its own
+
+    def covers(self, source: Source) -> bool:
+        """Whether SOURCE, of this row's subsystem, is of this kind."""
+        return (
+            self.devtype in ("", source.devtype)
+            and (not self.pattern or re.fullmatch(self.pattern, source.kernel_name) is not None)
+            and (not self.unless or source.read(self.unless).strip() != b"1")
+        )
+
+
+def kind_of(source: Source) -> Kind | None:
+    """What kind of node SOURCE is in the tree; None: it is not in the tree."""
+    if not source.path.startswith(DEVICES):
+        return None
+    virtual = source.path.startswith(VIRTUAL) and source.subsystem != "mdev"
+    kinds = () if virtual else KINDS.get(source.subsystem, ())
+    kind = next((kind for kind in kinds if kind.covers(source)), None)
+    return kind or (_MDEV_PARENT if os.path.isdir(f"{source.path}/{_TYPES}") else None)
+
+
+def describe(source: Source, kind: Kind, parent: str | None) -> Device | None:
+    """SOURCE, of KIND and below the device named PARENT, as a Device; None if it vanished meanwhile."""
+    own = kind.words(source)
+    words = Words(
+        vendor=clean(source.prop("ID_VENDOR_FROM_DATABASE")) or own.vendor,
+        product=clean(source.prop("ID_MODEL_FROM_DATABASE")) or own.product,
+        serial=own.serial,
+    )
+    device = Device(
+        name=device_name(kind.name, source.kernel_name, os.path.basename(os.path.dirname(source.path))),
+        kind=kind.name,
+        sysfs_path=source.path,
+        parent=parent,
+        device_nodes=(kind.nodes or own_nodes)(source),
+        driver=source.link("driver"),
+        label=kind.label(source, words) or clean(source.kernel_name),
+        vendor=words.vendor,
+        product=words.product,
+        serial=words.serial,
+        facts=kind.facts(source),
+    )
+    # Asked last: only what was there after the reading was there all through it.
+    return device if os.path.exists(f"{source.path}/uevent") else None
+
+
+# Nodes.
+
+
+def own_nodes(source: Source) -> tuple[str, ...]:
+    """The device's node and, sorted, the links to it."""
+    node = clean(source.prop("DEVNAME"))
+    links = sorted(clean(link) for link in source.prop("DEVLINKS").split())
+    return (node, *links) if node else ()
+
+
+def _nodes_of_children(source: Source) -> tuple[str, ...]:
+    """The nodes of a device that has none itself, but children with one each (event3 of input5, pcmC0D0p of card0)."""
+    nodes = []
+    for name in source.entries():
+        for line in _read_lines(f"{source.path}/{name}/uevent"):
+            if line.startswith(b"DEVNAME="):
+                nodes.append(clean(b"/dev/" + line.removeprefix(b"DEVNAME=").removeprefix(b"/dev/")))
+    return tuple(nodes)
+
+
+def _read_lines(path: str) -> list[bytes]:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return (file.read(_READ_LIMIT) or b"").splitlines()
+    except OSError:
+        return []
+
+
+# PCI.
+
+
+def _pci(source: Source) -> tuple[Facts, ...]:
+    return (_pci_function(source), *_mdev_types(source))
+
+
+def _pci_function(source: Source) -> Pci:
+    class_code = source.number("class")
+    header = _header(source, class_code)
+    physical_function = source.link("physfn")
+    group = source.link("iommu_group")
+    return Pci(
+        address=source.kernel_name,
+        class_code=class_code,
+        class_name=_class_name(source),
+        vendor_id=source.number("vendor"),
+        device_id=source.number("device"),
+        subsystem_vendor_id=source.number("subsystem_vendor"),
+        subsystem_device_id=source.number("subsystem_device"),
+        revision=source.number("revision"),
+        header_type=header.type,
+        iommu_group=int(group) if group.isdecimal() else -1,
+        numa_node=source.number("numa_node", default=-1),
+        reset_methods=tuple(source.text("reset_method").split()),
+        boot_display=source.number("boot_vga") == 1,
+        physical_function=device_name("pci", physical_function) if physical_function else None,
+        max_virtual_functions=source.number("sriov_totalvfs"),
+        off_bus=header.off_bus,
+        multifunction=header.multifunction,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Header:
+    type: int
+    multifunction: bool = False
+    off_bus: bool = False
+
+
+def _header(source: Source, class_code: int) -> _Header:
+    """What the configuration header says; what the class implies where the header cannot be read.
+
+    Only what is needed is read: each word is an access to the device, tens of microseconds in a virtual machine.
+    """
+    vendor, header_type = source.read_parts("config", (0x00, 2), (0x0E, 1))
+    if not header_type:
+        return _Header({0x0604: 1, 0x0607: 2}.get(class_code >> 8, 0))
+    return _Header(
+        type=header_type[0] & 0x7F,
+        multifunction=bool(header_type[0] & 0x80),
+        off_bus=vendor == b"\xff\xff",
+    )
+
+
+def _class_name(source: Source) -> str:
+    return clean(source.prop("ID_PCI_SUBCLASS_FROM_DATABASE") or source.prop("ID_PCI_CLASS_FROM_DATABASE"))
+
+
+def _pci_label(source: Source, words: Words) -> str:
+    vendor = words.vendor or f"{source.number('vendor'):04x}"
+    return f"{vendor} {words.product or 'device ' + format(source.number('device'), '04x')}"
+
+
+# USB.
+
+
+def _usb(source: Source) -> tuple[Facts, ...]:
+    return (
+        Usb(
+            bus=source.number("busnum", 10),
+            number=source.number("devnum", 10),
+            port=source.kernel_name,
+            vendor_id=source.number("idVendor", 16),
+            product_id=source.number("idProduct", 16),
+            device_class=source.number("bDeviceClass", 16),
+            speed=_speed(source.text("speed")),
+            interfaces=_usb_interfaces(source),
+        ),
+    )
+
+
+def _speed(text: str) -> int:
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return 0  # "unknown"
+
+
+def _usb_interfaces(source: Source) -> tuple[str, ...]:
+    """The active configuration's; those udev read from the descriptors while none has been made active yet."""
+    name = source.kernel_name
+    # A root hub usb1 has the interface 1-0:1.0.
+    port = f"{name[3:]}-0" if name.startswith("usb") else name
+    folders = [entry for entry in source.entries() if entry.startswith(f"{port}:")]
+    found = [tuple(source.number(f"{folder}/bInterface{part}", 16) for part in _TRIPLE) for folder in folders]
+    if not found:
+        triples = (word for word in source.prop("ID_USB_INTERFACES").split(":") if re.fullmatch("[0-9a-f]{6}", word))
+        found = [tuple(bytes.fromhex(word)) for word in triples]
+    return tuple(":".join(f"{part:02x}" for part in triple) for triple in found)
+
+
+_TRIPLE = ("Class", "SubClass", "Protocol")
+
+
+def _usb_words(source: Source) -> Words:
+    return Words(source.text("manufacturer"), source.text("product"), source.text("serial"))
+
+
+def _full_name(source: Source, words: Words) -> str:
+    """Vendor and product, without saying the vendor twice."""
+    if words.product.lower().startswith(words.vendor.lower()):
+        return words.product
+    return f"{words.vendor} {words.product}".strip()
+
+
+def _usb_interface_label(source: Source, words: Words) -> str:
+    number = source.kernel_name.partition(":")[2]
+    triple = ":".join(f"{source.number('bInterface' + part, 16):02x}" for part in _TRIPLE)
+    return f"Interface {number} ({source.text('interface') or triple})"
+
+
+# SCSI.
+
+
+def _scsi(source: Source) -> tuple[Facts, ...]:
+    place = [int(part) if part.isdecimal() else 0 for part in source.kernel_name.split(":")]
+    host, channel, target, lun = (*place, 0, 0, 0, 0)[:4]
+    return (Scsi(host, channel, target, lun, _scsi_type(source), source.text("wwid")),)
+
+
+def _scsi_type(source: Source) -> str:
+    number = source.number("type", 10)
+    return _SCSI_TYPES.get(number, f"(0x{number:x})")
+
+
+def _scsi_words(source: Source) -> Words:
+    page = source.read("vpd_pg80")  # unit serial number: a header of four bytes, the last the length
+    serial = clean(page[4 : 4 + page[3]]) if len(page) > 4 else ""
+    return Words(source.text("vendor"), source.text("model"), serial)
+
+
+def _scsi_label(source: Source, words: Words) -> str:
+    name = _full_name(source, words)
+    return f"{name} ({_scsi_type(source)})" if name else ""
+
+
+# Mediated devices.
+
+
+def _mdev(source: Source) -> tuple[Facts, ...]:
+    return (Mdev(uuid=clean(source.kernel_name), type=clean(source.link("mdev_type"))),)
+
+
+def _mdev_label(source: Source, words: Words) -> str:
+    return source.text("mdev_type/name") or clean(source.link("mdev_type"))
+
+
+def _mdev_types(source: Source) -> tuple[Facts, ...]:
+    types = tuple(_mdev_type(source, name) for name in source.entries(_TYPES))
+    return (MdevParent(types),) if types else ()
+
+
+def _mdev_type(source: Source, name: str) -> tuple[str, str, int]:
+    available = source.number(f"{_TYPES}/{name}/available_instances")
+    return clean(name), source.text(f"{_TYPES}/{name}/name"), max(0, available)
+
+
+_TYPES = "mdev_supported_types"
+
+
+# The rest.
+
+
+def _net(source: Source) -> tuple[Facts, ...]:
+    return (Net(clean(source.kernel_name), source.text("address"), source.number("ifindex", 10)),)
+
+
+def _block(source: Source) -> tuple[Facts, ...]:
+    return (Block(_node(source), _size(source), source.text("dev")),)
+
+
+def _node(source: Source) -> str:
+    """The device's node, made up from the kernel's name where udev has not told it (a "!" stands for a "/")."""
+    return clean(source.prop("DEVNAME")) or "/dev/" + clean(source.kernel_name).replace("!", "/")
+
+
+def _size(source: Source) -> int:
+    return source.number("size", 10) * 512  # sysfs counts sectors of 512 bytes, whatever the disk's are
+
+
+def _block_words(source: Source) -> Words:
+    return Words(serial=clean(source.prop("ID_SERIAL_SHORT")))
+
+
+def _block_label(source: Source, words: Words) -> str:
+    return f"{_node(source)}, {_human(_size(source))}"
+
+
+def _human(size: float) -> str:
+    """SIZE in bytes for people, in powers of 1000 like the labels of disks: 20.0 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} PB"
+
+
+def _named(source: Source, words: Words) -> str:
+    return words.product
+
+
+def _noded(source: Source, words: Words) -> str:
+    return _node(source)
+
+
+def _numbered(words: str) -> Callable[[Source, Words], str]:
+    return lambda source, _: f"{words} {re.sub('^[a-z]+', '', source.kernel_name)}"
+
+
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "pci": (Kind("pci", facts=_pci, label=_pci_label),),
+    "usb": (
+        Kind("usb", "usb_device", facts=_usb, words=_usb_words, label=_full_name),
+        Kind("usb-interface", "usb_interface", label=_usb_interface_label),
+    ),
+    "scsi": (
+        Kind("scsi-host", "scsi_host", label=_numbered("SCSI host")),
+        Kind("scsi-target", "scsi_target", label=_numbered("SCSI target")),
+        Kind("scsi", "scsi_device", facts=_scsi, words=_scsi_words, label=_scsi_label),
+    ),
+    "scsi_generic": (Kind("scsi-generic", label=_noded),),
+    "mdev": (Kind("mdev", facts=_mdev, label=_mdev_label),),
+    "net": (Kind("net", facts=_net),),
+    # NVMe's hidden paths have neither a node nor a number; their disk is the multipath head above them.
+    "block": (Kind("block", "disk", unless="hidden", facts=_block, words=_block_words, label=_block_label),),
+    "drm": (Kind("drm", pattern="card[0-9]+"),),
+    "input": (
+        Kind(
+            "input",
+            pattern="input[0-9]+",
+            words=lambda source: Words(product=source.text("name")),
+            label=_named,
+            nodes=_nodes_of_children,
+        ),
+    ),
+    "sound": (
+        Kind(
+            "sound",
+            pattern="card[0-9]+",
+            words=lambda source: Words(product=source.text("id")),
+            label=_named,
+            nodes=_nodes_of_children,
+        ),
+    ),
+    "video4linux": (Kind("video", words=lambda source: Words(product=source.text("name")), label=_named),),
+    "tty": (Kind("tty", label=_noded),),
+    "nvme": (
+        Kind(
+            "nvme",
+            words=lambda source: Words(product=source.text("model"), serial=source.text("serial")),
+            label=_named,
+        ),
+    ),
+    "tpm": (Kind("tpm", label=_noded),),
+}
+
+# Of any subsystem; /sys/class/mdev_bus lists them.
+_MDEV_PARENT = Kind("mdev-parent", facts=_mdev_types)
+
+# What is not a node, or is one of its own, but shows in the node of the folder it is in: a USB device's interfaces,
+# an input device's and a sound card's device nodes, how many more mediated devices a parent can make.
+SHOWS_IN_PARENT: dict[str, Callable[[Source], bool]] = {
+    "usb": lambda source: source.devtype == "usb_interface",
+    "input": lambda source: True,
+    "sound": lambda source: True,
+    "mdev": lambda source: True,
+}

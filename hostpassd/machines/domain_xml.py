@@ -1,0 +1,463 @@
+"""Domain XML to claims, and a device to the element that hands it to a machine. Pure: no I/O, no libvirt."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+
+from lxml import etree
+
+from hostpassd.host.device import Device, Mdev, Scsi, Usb, clean
+from hostpassd.machines.machine import (
+    Claim,
+    InterfaceSource,
+    MdevSource,
+    NodeSource,
+    PciSource,
+    ScsiSource,
+    Source,
+    UsbSource,
+)
+
+# What strtoull takes at base 0, which is how libvirt reads an address (virXMLPropUInt): 010 is 8, 0x10 is 16.
+_NUMBER = re.compile(r"[ \t\n\r\f\v]*\+?(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))")
+_PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}):([01][0-9a-fA-F])\.([0-7])")
+_DOCTYPE = re.compile(r"\s*(?:<\?.*?\?>\s*|<!--.*?-->\s*)*<!DOCTYPE", re.DOTALL)
+
+# A generator of random numbers is the machine's own; these two are the host's for everybody.
+_SHARED_RANDOM = frozenset({"/dev/random", "/dev/urandom"})
+
+_NODE_TAGS = {"storage": "block", "misc": "char"}
+
+
+# While lxml parses it puts its own loader of external entities into libxml2, for the whole process. Two threads that
+# parse at once can leave it there for good, and libvirt, which shares libxml2, then crashes in it when it reads a file
+# (lxml 4.9: _register_document_loader; seen with test:///FILE).
+_PARSING = threading.Lock()
+
+
+class _Broken(ValueError):
+    """This element claims something, but not in a way that can be read."""
+
+
+def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[str]]:
+    """The claims on host devices in XML, one half of a domain, and a warning for each that cannot be read.
+
+    ValueError: XML is no XML at all, or has a document type, which libvirt never writes.
+    """
+    claims: list[Claim] = []
+    warnings: list[str] = []
+    for element, claim in _claims_in(_parse(xml), warnings):
+        if not _doubles_serial(element, claim, claims):
+            claims.append(claim)
+    return tuple(claims), warnings
+
+
+def claim_of(element_xml: str) -> Claim:
+    """The claim that one element makes. ValueError: it makes none that can be read."""
+    claims, warnings = read_claims(f"<domain><devices>{element_xml}</devices></domain>")
+    if not claims:
+        raise ValueError(warnings[0] if warnings else "The element claims no device of this host.")
+    return claims[0]
+
+
+def hostdev_xml(
+    device: Device,
+    *,
+    alias: str,
+    stored: bool,
+    unique: bool,
+    guest_address: str = "",
+    multifunction: bool = False,
+    rom_bar: bool | None = None,
+) -> str:
+    """The <hostdev> element that hands DEVICE to a machine.
+
+    STORED: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
+    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. ValueError: DEVICE is of no kind that can be
+    handed over, or GUEST_ADDRESS is no PCI address.
+    """
+    element = etree.Element("hostdev", mode="subsystem")
+    source = etree.SubElement(element, "source")
+    if pci := device.pci:
+        element.set("type", "pci")
+        element.set("managed", "yes")
+        etree.SubElement(source, "address", _pci_attributes(pci.address))
+    elif usb := device.usb:
+        element.set("type", "usb")
+        _write_usb(source, usb, stored, unique)
+    elif scsi := device.scsi:
+        element.set("type", "scsi")
+        _write_scsi(source, scsi)
+    else:
+        element.set("type", "mdev")
+        element.set("model", "vfio-pci")
+        etree.SubElement(source, "address", uuid=_mdev(device).uuid)
+    if rom_bar is not None:
+        etree.SubElement(element, "rom", bar="on" if rom_bar else "off")
+    if alias:
+        etree.SubElement(element, "alias", name=alias)
+    if guest_address:
+        _write_guest_address(element, guest_address, multifunction)
+    return _text(element)
+
+
+def with_claim(domain_xml: str, element_xml: str) -> str:
+    """DOMAIN_XML with ELEMENT_XML added to its devices. ValueError: one of them cannot be read."""
+    domain = _parse(domain_xml)
+    devices = domain.find("devices")
+    if devices is None:
+        devices = etree.SubElement(domain, "devices")
+    devices.append(_parse(element_xml))
+    return _text(domain)
+
+
+def without_claim(domain_xml: str, claim: Claim) -> str:
+    """DOMAIN_XML without the element that makes CLAIM. LookupError: it has none. ValueError: it cannot be read."""
+    domain = _parse(domain_xml)
+    found = [element for element, other in _claims_in(domain, []) if other.id == claim.id]
+    if not found:
+        raise LookupError(f"No element makes the claim {claim.id}.")
+    # A serial port's console is the same claim written twice: libvirt would make the serial port again from it.
+    for element in found if claim.kind == "chardev" else found[:1]:
+        element.getparent().remove(element)
+    return _text(domain)
+
+
+def _parse(xml: str) -> etree._Element:
+    if _DOCTYPE.match(xml):
+        raise ValueError("The XML has a document type, which libvirt never writes.")
+    # huge_tree: metadata can be larger than libxml2's stock limits; entities cannot be defined without a document type.
+    parser = etree.XMLParser(encoding="utf-8", resolve_entities=False, no_network=True, load_dtd=False, huge_tree=True)
+    try:
+        with _PARSING:
+            return etree.fromstring(xml.encode("utf-8", "replace"), parser)
+    except etree.XMLSyntaxError as error:
+        raise ValueError(f"The XML cannot be read: {clean(str(error))}") from None
+
+
+def _text(element: etree._Element) -> str:
+    return str(etree.tostring(element, encoding="unicode", with_tail=False))
+
+
+def _claims_in(domain: etree._Element, warnings: list[str]) -> Iterator[tuple[etree._Element, Claim]]:
+    for element in domain.iterfind("devices/*"):
+        reader = _READERS.get(element.tag) if isinstance(element.tag, str) else None
+        if reader is None:
+            continue
+        try:
+            read = reader(element)
+        except _Broken as error:
+            warnings.append(f"A <{element.tag}> element was left out: {clean(str(error))}.")
+            continue
+        if read is not None:
+            yield element, _claim(element, *read)
+
+
+def _claim(element: etree._Element, kind: str, source: Source) -> Claim:
+    alias = element.find("alias")
+    written = element.find("source")
+    return Claim(
+        kind=kind,
+        source=source,
+        alias=clean(alias.get("name", "")) if alias is not None else "",
+        xml=_text(element),
+        id=_fit(f"{kind}:{_key(source)}"),
+        text=clean(_for_people(source)),
+        missing=written is not None and written.get("missing") == "yes",
+        guest_address=_guest_address(element),
+    )
+
+
+def _doubles_serial(element: etree._Element, claim: Claim, earlier: list[Claim]) -> bool:
+    """Whether this is the console that libvirt writes for serial port 0, which is the same thing again."""
+    return element.tag == "console" and any(claim.id == other.id for other in earlier)
+
+
+def _fit(text: str) -> str:
+    """TEXT fit for the bus and still one of a kind: what cleaning changes, a digest of the whole makes up for."""
+    fit = clean(text, 200)
+    return fit if fit == text else f"{fit}#{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
+
+
+def _key(source: Source) -> str:
+    match source:
+        case PciSource():
+            return f"pci:{source.address}"
+        case UsbSource():
+            return ":".join(["usb", *_usb_words(source, "{:04x}:{:04x}", "{}:{}", "bus{}:{}")])
+        case ScsiSource():
+            return f"scsi:{source.host}:{source.channel}:{source.target}:{source.lun}"
+        case MdevSource():
+            return f"mdev:{source.uuid}"
+        case NodeSource():
+            return f"node:{source.path}"
+        case InterfaceSource():
+            return f"net:{source.interface}"
+
+
+def _for_people(source: Source) -> str:
+    match source:
+        case PciSource():
+            return f"pci {source.address}"
+        case UsbSource():
+            return " ".join(["usb", *_usb_words(source, "{:04x}:{:04x}", "bus {} device {}", "bus {} device {}")])
+        case ScsiSource():
+            return f"scsi {source.host}:{source.channel}:{source.target}:{source.lun}"
+        case MdevSource():
+            return f"mdev {source.uuid}"
+        case NodeSource():
+            return source.path
+        case InterfaceSource():
+            return f"interface {source.interface}"
+
+
+def _usb_words(source: UsbSource, ids: str, place: str, place_alone: str) -> list[str]:
+    words = []
+    if source.vendor_id is not None:
+        words.append(ids.format(source.vendor_id, source.product_id))
+    if source.bus is not None:
+        words.append((place if words else place_alone).format(source.bus, source.number))
+    return words
+
+
+# Reading: one function for each element that can claim a device of the host. None: it claims none.
+
+_Read = tuple[str, Source] | None
+
+
+def _read_hostdev(element: etree._Element) -> _Read:
+    mode = element.get("mode", "subsystem")
+    kind = element.get("type", "")
+    if mode == "capabilities":
+        return _read_capabilities(element, kind)
+    if mode != "subsystem":
+        raise _Broken(f"its mode {mode!r} is not known")
+    reader = _SUBSYSTEMS.get(kind)
+    if reader is None:
+        raise _Broken(f"its type {kind!r} is not known")
+    source = reader(element)
+    return ("hostdev", source) if source is not None else None
+
+
+def _read_capabilities(element: etree._Element, kind: str) -> _Read:
+    if kind == "net":
+        return "capabilities", InterfaceSource(_content(element, "source/interface"))
+    if kind in _NODE_TAGS:
+        return "capabilities", NodeSource(_content(element, f"source/{_NODE_TAGS[kind]}"))
+    raise _Broken(f"its type {kind!r} is not known")
+
+
+def _read_interface(element: etree._Element) -> _Read:
+    kind = element.get("type")
+    if kind == "direct":
+        # In the stored half of an interface on a libvirt network there is none: that is chosen at the start.
+        name = _attribute(element, "source", "dev")
+        return ("macvtap", InterfaceSource(name)) if name else None
+    if kind != "hostdev":
+        return None
+    address = _only(element, "source/address")
+    if address.get("type") == "pci":
+        return "interface", _read_pci(element)
+    if address.get("type") == "usb":
+        return "interface", _read_usb(element)
+    raise _Broken(f"its source is of the type {address.get('type')!r}, which is not known")
+
+
+def _read_disk(element: etree._Element) -> _Read:
+    kind = element.get("type")
+    if kind == "block":
+        path = _attribute(element, "source", "dev")  # an empty drive has none
+        return ("disk", NodeSource(path)) if path else None
+    return ("disk", _read_pci(element)) if kind == "nvme" else None
+
+
+def _read_input(element: etree._Element) -> _Read:
+    name = {"evdev": "dev", "passthrough": "evdev"}.get(element.get("type", ""))
+    if name is None:
+        return None
+    path = _attribute(element, "source", name)
+    if not path:
+        raise _Broken("it names no device node")
+    return "evdev", NodeSource(path)
+
+
+def _read_chardev(element: etree._Element) -> _Read:
+    if element.get("type") != "dev":
+        return None
+    path = _attribute(element, "source", "path")
+    if not path:
+        raise _Broken("it names no device node")
+    return "chardev", NodeSource(path)
+
+
+def _read_rng(element: etree._Element) -> _Read:
+    backend = element.find("backend")
+    if backend is None or backend.get("model") != "random":
+        return None
+    path = (backend.text or "").strip()
+    return ("rng", NodeSource(path)) if path and path not in _SHARED_RANDOM else None
+
+
+def _read_tpm(element: etree._Element) -> _Read:
+    backend = element.find("backend")
+    if backend is None or backend.get("type") != "passthrough":
+        return None
+    path = _attribute(element, "backend/device", "path")
+    return "tpm", NodeSource(path or "/dev/tpm0")  # libvirt's own default
+
+
+def _read_pci(element: etree._Element) -> PciSource:
+    return PciSource(_pci_address(_only(element, "source/address")))
+
+
+def _read_usb(element: etree._Element) -> UsbSource:
+    vendor, product = element.find("source/vendor"), element.find("source/product")
+    address = element.find("source/address")
+    if vendor is None and product is None and address is None:
+        raise _Broken("it names no USB device")
+    if (vendor is None) != (product is None):
+        raise _Broken("it names a vendor or a product, but not both")
+    ids = (_number(vendor, "id", 0xFFFF), _number(product, "id", 0xFFFF)) if vendor is not None else (None, None)
+    place = (_number(address, "bus"), _number(address, "device")) if address is not None else (None, None)
+    return UsbSource(*ids, *place)
+
+
+def _read_scsi(element: etree._Element) -> ScsiSource | None:
+    if _attribute(element, "source", "protocol"):  # iSCSI: the machine's own initiator, nothing of this host's
+        return None
+    adapter = _attribute(element, "source/adapter", "name")
+    host = re.fullmatch(r"scsi_host([0-9]{1,9})", adapter)
+    if host is None:
+        raise _Broken(f"its adapter {adapter!r} is no SCSI host")
+    address = _only(element, "source/address")
+    channel, target, lun = (_number(address, name, 2**64 - 1) for name in ("bus", "target", "unit"))
+    return ScsiSource(int(host[1]), channel, target, lun)
+
+
+def _read_mdev(element: etree._Element) -> MdevSource:
+    written = _attribute(element, "source/address", "uuid")
+    try:
+        return MdevSource(str(uuid.UUID(written)))
+    except ValueError:
+        raise _Broken(f"{written!r} is no UUID") from None
+
+
+def _read_nothing(element: etree._Element) -> None:
+    """A type that hands no device of the tree to the machine (vhost targets are configured, not plugged in)."""
+
+
+_READERS: dict[str, Callable[[etree._Element], _Read]] = {
+    "hostdev": _read_hostdev,
+    "interface": _read_interface,
+    "disk": _read_disk,
+    "input": _read_input,
+    "serial": _read_chardev,
+    "parallel": _read_chardev,
+    "console": _read_chardev,
+    "rng": _read_rng,
+    "tpm": _read_tpm,
+}
+
+_SUBSYSTEMS: dict[str, Callable[[etree._Element], Source | None]] = {
+    "pci": _read_pci,
+    "usb": _read_usb,
+    "scsi": _read_scsi,
+    "scsi_host": _read_nothing,
+    "mdev": _read_mdev,
+}
+
+
+def _only(element: etree._Element, path: str) -> etree._Element:
+    found = element.find(path)
+    if found is None:
+        raise _Broken(f"it has no {path}")
+    return found
+
+
+def _attribute(element: etree._Element, path: str, name: str) -> str:
+    found = element.find(path)
+    return str(found.get(name, "")) if found is not None else ""
+
+
+def _content(element: etree._Element, path: str) -> str:
+    text = (_only(element, path).text or "").strip()
+    if not text:
+        raise _Broken(f"its {path} is empty")
+    return text
+
+
+def _number(element: etree._Element, name: str, limit: int = 0xFFFFFFFF) -> int:
+    written = element.get(name)
+    if written is None:
+        raise _Broken(f"it has no {name}")
+    match = _NUMBER.fullmatch(written)
+    if match is None or len(written) > 64:
+        raise _Broken(f"its {name} {written!r} is no number")
+    value = int(match["hex"] or match["octal"] or match["decimal"], 16 if match["hex"] else 8 if match["octal"] else 10)
+    if value > limit:
+        raise _Broken(f"its {name} {written!r} is out of range")
+    return value
+
+
+_PCI_PARTS = {"domain": 0xFFFFFFFF, "bus": 0xFF, "slot": 0x1F, "function": 7}
+
+
+def _pci_address(element: etree._Element) -> str:
+    """The address of a PCI function; as in libvirt a part that is not written is 0, but not all of them."""
+    if not any(name in element.attrib for name in _PCI_PARTS):
+        raise _Broken("its PCI address is empty")
+    parts = [_number(element, name, limit) if name in element.attrib else 0 for name, limit in _PCI_PARTS.items()]
+    return "{:04x}:{:02x}:{:02x}.{:x}".format(*parts)
+
+
+def _guest_address(element: etree._Element) -> str:
+    address = element.find("address")
+    if address is None or address.get("type") != "pci":
+        return ""
+    try:
+        return _pci_address(address)
+    except _Broken:
+        return ""  # "to be assigned": an address with nothing in it
+
+
+# Writing.
+
+
+def _mdev(device: Device) -> Mdev:
+    for facts in device.facts:
+        if isinstance(facts, Mdev):
+            return facts
+    raise ValueError(f"A device of the kind {device.kind} cannot be handed to a machine.")
+
+
+def _write_usb(source: etree._Element, usb: Usb, stored: bool, unique: bool) -> None:
+    if stored:
+        source.set("startupPolicy", "optional")
+    etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
+    etree.SubElement(source, "product", id=f"{usb.product_id:#06x}")
+    if not unique:
+        etree.SubElement(source, "address", bus=str(usb.bus), device=str(usb.number))
+
+
+def _write_scsi(source: etree._Element, scsi: Scsi) -> None:
+    etree.SubElement(source, "adapter", name=f"scsi_host{scsi.host}")
+    etree.SubElement(source, "address", bus=str(scsi.channel), target=str(scsi.target), unit=str(scsi.lun))
+
+
+def _write_guest_address(element: etree._Element, guest_address: str, multifunction: bool) -> None:
+    if element.get("type") not in ("pci", "mdev"):
+        raise ValueError("Only a PCI or mediated device has a PCI address in the machine.")
+    address = etree.SubElement(element, "address", {"type": "pci", **_pci_attributes(guest_address)})
+    if multifunction:
+        address.set("multifunction", "on")
+
+
+def _pci_attributes(address: str) -> dict[str, str]:
+    match = _PCI_ADDRESS.fullmatch(address)
+    if match is None:
+        raise ValueError(f"{clean(address)} is no PCI address.")
+    return {name: f"0x{part}" for name, part in zip(_PCI_PARTS, match.groups(), strict=True)}

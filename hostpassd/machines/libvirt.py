@@ -1,0 +1,645 @@
+"""The connection to libvirt: its events and answers to our events, our calls to it, and coming back after a loss.
+
+The only importer of libvirt. Every libvirt call blocks, so none is made on the loop; libvirt's callbacks come in a
+thread of its own, and hand over to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import libvirt
+
+from hostpassd.errors import (
+    AlreadyAssigned,
+    HostpassError,
+    HypervisorRefused,
+    HypervisorUnavailable,
+    NoSuchDevice,
+    NoSuchMachine,
+    NotAssigned,
+    NotSupported,
+)
+from hostpassd.events import (
+    DeviceAdded,
+    DeviceRemoved,
+    Event,
+    HypervisorChanged,
+    MachineGone,
+    MachineRead,
+    MachinesListed,
+    RemovalFailed,
+)
+from hostpassd.host.device import clean
+from hostpassd.machines.domain_xml import read_claims, with_claim, without_claim
+from hostpassd.machines.machine import Claim, Machine, UsbSource
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_KEEPALIVE = (5, 3)  # seconds between pings; pings unanswered before the connection counts as lost (20 s in all)
+_OPEN_PATIENCE = 10.0  # seconds; a first open can take 12 where libvirtd probes QEMU, a frozen libvirtd takes for ever
+_CLOSE_PATIENCE = 2.0  # seconds
+_PAUSES = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each attempt to connect again
+_LOCAL_PAUSE = 5.0  # seconds at most for a hypervisor on this host
+_NODE_DEVICE_PATIENCE = 5.0  # seconds; libvirt's node devices come later than udev's
+_NODE_DEVICE_STEP = 0.1  # seconds
+
+_STATES = {
+    libvirt.VIR_DOMAIN_NOSTATE: "no state",
+    libvirt.VIR_DOMAIN_RUNNING: "running",
+    libvirt.VIR_DOMAIN_BLOCKED: "idle",
+    libvirt.VIR_DOMAIN_PAUSED: "paused",
+    libvirt.VIR_DOMAIN_SHUTDOWN: "in shutdown",
+    libvirt.VIR_DOMAIN_SHUTOFF: "shut off",
+    libvirt.VIR_DOMAIN_CRASHED: "crashed",
+    libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
+}
+
+_CLOSED = {
+    libvirt.VIR_CONNECT_CLOSE_REASON_EOF: "libvirt has closed the connection",
+    libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "libvirt does not answer",
+    libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT: "the connection was closed",
+}
+
+_DEVICE_EVENTS: dict[int, Callable[[str, str], Event]] = {
+    libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: DeviceAdded,
+    libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: DeviceRemoved,
+    libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: RemovalFailed,
+}
+
+# How drivers say that they cannot change the stored half in place. The embedded driver has no such call in libvirt 9
+# (NO_SUPPORT), and in 11 one that does not take the flag (INVALID_ARG); QEMU cannot detach every kind
+# (OPERATION_UNSUPPORTED).
+_CANNOT = frozenset(
+    {
+        libvirt.VIR_ERR_NO_SUPPORT,
+        libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+        libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
+        libvirt.VIR_ERR_INVALID_ARG,
+    }
+)
+
+
+class Hypervisor:
+    """One libvirt, by URI: its machines as events to EMIT, which is called on the loop, and changes to them.
+
+    For each machine events come in order: a DeviceAdded, DeviceRemoved or RemovalFailed after the MachineRead that
+    shows its effect. While libvirt is away nothing is said of its machines but HypervisorChanged; on its return they
+    are all listed again.
+
+    Changes raise HypervisorUnavailable (not connected, or lost during the call: it may have been made or not),
+    HypervisorRefused with libvirt's own words, NoSuchMachine, NotSupported; when one returns, the machine has been read
+    again and that was emitted.
+    """
+
+    def __init__(self, uri: str, emit: Callable[[Event], None]) -> None:
+        self.uri = uri
+        self._emit = emit
+        self._link: _Link | None = None
+        self._told: HypervisorChanged | None = None
+        self._known: dict[str, Machine] = {}
+        self._due: dict[str | None, _Due] = {}  # what is to be read, by UUID; None: everything
+        self._wanted = asyncio.Event()
+
+    async def run(self) -> None:
+        """Connect, keep reading, and connect again after a loss, until cancelled."""
+        _start_events()
+        attempt = 0
+        while True:
+            try:
+                link = await self._open()
+            except HypervisorUnavailable as error:
+                self._tell(False, str(error))
+            else:
+                attempt = 0 if await self._serve(link) else attempt
+            await asyncio.sleep(self._pause(attempt))
+            attempt += 1
+
+    async def refresh(self) -> None:
+        """Read every machine again; returns when that was emitted. HypervisorUnavailable."""
+        await self._reread(None)
+
+    async def refresh_machine(self, uuid_or_name: str) -> None:
+        """Read one machine again; returns when that was emitted, as MachineGone if libvirt no longer has it.
+
+        NoSuchMachine: neither we nor libvirt know it by that name. HypervisorUnavailable, HypervisorRefused.
+        """
+        known = (uuid for uuid, machine in self._known.items() if uuid_or_name in (uuid, machine.name))
+        uuid = next(known, None) or await self._call(lambda link: link.uuid_of(uuid_or_name))
+        await self._reread(uuid)
+
+    async def attach_live(self, uuid: str, xml: str) -> None:
+        """Attach the element XML to the running machine. Where that takes libvirt seconds, so does this."""
+        await self._change(uuid, lambda link: link.attach_live(uuid, xml))
+
+    async def attach_stored(self, uuid: str, xml: str) -> None:
+        """Add the element XML to the machine's stored configuration. AlreadyAssigned: it has that device."""
+        await self._change(uuid, lambda link: link.attach_stored(uuid, xml))
+
+    async def detach_live(self, uuid: str, alias: str) -> None:
+        """Ask the guest to let the device with ALIAS go; whether it did, DeviceRemoved or RemovalFailed says.
+
+        NotAssigned: the running machine has no such device.
+        """
+        await self._change(uuid, lambda link: link.detach_live(uuid, alias))
+
+    async def detach_stored(self, uuid: str, claim: Claim) -> None:
+        """Take what makes CLAIM out of the machine's stored configuration; if it is not in it, all is well."""
+        await self._change(uuid, lambda link: link.detach_stored(uuid, claim))
+
+    async def detach_host(self, name: str) -> None:
+        """Free the PCI function with libvirt's node device NAME from its host driver. NoSuchDevice after 5 s."""
+        await self._change_node(name, lambda link: link.detach_host(name))
+
+    async def reattach_host(self, name: str) -> None:
+        """Give the PCI function with libvirt's node device NAME back to its host driver. NoSuchDevice after 5 s."""
+        await self._change_node(name, lambda link: link.reattach_host(name))
+
+    # Connecting and losing.
+
+    def _pause(self, attempt: int) -> float:
+        pause = _PAUSES[min(attempt, len(_PAUSES) - 1)]
+        return min(pause, _LOCAL_PAUSE) if "///" in self.uri else pause
+
+    async def _open(self) -> _Link:
+        # In a thread of its own, and no pool's: against a frozen libvirtd it does not return.
+        opening = _in_thread(functools.partial(_Link, self.uri, self._heard, self._closed, asyncio.get_running_loop()))
+        await asyncio.wait({opening}, timeout=_OPEN_PATIENCE)
+        if not opening.done():
+            self._tell(False, f"libvirt at {self.uri} does not answer.")
+        return await opening
+
+    async def _serve(self, link: _Link) -> bool:
+        """Read LINK until it is lost. Whether its machines were listed."""
+        self._link = link
+        self._touch(None)
+        reader = asyncio.create_task(self._keep_reading(link))
+        try:
+            await asyncio.wait({reader, link.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                reader.result()
+        finally:
+            self._lose(link, f"The connection to {self.uri} was closed.", tell=False)
+            reader.cancel()
+            closing = _in_thread(link.close)
+            await asyncio.wait({closing, reader}, timeout=_CLOSE_PATIENCE)
+        return link.listed
+
+    def _lose(self, link: _Link, reason: str, tell: bool = True) -> None:
+        """LINK is of no more use. Said before anybody who waits on it hears."""
+        if self._link is not link:
+            return
+        self._link = None
+        if tell:
+            self._tell(False, reason)
+        for due in self._due.values():
+            due.fail(self._unavailable())
+        link.lost.set_result(None)
+
+    def _tell(self, connected: bool, error: str = "") -> None:
+        change = HypervisorChanged(self.uri, connected, error)
+        if change != self._told:
+            self._told = change
+            self._emit(change)
+
+    def _unavailable(self) -> HypervisorUnavailable:
+        reason = self._told.error if self._told else ""
+        return HypervisorUnavailable(reason or f"libvirt at {self.uri} is not connected; try again when it is.")
+
+    # What libvirt's callbacks hand over.
+
+    def _heard(self, uuid: str, event: Event | None) -> None:
+        due = self._touch(uuid)
+        if event:
+            due.events.append(event)
+
+    def _closed(self, link: _Link, reason: int) -> None:
+        self._lose(link, f"{_CLOSED.get(reason, 'The connection to libvirt failed')} ({self.uri}).")
+
+    # Reading. One task reads everything, one machine after the other, so nothing old can overtake something newer.
+
+    def _touch(self, uuid: str | None) -> _Due:
+        """Have a machine (None: all) read; what is already to be read is read once."""
+        self._wanted.set()
+        return self._due.setdefault(uuid, _Due())
+
+    async def _reread(self, uuid: str | None) -> None:
+        if self._link is None:
+            raise self._unavailable()
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._touch(uuid).waiters.append(waiter)
+        await waiter
+
+    async def _keep_reading(self, link: _Link) -> None:
+        try:
+            while True:
+                await self._wanted.wait()
+                while self._due:
+                    uuid = None if None in self._due else next(iter(self._due))
+                    await self._settle(link, uuid, self._due.pop(uuid))
+                self._wanted.clear()
+        except HostpassError as error:
+            self._lose(link, str(error))
+
+    async def _settle(self, link: _Link, uuid: str | None, due: _Due) -> None:
+        try:
+            await (self._list(link) if uuid is None else self._read(link, uuid))
+        except HypervisorRefused as error:
+            due.fail(error)
+            if uuid is None:
+                raise
+            _log.error("Machine %s could not be read and is shown as it was: %s", uuid, error)
+        except (HostpassError, asyncio.CancelledError):
+            due.fail(self._unavailable())
+            # What libvirt has told holds after its return, too.
+            self._touch(uuid).events[:0] = due.events
+            raise
+        for event in due.events:
+            self._emit(event)
+        due.succeed()
+
+    async def _read(self, link: _Link, uuid: str) -> None:
+        machine = await _in_pool(link.readings, functools.partial(link.read, uuid))
+        if machine is None:
+            self._known.pop(uuid, None)
+            self._emit(MachineGone(uuid))
+        else:
+            self._known[uuid] = machine
+            self._emit(MachineRead(machine))
+
+    async def _list(self, link: _Link) -> None:
+        machines, unread = await _in_pool(link.readings, link.read_all)
+        machines += [self._known[uuid] for uuid in unread if uuid in self._known]
+        self._known = {machine.uuid: machine for machine in machines}
+        link.listed = True
+        self._tell(True)
+        self._emit(MachinesListed(self.uri, tuple(machines)))
+
+    # Changing.
+
+    async def _call(self, call: Callable[[_Link], _T]) -> _T:
+        link = self._link
+        if link is None:
+            raise self._unavailable()
+        try:
+            return await _in_pool(link.operations, functools.partial(call, link))
+        except HypervisorUnavailable as error:
+            self._lose(link, str(error))
+            raise
+
+    async def _change(self, uuid: str, change: Callable[[_Link], None]) -> None:
+        try:
+            await self._call(change)
+        except HostpassError:
+            self._touch(uuid)  # half of it may have happened
+            raise
+        await self._reread(uuid)
+
+    async def _change_node(self, name: str, change: Callable[[_Link], None]) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _NODE_DEVICE_PATIENCE
+        while True:
+            try:
+                return await self._call(change)
+            except NoSuchDevice:
+                if loop.time() >= deadline:
+                    raise
+            await asyncio.sleep(_NODE_DEVICE_STEP)
+
+
+@dataclasses.dataclass(slots=True)
+class _Due:
+    """What is due once a machine, or all of them, has been read."""
+
+    events: list[Event] = dataclasses.field(default_factory=list)
+    waiters: list[asyncio.Future[None]] = dataclasses.field(default_factory=list)
+
+    def succeed(self) -> None:
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.waiters.clear()
+
+    def fail(self, error: HostpassError) -> None:
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self.waiters.clear()
+
+
+class _Link:
+    """One open connection. Its methods block and raise our own errors; they are for threads.
+
+    The two pools together have fewer threads than the 5 requests that libvirtd takes from one client at a time
+    (max_client_requests): at that limit it does not read on, answers no keepalive, and the connection would be lost.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        heard: Callable[[str, Event | None], None],
+        closed: Callable[[_Link, int], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.lost: asyncio.Future[None] = loop.create_future()
+        self.listed = False
+        self.readings = ThreadPoolExecutor(1, "libvirt-read")
+        self.operations = ThreadPoolExecutor(3, "libvirt-call")
+        self._uri = uri
+        self._callbacks: list[int] = []
+        self._warned: set[tuple[str, str]] = set()
+        try:
+            self._connection = libvirt.open(uri)
+        except libvirt.libvirtError as error:
+            raise HypervisorUnavailable(f"libvirt at {uri} cannot be reached: {_words(error)}.") from None
+        try:
+            self._listen(functools.partial(_hand_over, loop, heard), functools.partial(_hand_over, loop, closed, self))
+        except libvirt.libvirtError as error:
+            self.close()
+            raise HypervisorUnavailable(f"libvirt at {uri} cannot be listened to: {_words(error)}.") from None
+
+    def close(self) -> None:
+        """Let go of the connection, once the calls in progress have ended."""
+        self.readings.shutdown()
+        self.operations.shutdown()
+        # A connection closed with callbacks still registered keeps its sockets.
+        for callback in self._callbacks:
+            with contextlib.suppress(libvirt.libvirtError):
+                self._connection.domainEventDeregisterAny(callback)
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.unregisterCloseCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.close()
+
+    def _listen(self, heard: Callable[[str, Event | None], None], closed: Callable[[int], None]) -> None:
+        connection = self._connection
+        # First of all: from here on every call ends, even against a libvirtd that freezes.
+        # The embedded driver, which cannot freeze, has neither of the two.
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.setKeepAlive(*_KEEPALIVE)
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.registerCloseCallback(lambda _connection, reason, _opaque: closed(reason), None)
+
+        def lifecycle(_connection: Any, domain: Any, _event: int, _detail: int, _opaque: Any) -> None:
+            heard(domain.UUIDString(), None)
+
+        def device(_connection: Any, domain: Any, alias: str, event: Callable[[str, str], Event]) -> None:
+            heard(domain.UUIDString(), event(domain.UUIDString(), alias))
+
+        register = connection.domainEventRegisterAny
+        self._callbacks.append(register(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, None))
+        for number, event in _DEVICE_EVENTS.items():
+            self._callbacks.append(register(None, number, device, event))
+
+    # Reading.
+
+    def read_all(self) -> tuple[list[Machine], list[str]]:
+        """All machines, and the UUIDs of those that could not be read."""
+        machines: list[Machine] = []
+        unread: list[str] = []
+        with self._translated():
+            domains = self._connection.listAllDomains()
+        for domain in domains:
+            uuid = domain.UUIDString()
+            try:
+                machine = self._read(domain)
+            except HypervisorRefused as error:
+                _log.error("Machine %s could not be read and is shown as it was, if at all: %s", uuid, error)
+                unread.append(uuid)
+                continue
+            if machine:
+                machines.append(machine)
+        return machines, unread
+
+    def read(self, uuid: str) -> Machine | None:
+        """The machine with UUID as it is now, or None if there is none."""
+        try:
+            return self._read(self._domain(uuid))
+        except NoSuchMachine:
+            return None
+
+    def uuid_of(self, uuid_or_name: str) -> str:
+        """The UUID of the machine with that UUID or name. NoSuchMachine."""
+        with contextlib.suppress(libvirt.libvirtError):
+            return str(self._connection.lookupByUUIDString(uuid_or_name).UUIDString())
+        with self._translated():
+            return str(self._connection.lookupByName(uuid_or_name).UUIDString())
+
+    def _read(self, domain: Any) -> Machine | None:
+        """DOMAIN as it is now. What changes between two of the calls sends an event, and is read again for it."""
+        uuid, name = domain.UUIDString(), domain.name()
+        try:
+            with self._translated():
+                state, persistent = domain.state()[0], bool(domain.isPersistent())
+                live = domain.XMLDesc() if domain.isActive() else None
+                stored = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
+        except NoSuchMachine:
+            return None
+        return Machine(
+            uuid=uuid,
+            name=name,
+            uri=self._uri,
+            state=_STATES.get(state, "no state"),
+            persistent=persistent,
+            live=self._claims(name, live),
+            stored=self._claims(name, stored),
+        )
+
+    def _claims(self, name: str, xml: str | None) -> tuple[Claim, ...]:
+        if xml is None:
+            return ()
+        try:
+            claims, warnings = read_claims(xml)
+        except ValueError as error:
+            raise HypervisorRefused(f"libvirt's description of the machine {name} is unreadable: {error}") from None
+        for warning in warnings:
+            if (name, warning) not in self._warned:  # once, and not at each reading
+                self._warned.add((name, warning))
+                _log.warning("Machine %s: %s", name, warning)
+        return claims
+
+    # Changing.
+
+    def attach_live(self, uuid: str, xml: str) -> None:
+        with self._translated():
+            self._domain(uuid).attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+    def attach_stored(self, uuid: str, xml: str) -> None:
+        domain = self._domain(uuid)
+        with self._translated():
+            if self._has_claim(domain, xml):
+                raise AlreadyAssigned(f"The stored configuration of {domain.name()} has the device already.")
+            try:
+                domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+            except libvirt.libvirtError as error:
+                # 55 is also said of a transient machine, and other XML can name the same device.
+                if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and "already" in _words(error):
+                    raise AlreadyAssigned(f"libvirt refused: {_words(error)}.") from None
+                if error.get_error_code() not in _CANNOT:
+                    raise
+                self._redefine(domain, lambda whole: with_claim(whole, xml))
+
+    def detach_live(self, uuid: str, alias: str) -> None:
+        domain = self._domain(uuid)
+        with self._translated():
+            try:
+                domain.detachDeviceAlias(alias, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            except libvirt.libvirtError as error:
+                # libvirt 9 calls an alias that is not there an internal error, so that its code does not tell.
+                if error.get_error_code() in _CANNOT or self._has_alias(domain, alias):
+                    raise
+                raise NotAssigned(f"The running {domain.name()} has no device {clean(alias)}.") from None
+
+    def detach_stored(self, uuid: str, claim: Claim) -> None:
+        domain = self._domain(uuid)
+        with self._translated():
+            stored = self._stored_claims(domain)
+            written = next((other.xml for other in stored if other.id == claim.id), None)
+            if written is None:
+                return
+            if _has_twin(claim, stored):
+                self._redefine(domain, lambda whole: without_claim(whole, claim))
+                return
+            try:
+                domain.detachDeviceFlags(written, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() in _CANNOT:
+                    self._redefine(domain, lambda whole: without_claim(whole, claim))
+                elif error.get_error_code() != libvirt.VIR_ERR_DEVICE_MISSING:
+                    raise
+
+    def detach_host(self, name: str) -> None:
+        with self._translated():
+            self._connection.nodeDeviceLookupByName(name).detachFlags(None)
+
+    def reattach_host(self, name: str) -> None:
+        with self._translated():
+            self._connection.nodeDeviceLookupByName(name).reAttach()
+
+    def _domain(self, uuid: str) -> Any:
+        with self._translated():
+            return self._connection.lookupByUUIDString(uuid)
+
+    def _stored_claims(self, domain: Any) -> tuple[Claim, ...]:
+        # A transient machine's "inactive" XML is its live one; and to define it again would make it persistent.
+        if not domain.isPersistent():
+            raise HypervisorRefused(f"The machine {domain.name()} is transient: it has no stored configuration.")
+        return self._claims(domain.name(), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+    def _has_alias(self, domain: Any, alias: str) -> bool:
+        return alias in {claim.alias for claim in self._claims(domain.name(), domain.XMLDesc())}
+
+    def _has_claim(self, domain: Any, element_xml: str) -> bool:
+        wanted, _ = read_claims(with_claim("<domain/>", element_xml))
+        return bool({claim.id for claim in wanted} & {claim.id for claim in self._stored_claims(domain)})
+
+    def _redefine(self, domain: Any, change: Callable[[str], str]) -> None:
+        whole = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        self._connection.defineXML(change(whole))
+
+    def _alive(self) -> bool:
+        try:
+            return bool(self._connection.isAlive())
+        except libvirt.libvirtError:
+            return False
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """libvirt's errors become ours."""
+        try:
+            yield
+        except libvirt.libvirtError as error:
+            raise self._ours(error) from None
+
+    def _ours(self, error: libvirt.libvirtError) -> HostpassError:
+        words, code = _words(error), error.get_error_code()
+        if not self._alive():
+            return HypervisorUnavailable(f"The connection to {self._uri} was lost: {words}; try again when it is back.")
+        if code == libvirt.VIR_ERR_NO_DOMAIN:
+            return NoSuchMachine(f"libvirt has no such machine: {words}.")
+        if code == libvirt.VIR_ERR_NO_NODE_DEVICE:
+            return NoSuchDevice(f"libvirt has no such device: {words}.")
+        if code == libvirt.VIR_ERR_NO_SUPPORT:
+            return NotSupported(f"The hypervisor at {self._uri} cannot do this: {words}.")
+        return HypervisorRefused(f"libvirt refused: {words}.")
+
+
+def _has_twin(claim: Claim, stored: tuple[Claim, ...]) -> bool:
+    """Whether libvirt, asked to detach what makes CLAIM, could take another element of STORED.
+
+    Asked by vendor and product alone it takes the first element with these, also one with a bus and number.
+    """
+    if not isinstance(claim.source, UsbSource) or claim.source.bus is not None:
+        return False
+    places = (dataclasses.replace(c.source, bus=None, number=None) for c in stored if isinstance(c.source, UsbSource))
+    return list(places).count(claim.source) > 1
+
+
+def _words(error: libvirt.libvirtError) -> str:
+    """What libvirt says, on one line and with no full stop."""
+    return clean(str(error.get_error_message() or error), 1000).rstrip(".")
+
+
+# Threads.
+
+
+@functools.cache
+def _start_events() -> None:
+    """Start the one thread in which libvirt watches its sockets; before any connection of the process is opened."""
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it would write them all to stderr
+    libvirt.virEventRegisterDefaultImpl()
+    threading.Thread(target=_run_events, name="libvirt-events", daemon=True).start()
+
+
+def _run_events() -> None:
+    while True:
+        try:
+            libvirt.virEventRunDefaultImpl()
+        except libvirt.libvirtError as error:
+            _log.error("libvirt's event loop failed and is tried again: %s", _words(error))
+            time.sleep(1)
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Have CALL made on LOOP, from any thread; dropped where the loop has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
+
+
+async def _in_pool(pool: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
+    return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+
+def _in_thread(call: Callable[[], _T]) -> asyncio.Future[_T]:
+    """CALL made in a thread of its own, which the end of the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def deliver(result: Any, error: Exception | None) -> None:
+        if future.cancelled():
+            return
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def work() -> None:
+        try:
+            result = call()
+        except Exception as error:
+            _hand_over(loop, deliver, None, error)
+        else:
+            _hand_over(loop, deliver, result, None)
+
+    threading.Thread(target=work, name="libvirt-open", daemon=True).start()
+    return future

@@ -1,0 +1,59 @@
+"""What the bus tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+
+from hostpassd import names
+from hostpassd.bus.router import Router
+from hostpassd.bus.spec import Specification
+from tests.bus.busd import Client, PrivateBus
+
+NewClient = Callable[[int], Awaitable[Client]]
+
+
+@pytest.fixture(scope="session")
+def specification() -> Specification:
+    """The shipped one."""
+    return Specification.load()
+
+
+@pytest.fixture
+def bus() -> Iterator[PrivateBus]:
+    """A private bus."""
+    with PrivateBus() as private:
+        yield private
+
+
+@pytest.fixture
+async def router(bus: PrivateBus, specification: Specification) -> AsyncIterator[Router]:
+    """A router that owns the name."""
+    made = Router(specification, log=logging.getLogger("hostpassd"))
+    await made.connect(bus.address)
+    await made.own_name(names.BUS_NAME)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def new_client(bus: PrivateBus) -> AsyncIterator[NewClient]:
+    """Makes callers: await new_client(uid)."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(uid: int) -> Client:
+            client = Client(uid)
+            await client.start(bus.address)
+            stack.push_async_callback(client.stop)
+            return client
+
+        yield make
+
+
+@pytest.fixture
+async def client(new_client: NewClient) -> Client:
+    """A caller that is nobody."""
+    return await new_client(65534)

@@ -1,0 +1,186 @@
+"""./dev run: a private bus of type system, the daemon on it, and what it says of this host, or of a simulated one.
+
+Nothing on the host is changed: the daemon reads udev, and the host's libvirt if there is one, else libvirt's embedded
+driver, whose machines live in the daemon's memory alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dbus_next import Message, MessageType, Variant
+from dbus_next.aio import MessageBus
+
+from tests.bus.busd import PrivateBus
+from tests.bus.mockhost import MockHost
+
+NAME, ROOT = "org.hostpassd1", "/org/hostpassd1"
+LIBVIRT_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
+PATIENCE = 60  # seconds for the daemon to own its name
+
+DEMO_MACHINE = """<node><domain type='test'><name>demo</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
+<memory>8192</memory><os><type>hvm</type></os>
+<test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate></domain></node>
+"""
+
+
+class Front:
+    """A client of the daemon."""
+
+    def __init__(self, bus: Any) -> None:
+        self._bus = bus
+
+    async def call(
+        self, destination: str, path: str, interface: str, member: str, signature: str = "", *body: Any
+    ) -> Any:
+        message = Message(destination, path, interface, member, signature=signature, body=list(body))
+        reply = await self._bus.call(message)
+        if reply.message_type is MessageType.ERROR:
+            raise SystemExit(f"{member}: {reply.error_name}: {reply.body[0] if reply.body else ''}")
+        return reply.body[0] if reply.body else None
+
+    async def manager(self, member: str, signature: str = "", *body: Any) -> Any:
+        return await self.call(NAME, ROOT, NAME + ".Manager", member, signature, *body)
+
+    async def wait_for_name(self, daemon: asyncio.subprocess.Process) -> None:
+        """Returns when the daemon owns its name."""
+        owned = asyncio.Event()
+        self._bus.add_message_handler(
+            lambda m: owned.set() if m.member == "NameOwnerChanged" and m.body[0] == NAME else None
+        )
+        bus = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+        await self.call(*bus, "AddMatch", "s", f"type='signal',member='NameOwnerChanged',arg0='{NAME}'")
+        if await self.call(*bus, "NameHasOwner", "s", NAME):
+            return
+        tasks = {asyncio.ensure_future(owned.wait()), asyncio.ensure_future(daemon.wait())}
+        await asyncio.wait(tasks, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        if not owned.is_set():
+            raise SystemExit("The daemon did not start: its own words are above.")
+
+    async def objects(self) -> dict[str, dict[str, Any]]:
+        """All objects, each with the values of all its interfaces."""
+        managed = await self.call(NAME, ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
+        return {
+            path: {k: v.value for props in ifaces.values() for k, v in props.items()}
+            for path, ifaces in managed.items()
+        }
+
+
+def print_tree(objects: dict[str, dict[str, Any]]) -> None:
+    """The devices as a tree: label, driver, who holds each, and why it cannot be assigned."""
+    names = {path: row["Name"] for path, row in objects.items() if "/machines/" in path}
+
+    def show(path: str, depth: int) -> None:
+        row = objects[path]
+        driver = f" [{row['Driver']}]" if row["Driver"] else ""
+        print(f"{'  ' * depth}{row['Name']}{driver}  {row['Label']}")
+        for machine, hold in row["Holders"]:
+            halves = [half for half in ("live", "config") if hold[half].value]
+            print(f"{'  ' * depth}    held by {names.get(machine, machine)} ({', '.join(halves)})")
+        if row["Assignable"]:
+            print(f"{'  ' * depth}    can be assigned")
+        elif row["Kind"] in ("pci", "usb", "scsi", "mdev"):
+            for code, severity, message in row["Blockers"]:
+                print(f"{'  ' * depth}    {code} ({severity}): {message}")
+        for child in row["Children"]:
+            show(child, depth + 1)
+
+    devices = {path for path in objects if "/devices/" in path}
+    for path in sorted(devices):
+        if objects[path]["Parent"] == "/":
+            show(path, 0)
+    free = sum(1 for path in devices if objects[path]["Assignable"])
+    print(f"{len(devices)} devices, {free} of them can be assigned; {len(names)} machines")
+
+
+async def demonstrate(front: Front) -> None:
+    """One assign into and one dismiss from a stored configuration, on the simulated host."""
+    machine = await front.manager("GetMachine", "s", "demo")
+    for member in ("Assign", "Dismiss"):
+        job = await front.manager(member, "ssa{sv}", "demo", "1-1.2", {"config": Variant("b", True)})
+        row = (await front.objects())[machine]
+        held = ", ".join(path.rpartition("/")[2] for path, _ in row["Devices"]) or "nothing"
+        print(f"{member} demo 1-1.2: {job} is done; the stored configuration of demo now has {held}")
+
+
+async def serve(arguments: argparse.Namespace, address: str, environment: dict[str, str], uri: str, folder: str) -> int:
+    """Runs the daemon, shows what it says, and stays until a signal."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    command = [sys.executable, "-B", "-m", "hostpassd", "--bus-address", address, "--uri", uri]
+    command += ["--state-folder", f"{folder}/state", "--config", f"{folder}/none.toml", "--log-level", "warning"]
+    daemon = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
+    try:
+        front = Front(await MessageBus(bus_address=address).connect())
+        await front.wait_for_name(daemon)
+        print_tree(await front.objects())
+        if arguments.simulated:
+            await demonstrate(front)
+        busctl = ["busctl", f"--address={address}"]
+        for words in (
+            ["get-property", NAME, ROOT, NAME + ".Manager", "State"],
+            ["call", NAME, ROOT, NAME + ".Manager", "Sync"],
+        ):
+            print("$ " + shlex.join(busctl + words), flush=True)
+            shown = await asyncio.create_subprocess_exec(*busctl, *words)
+            if await shown.wait():
+                return 1
+        if not arguments.once:
+            print(f"hostpassd answers at {address} (hypervisor {uri}); try: {shlex.join([*busctl, 'tree', NAME])}")
+            print("Ctrl-C ends it.", flush=True)
+            await asyncio.wait({asyncio.ensure_future(stop.wait()), asyncio.ensure_future(daemon.wait())},
+                               return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+        return daemon.returncode or 0
+    finally:
+        if daemon.returncode is None:
+            daemon.terminate()
+            await daemon.wait()
+
+
+@contextlib.contextmanager
+def host(simulated: bool, folder: str) -> Iterator[tuple[dict[str, str], str]]:
+    """The environment in which the daemon sees the host, and its hypervisor."""
+    if simulated:
+        machine = Path(folder, "demo.xml")
+        machine.write_text(DEMO_MACHINE, encoding="utf-8")
+        with MockHost() as mock:
+            mock.furnish()
+            yield mock.environment(), f"test://{machine}"
+        return
+    there = any(os.path.exists(path) for path in LIBVIRT_SOCKETS)
+    yield dict(os.environ), "qemu:///system" if there else "test:///default"
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser("./dev run", description="The daemon on a private bus, and what it says.")
+    parser.add_argument("--simulated", action="store_true", help="on a made-up host, with one assign and one dismiss")
+    parser.add_argument("--once", action="store_true", help="end after showing it, instead of serving until Ctrl-C")
+    arguments = parser.parse_args()
+    if not shutil.which("busctl"):
+        raise SystemExit("busctl is missing: apt-get install systemd")
+    with tempfile.TemporaryDirectory(prefix="hostpassd-run-") as folder, PrivateBus() as bus:
+        with host(arguments.simulated, folder) as (environment, uri):
+            try:
+                return asyncio.run(serve(arguments, bus.address, environment, uri, folder))
+            except subprocess.SubprocessError as error:
+                raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The specification as code: what the XML declares, and what it must not."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from hostpassd import names
+from hostpassd.bus import spec
+from hostpassd.bus.spec import Specification
+
+EMITS = '<annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="{}"/>'
+
+
+def parse(members: str) -> spec.InterfaceSpec:
+    text = f'<node><!-- a --><interface name="a.B"><!-- b -->{members}</interface></node>'
+    return Specification.parse(text).interfaces["a.B"]
+
+
+def test_shipped_specification_has_every_interface_of_names() -> None:
+    ours = {
+        value for key, value in vars(names).items() if isinstance(value, str) and value.startswith("org.hostpassd1.")
+    }
+    interfaces = set(Specification.load().interfaces)
+    assert interfaces <= ours
+    assert {names.MANAGER, names.DEVICE, names.DEVICE_MDEV_PARENT, names.MACHINE, names.JOB} <= interfaces
+
+
+def test_signatures_and_argument_names() -> None:
+    assign = Specification.load().interfaces[names.MANAGER].methods["Assign"]
+    assert (assign.in_signature, assign.out_signature) == ("ssa{sv}", "o")
+    assert [argument.name for argument in assign.inputs] == ["machine", "device", "options"]
+    assert Specification.load().interfaces[names.JOB].signals["Completed"].signature == "sss"
+
+
+def test_direction_defaults_as_the_dbus_specification_says() -> None:
+    interface = parse(
+        '<method name="M"><arg name="a" type="s"/><arg name="b" type="u" direction="out"/></method>'
+        '<signal name="S"><arg name="a" type="t" direction="out"/><arg name="b" type="y"/></signal>'
+    )
+    assert (interface.methods["M"].in_signature, interface.methods["M"].out_signature) == ("s", "u")
+    assert interface.signals["S"].signature == "ty"
+
+
+def test_const_and_true() -> None:
+    interface = parse(
+        f'<property name="C" type="s" access="read">{EMITS.format("const")}</property>'
+        f'<property name="T" type="as" access="read">{EMITS.format("true")}</property>'
+    )
+    assert interface.properties["C"].const
+    assert not interface.properties["T"].const
+    assert interface.properties["T"].signature == "as"
+
+
+def test_text_is_the_file_without_comments() -> None:
+    declared = ET.parse(spec.SOURCE).getroot()
+    for node in declared.iterfind("interface"):
+        text = Specification.load().interfaces[node.get("name", "")].text
+        assert "<!--" not in text
+        assert ET.canonicalize(text, strip_text=True) == ET.canonicalize(ET.tostring(node), strip_text=True)
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ('<property name="P" type="s" access="readwrite"/>', "only read is served"),
+        ('<property name="P" type="s" access="read"/>', "needs one .* annotation"),
+        (f'<property name="P" type="s" access="read">{EMITS.format("invalidates")}</property>', "const or true"),
+        ('<method name="M"/><method name="M"/>', "declared twice"),
+        ('<method name="M"><arg name="a" direction="in"/></method>', "has no type"),
+        ("<method/>", "has no name"),
+        ("<", "not XML"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(members: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse(members)
+
+
+def test_load_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.xml").write_text("no", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"x\.xml: not XML"):
+        Specification.load(tmp_path / "x.xml")
