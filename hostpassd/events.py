@@ -10,10 +10,9 @@ from hostpassd.machines.machine import Machine
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceSeen:
-    """A device is there, new or with other values. `replugged`: the kernel added it, so it is another thing."""
+    """A device is there, new or with other values."""
 
     device: Device
-    replugged: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -232,8 +232,8 @@ class State:
     def apply(self, event: Event) -> list[Changes]:
         """Takes one event in; what it changed, in batches: what goes and comes back ends one and opens the next."""
         match event:
-            case DeviceSeen(device, replugged):
-                self._see(device, replugged)
+            case DeviceSeen(device):
+                self._see(device)
             case DeviceGone(path):
                 self._lose(self._by_path.get(path))
             case DevicesScanned(devices):
@@ -273,9 +273,9 @@ class State:
         for device in devices:
             self._see(device)
 
-    def _see(self, device: Device, replugged: bool = False) -> None:
+    def _see(self, device: Device) -> None:
         old = self.devices.get(device.name)
-        if old and (replugged or not same_thing(old, device)):
+        if old and not same_thing(old, device):
             self._lose(device.name)
             old = None
         if old:

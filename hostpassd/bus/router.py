@@ -151,17 +151,25 @@ class _Wire:
 
     def fit_property(self, interface: str, key: str, value: Any) -> Any:
         """VALUE of the property KEY, fit to be marshalled. Raises as fit, KeyError if there is no such property."""
-        type_ = _types(self._spec.interfaces[interface].properties[key].signature)[0]
+        signature = self._spec.interfaces[interface].properties[key].signature
         try:
-            return self.fit(type_, value)
+            return self.fit(_types(signature)[0], value)
         except Exception as error:
-            error.add_note(f"{interface}.{key}, {type_.signature}: {value!a}")
+            error.add_note(f"{interface}.{key} {signature}: {value!a}")
+            raise
+
+    def variant(self, interface: str, key: str, value: Any) -> Any:
+        """VALUE of the property KEY, fit already, as a variant. Raises ValueError if it has not its type."""
+        signature = self._spec.interfaces[interface].properties[key].signature
+        try:
+            return Variant(signature, value)
+        except ValueError as error:
+            error.add_note(f"{interface}.{key} {signature}: {value!a}")
             raise
 
     def variants(self, interface: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """VALUES, fit already, as a{sv}. Raises ValueError where one has not its type."""
-        declared = self._spec.interfaces[interface].properties
-        return {key: Variant(declared[key].signature, value) for key, value in values.items()}
+        """VALUES, fit already, as a{sv}. Raises as variant."""
+        return {key: self.variant(interface, key, value) for key, value in values.items()}
 
     def entry(self, path: str, interfaces: Mapping[str, Mapping[str, Any]]) -> bytes:
         """An object's entry of a{oa{sa{sv}}}, which is at once the body of its InterfacesAdded."""
@@ -310,6 +318,11 @@ class _Connection(MessageBus):  # type: ignore[misc]
         """Sends DATA, a finished message, after all that was queued before."""
         self._writer.schedule_write(_Frame(data))
 
+    def release(self) -> None:
+        """Gives the descriptor of a lost connection back; dbus-next leaves that to the garbage collector."""
+        self._stream.close()
+        self._sock.close()
+
 
 # --- the objects ---
 
@@ -439,9 +452,7 @@ class _Draft:
             if values is not None and name in old.interfaces:
                 new[name] = self._change_values(path, name, old.interfaces[name], values)
         self._go(path, new, [name for name, values in changes.items() if values is None and name in new])
-        if any(new.get(name) is not values for name, values in old.interfaces.items()) or len(new) > len(
-            old.interfaces
-        ):
+        if any(new.get(name) is not old.interfaces.get(name) for name in new.keys() | old.interfaces.keys()):
             self.objects[path] = _Object(new)
 
     def _appear(self, path: str, interfaces: dict[str, dict[str, Any]], changes: Interfaces) -> None:
@@ -533,12 +544,11 @@ class Router:
 
     async def close(self) -> None:
         """Sends what is queued (for up to a second) and leaves the bus. Handlers at work go on, unheard."""
-        if self._connection is None or self.lost.done():
-            return
         with contextlib.suppress(BusCallError, TimeoutError):
             await self._ask_driver("GetId", timeout=1)
-        self._connection.disconnect()
-        await self.lost
+        if self._connection:
+            self._connection.disconnect()
+            await self.lost
 
     async def _watch(self, connection: _Connection) -> None:
         try:
@@ -552,6 +562,7 @@ class Router:
         for event in [event for events in self._watched.values() for event in events]:
             event.set()
         self.lost.set_result(None)
+        connection.release()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -574,9 +585,9 @@ class Router:
             else:
                 self._table.drop(path)
         for telling in draft.tellings:
-            self._tell_all(telling)
+            self._emit(telling)
 
-    def _tell_all(self, telling: _Telling) -> None:
+    def _emit(self, telling: _Telling) -> None:
         self._send(
             MessageType.SIGNAL,
             path=telling.path,
@@ -834,7 +845,7 @@ class Router:
 
     def _get(self, path: str, interface: str, key: str) -> bytes:
         owner, value = self._property(path, interface, key)
-        return _marshal("v", [self._wire.variants(owner, {key: value})[key]])
+        return _marshal("v", [self._wire.variant(owner, key, value)])
 
     def _get_all(self, path: str, interface: str) -> bytes:
         everything: dict[str, Any] = {}

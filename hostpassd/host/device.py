@@ -145,9 +145,10 @@ def clean(text: str | bytes, limit: int = TEXT_LIMIT) -> str:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
-    text = text[: limit * 16]
-    kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _UNFIT)
-    return " ".join(kept.split())[:limit]
+    text = text[: limit * 16].strip()
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _UNFIT)
+    return " ".join(text.split())[:limit].rstrip()
 
 
 # Control, format (bidirectional overrides), surrogate, private use and unassigned characters.

@@ -159,14 +159,19 @@ class Kind:
         )
 
 
+def may_be_in_tree(path: str, subsystem: str) -> bool:
+    """Whether a device of SUBSYSTEM at PATH can be a node, as far as those tell (mdev_bus: parents of mdevs)."""
+    return path.startswith(DEVICES) and (subsystem in ("mdev", "mdev_bus") or not path.startswith(VIRTUAL))
+
+
 def kind_of(source: Source) -> Kind | None:
     """What kind of node SOURCE is in the tree; None: it is not in the tree."""
-    if not source.path.startswith(DEVICES):
-        return None
-    virtual = source.path.startswith(VIRTUAL) and source.subsystem != "mdev"
-    kinds = () if virtual else KINDS.get(source.subsystem, ())
-    kind = next((kind for kind in kinds if kind.covers(source)), None)
-    return kind or (_MDEV_PARENT if os.path.isdir(f"{source.path}/{_TYPES}") else None)
+    if may_be_in_tree(source.path, source.subsystem):
+        for kind in KINDS.get(source.subsystem, ()):
+            if kind.covers(source):
+                return kind
+    offers = source.path.startswith(DEVICES) and os.path.isdir(f"{source.path}/{_TYPES}")
+    return _MDEV_PARENT if offers else None
 
 
 def describe(source: Source, kind: Kind, parent: str | None) -> Device | None:

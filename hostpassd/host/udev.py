@@ -16,7 +16,7 @@ import pyudev
 from hostpassd.errors import TimedOut
 from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
 from hostpassd.host.device import Device
-from hostpassd.host.sysfs import KINDS, SHOWS_IN_PARENT, Complaints, Source, describe, kind_of
+from hostpassd.host.sysfs import KINDS, SHOWS_IN_PARENT, Complaints, Source, describe, kind_of, may_be_in_tree
 
 log = logging.getLogger(__name__)
 
@@ -378,11 +378,17 @@ def _nearest(path: str, names: dict[str, str]) -> str | None:
 def _paths() -> Iterator[str]:
     """Where the devices of the subsystems that have kinds are, and the parents of mediated devices."""
     for subsystem in (*KINDS, "mdev_bus"):
-        for folder in (f"/sys/bus/{subsystem}/devices", f"/sys/class/{subsystem}"):
-            with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(folder):
-                    with contextlib.suppress(OSError):
-                        yield "/sys/" + os.readlink(f"{folder}/{name}").lstrip("./")
+        for path in _listed(f"/sys/bus/{subsystem}/devices", f"/sys/class/{subsystem}"):
+            if may_be_in_tree(path, subsystem):
+                yield path
+
+
+def _listed(*folders: str) -> Iterator[str]:
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                with contextlib.suppress(OSError):
+                    yield "/sys/" + os.readlink(f"{folder}/{name}").lstrip("./")
 
 
 def _source_of(device: pyudev.Device, complaints: Complaints) -> Source:

@@ -321,9 +321,8 @@ class Client:
         interactive: bool = False,
     ) -> Any:
         """Calls a method and returns the body of the reply, variants as {"v": [signature, value]}. Raises Refused."""
-        return await self.begin(
-            path, interface, member, signature, *body, destination=destination, interactive=interactive
-        )
+        answer = self.begin(path, interface, member, signature, *body, destination=destination, interactive=interactive)
+        return await asyncio.wait_for(answer, PATIENCE)
 
     def begin(
         self,

@@ -123,16 +123,14 @@ class MockHost:
             self._link_driver(path, self._subsystem(path), driver)
             self.event(path, "bind")
 
-    def event(
-        self, path: str, action: str, properties: Mapping[str, str] | None = None, subsystem: str = ""
-    ) -> None:
+    def event(self, path: str, action: str, properties: Mapping[str, str] | None = None, subsystem: str = "") -> None:
         """Send a uevent for the device at PATH to every listener; returns when they all have it in their sockets."""
         self.sequence += 1
         values = {
             "ACTION": action,
             "DEVPATH": path.removeprefix("/sys"),
             "SUBSYSTEM": subsystem or self._subsystem(path),
-            **self._properties[path],
+            **self._properties.get(path, {}),
             **(properties or {}),
             "SEQNUM": str(self.sequence),
         }
@@ -195,9 +193,7 @@ class MockHost:
                 self.event(path, "bind")
         return path
 
-    def virtual_function(
-        self, physical: str, address: str, group: int, driver: str = "", device: int = 0x10CA
-    ) -> str:
+    def virtual_function(self, physical: str, address: str, group: int, driver: str = "", device: int = 0x10CA) -> str:
         """A virtual function of the PCI function at PHYSICAL, beside it."""
         path = self.pci(address, physical.rpartition("/")[0], 0x8086, device, 0x020000, group, driver, event=False)
         self._link(path, self._folder(path) / "physfn", self._folder(physical))
@@ -421,9 +417,7 @@ class MockHost:
         self.add("tty", "/sys/devices/platform/serial8250/tty/ttyS0", {"dev": "4:64"}, {"DEVNAME": "ttyS0"})
 
     def _root_port(self, address: str, group: int) -> str:
-        return self.pci(
-            address, device=0x3420, class_code=0x060400, group=group, driver="pcieport", bridge=True
-        )
+        return self.pci(address, device=0x3420, class_code=0x060400, group=group, driver="pcieport", bridge=True)
 
     def big_tree(self, count: int) -> None:
         """COUNT PCI functions in groups of their own, straight into the files, with no uevents."""

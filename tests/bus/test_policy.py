@@ -25,6 +25,7 @@ from tests.bus.busd import (
     Polkit,
     PrivateBus,
     Refused,
+    process_details,
 )
 from tests.bus.conftest import NewClient
 

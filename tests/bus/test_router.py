@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import signal
 import socket
 import struct
@@ -123,6 +124,8 @@ async def test_a_taken_name_is_an_error(router: Router, bus: PrivateBus, specifi
     await second.connect(bus.address)
     with pytest.raises(NameTaken, match=r"org\.hostpassd1 is taken"):
         await second.own_name(names.BUS_NAME)
+    [queued] = await second.call(*DRIVER, "ListQueuedOwners", "s", [names.BUS_NAME])
+    assert len(queued) == 1
     await second.close()
 
 
@@ -155,11 +158,16 @@ async def test_a_call_under_way_ends_with_the_bus(router: Router, bus: PrivateBu
             await waiting
 
 
+async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readline()
+    writer.close()
+
+
 async def test_a_bus_that_hangs_up_at_once_is_an_error(tmp_path: Path, specification: Specification) -> None:
     # dbus-next alone would read on for ever without giving way to the loop: only a signal gets in.
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("connect() never ended"))
     signal.alarm(PATIENCE)
-    server = await asyncio.start_unix_server(lambda _, writer: writer.close(), tmp_path / "socket")
+    server = await asyncio.start_unix_server(hang_up, tmp_path / "socket")
     with pytest.raises(OSError):
         await Router(specification, log=logging.getLogger()).connect(f"unix:path={tmp_path / 'socket'}")
     signal.alarm(0)
@@ -172,6 +180,15 @@ async def test_close_sends_what_is_queued(served: Router, client: Client) -> Non
         served.publish(Batch(last={ROOT: {MANAGER: {"Generation": number}}}))
     await served.close()
     await heard_until_generation(client, 499)
+
+
+async def test_a_lost_connection_leaves_no_descriptor(bus: PrivateBus, specification: Specification) -> None:
+    before = os.listdir("/proc/self/fd")
+    kept = [Router(specification, log=logging.getLogger()) for _ in range(3)]
+    for router in kept:
+        await router.connect(bus.address)
+        await router.close()
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_objects_published_before_the_connection_are_there(
@@ -288,6 +305,15 @@ async def test_an_interface_comes_and_goes(served: Router, client: Client) -> No
     assert list((await managed(client))[ONE]) == [DEVICE]
 
 
+async def test_the_object_manager_does_not_tell_of_itself(router: Router, client: Client) -> None:
+    await client.match()
+    router.publish(Batch(added={ROOT: {MANAGER: manager()}}))
+    router.publish(Batch(changed={ROOT: {DEVICE: device()}}))
+    router.publish(Batch(changed={ROOT: {DEVICE: None}}, last={ROOT: {MANAGER: {"Generation": 1}}}))
+    assert len(await heard_until_generation(client, 1)) == 1
+    assert await managed(client) == {}
+
+
 async def test_what_comes_and_goes_in_one_batch_leaves_nothing(served: Router, client: Client) -> None:
     three = names.device_path("three")
     await client.match()
@@ -311,7 +337,7 @@ async def test_what_comes_and_goes_in_one_batch_leaves_nothing(served: Router, c
         (Batch(added={"/x-y": {DEVICE: device()}}), "no object path"),
         (Batch(changed={"/x": {DEVICE: {"Label": "x"}}}), "no such object"),
         (Batch(changed={ONE: {DEVICE: {"Label": 5}}}), "Label"),
-        (Batch(changed={ONE: {DEVICE: {"Instance": -1}}}), "UINT64"),
+        (Batch(changed={ONE: {DEVICE: {"Instance": -1}}}), "Instance t: -1"),
         (Batch(changed={ONE: {DEVICE: {"Parent": "/a\n"}}}), "no object path"),
         (Batch(changed={ONE: {DEVICE: {"Colour": "red"}}}), "Colour"),
         (Batch(signals=[Signal(ONE, MANAGER, "HoldAdded", [])]), "has no org.hostpassd1.Manager"),
@@ -658,22 +684,26 @@ async def test_a_fault_is_logged_and_told_in_one_sentence(
     assert record.exc_info
 
 
-async def test_no_reply_where_none_is_expected(served: Router, client: Client) -> None:
+async def test_no_reply_where_none_is_expected(served: Router, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
     done = asyncio.Event()
+    send = served._send
 
     async def rescan(_: Call) -> Sequence[Any]:
         done.set()
         return []
 
+    def spy(kind: MessageType, **fields: Any) -> int:  # the bus would keep an unwanted reply from the caller
+        sent.append(kind)
+        return send(kind, **fields)
+
     served.handle(MANAGER, "Rescan", rescan)
-    await client.match("type='method_return'")
-    await client.begin(ROOT, MANAGER, "Rescan", no_reply=True)
-    await client.begin(ROOT, MANAGER, "Explode", no_reply=True)
-    await client.begin(ROOT, PEER, "Ping", no_reply=True)
-    await done.wait()
+    monkeypatch.setattr(served, "_send", spy)
+    for interface, member in ((MANAGER, "Rescan"), (MANAGER, "Explode"), (PEER, "Ping")):
+        await client.begin(ROOT, interface, member, no_reply=True)
+    await asyncio.wait_for(done.wait(), PATIENCE)
     await client.call(ROOT, PEER, "Ping")
-    # The match's, three that only say that the call is out, and the Ping's.
-    assert [heard.kind for heard in client.heard] == ["reply", "sent", "sent", "sent", "reply"]
+    assert sent == [MessageType.METHOD_RETURN]
 
 
 async def test_calls_of_one_sender_are_limited(served: Router, client: Client, new_client: NewClient) -> None:
@@ -792,6 +822,12 @@ async def test_every_node_lists_its_children(served: Router, client: Client) -> 
     assert await introspected(client, ONE) == []
 
 
+async def test_a_tree_of_nothing(router: Router, client: Client) -> None:
+    assert await introspected(client, "/org") == ["hostpassd1"]
+    assert await introspected(client, ROOT) == []
+    assert await managed(client) == {}
+
+
 async def test_nodes_go_with_what_is_below_them(served: Router, client: Client) -> None:
     served.publish(Batch(added={names.JOBS + "/1": {}, names.JOBS + "/1/deep/er": {}}))
     served.publish(Batch(removed=[names.JOBS + "/1"]))
@@ -836,8 +872,9 @@ async def test_call_and_its_errors(served: Router, client: Client) -> None:
     with pytest.raises(BusCallError, match=r"org\.example") as caught:
         await served.call("org.example", "/", PEER, "Ping")
     assert caught.value.name == STANDARD_ERROR + "ServiceUnknown"
-    with pytest.raises(TimeoutError):
-        await served.call(client.name, "/agent", AGENT, "BeginAuthentication", timeout=0.05)
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(TimeoutError):
+            await served.call(client.name, "/agent", AGENT, "BeginAuthentication", timeout=0.05)
     assert not served._pending
 
 

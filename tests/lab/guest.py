@@ -120,8 +120,12 @@ class Guest:
         for port in range(1, root_ports + 1):
             controllers.append(f"<controller type='pci' index='{port}' model='pcie-root-port'/>")
         if conventional:
-            bridge = f"type='pci' index='{root_ports + 1}' model='pcie-to-pci-bridge'"
-            controllers.append(f"<controller {bridge}>{_on_root(0x1C)}</controller>")
+            port = root_ports + 1
+            controllers.append(f"<controller type='pci' index='{port}' model='pcie-root-port'/>")
+            place = f"<address type='pci' domain='0x0000' bus='{port:#04x}' slot='0x00' function='0x0'/>"
+            controllers.append(
+                f"<controller type='pci' index='{port + 1}' model='pcie-to-pci-bridge'>{place}</controller>"
+            )
         if usb:
             controllers.append(f"<controller type='usb' model='qemu-xhci' ports='8'>{_on_root(0x1D)}</controller>")
         else:

@@ -86,13 +86,6 @@ def test_a_replug_is_another_instance_and_ends_a_batch() -> None:
     assert state.devices[STICK.name].instance > first
 
 
-def test_a_replug_of_the_same_card_is_another_instance_too() -> None:
-    state = state_of(pci("0000:01:00.0", group=2))
-    first = state.devices["pci_0000_01_00_0"].instance
-    state.apply(DeviceSeen(pci("0000:01:00.0", group=2), replugged=True))
-    assert state.devices["pci_0000_01_00_0"].instance > first
-
-
 def test_an_update_keeps_the_instance_and_says_nothing_when_nothing_differs() -> None:
     state = state_of(STICK)
     assert state.apply(DeviceSeen(STICK)) == []

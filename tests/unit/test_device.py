@@ -1,0 +1,114 @@
+"""Names, the cleaning of what devices claim, and what makes two readings the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hostpassd.host.device import Device, Scsi, Usb, clean, device_name, escape, same_thing
+
+# (kind, kernel name, parent's kernel name) -> name, as the design has them.
+NAMES = [
+    ("pci", "0000:01:00.0", "", "pci_0000_01_00_0"),
+    ("pci", "10000:e1:00.0", "", "pci_10000_e1_00_0"),
+    ("usb", "usb1", "", "usb_usb1"),
+    ("usb", "1-1.2", "", "usb_1_1_2"),
+    ("usb-interface", "1-1.2:1.0", "", "usb_1_1_2__1_0"),
+    ("usb-interface", "1-0:1.0", "", "usb_1_0__1_0"),
+    ("scsi-host", "host0", "", "scsi_host0"),
+    ("scsi-target", "target0:0:1", "", "scsi_target0_0_1"),
+    ("scsi", "0:0:1:0", "", "scsi_0_0_1_0"),
+    ("scsi-generic", "sg0", "", "scsi_generic_sg0"),
+    ("mdev", "c2177883-f1bb-47f0-914d-32a22e3a8804", "0000:00:02.0",
+     "mdev_c2177883_f1bb_47f0_914d_32a22e3a8804_0000_00_02_0"),
+    ("mdev", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "mtty", "mdev_83b8f4f2_509f_382f_3c1e_e6bfe0fa1001_mtty"),
+    ("mdev-parent", "mtty", "", "mdev_parent_mtty"),
+    ("net", "enp1s0", "", "net_enp1s0"),
+    ("net", "br-lan", "", "net_br_2dlan"),
+    ("net", "eth0.5", "", "net_eth0_2e5"),
+    ("net", "a_b", "", "net_a_5fb"),
+    ("net", "ü", "", "net__c3_bc"),
+    ("block", "cciss!c0d0", "", "block_cciss_21c0d0"),
+    ("drm", "card0", "", "drm_card0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "kernel_name", "parent", "name"), NAMES)
+def test_names(kind: str, kernel_name: str, parent: str, name: str) -> None:
+    assert device_name(kind, kernel_name, parent) == name
+
+
+def test_an_interface_is_not_named_like_a_device_on_a_deeper_port() -> None:
+    assert device_name("usb-interface", "1-1:1.0") != device_name("usb", "1-1.1.0")
+
+
+@given(st.text(min_size=1).filter(lambda text: "/" not in text), st.text(min_size=1))
+def test_escape_is_injective_and_fit_for_an_object_path(one: str, other: str) -> None:
+    assert all(c == "_" or (c.isascii() and c.isalnum()) for c in _escaped(one))
+    assert (_escaped(one) == _escaped(other)) == (one == other)
+
+
+def _escaped(text: str) -> str:
+    """What the kernel can have called something: bytes, however they are decoded."""
+    return escape(text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        (b"QEMU USB HARDDRIVE\n", "QEMU USB HARDDRIVE"),
+        (b"  padded\t to  the \n right   ", "padded to the right"),
+        (b"NUL\0inside", "NULinside"),
+        (b"\x1b[31mred\x1b[0m", "[31mred[0m"),
+        (b"broken \xff\xfe", "broken \ufffd\ufffd"),
+        ("turned \u202eround", "turned round"),
+        ("lone \ud800 surrogate", "lone surrogate"),
+        (b"", ""),
+    ],
+)
+def test_clean(raw: str | bytes, cleaned: str) -> None:
+    assert clean(raw) == cleaned
+
+
+@given(st.text() | st.binary(max_size=5000))
+def test_cleaned_text_can_go_anywhere(raw: str | bytes) -> None:
+    text = clean(raw)
+    assert len(text) <= 256
+    assert text == " ".join(text.split())
+    assert not any(unicodedata.category(c).startswith("C") for c in text)
+    text.encode("utf-8")
+    assert clean(text) == text
+
+
+def test_clean_is_bounded() -> None:
+    assert clean(b"x" * 1_000_000) == "x" * 256
+    assert clean("\0" * 1_000_000) == ""
+    assert clean("x" * 255 + " y") == "x" * 255
+
+
+STICK = Device(
+    "usb_1_1", "usb", "/sys/devices/pci0000:00/usb1/1-1", None,
+    facts=(Usb(1, 5, "1-1", 0x46F4, 1, 0, 480, ("08:06:50",)),),
+)  # fmt: skip
+DISK = Device("scsi_0_0_0_0", "scsi", "/sys/devices/x", None, facts=(Scsi(0, 0, 0, 0, "disk", "naa.5"),))
+
+
+def test_the_same_thing_with_other_values() -> None:
+    assert same_thing(STICK, dataclasses.replace(STICK, driver="usb", serial="X", instance=7))
+    interfaces = dataclasses.replace(_usb(STICK), interfaces=())
+    assert same_thing(STICK, dataclasses.replace(STICK, facts=(interfaces,)))
+
+
+def test_another_thing_in_the_same_place() -> None:
+    replugged = dataclasses.replace(_usb(STICK), number=6)
+    assert not same_thing(STICK, dataclasses.replace(STICK, facts=(replugged,)))
+    assert not same_thing(DISK, dataclasses.replace(DISK, facts=(Scsi(0, 0, 0, 0, "disk", "naa.6"),)))
+
+
+def _usb(device: Device) -> Usb:
+    assert device.usb is not None
+    return device.usb

@@ -1,0 +1,383 @@
+"""What the host uses: mountinfo and swaps, resolved through stacks to physical disks; and the network."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hostpassd.events import Event, HostUse, HostUsesRead
+from hostpassd.host import rtnetlink, uses
+from hostpassd.host.rtnetlink import Link, Network
+from hostpassd.host.uses import HostUses, Mount, Storage, Sysfs, mount_of, own_mounts, parse_mounts, parse_swaps
+
+SDA = "/sys/devices/pci0/host0/block/sda"
+SDB = "/sys/devices/pci0/host0/block/sdb"
+
+
+class Disks:
+    """A small sysfs of block devices."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.swaps: list[tuple[str, bool]] = []
+        self.mounts: list[Mount] = []
+        self.add(SDA, "8:0")
+        self.add(f"{SDA}/sda1", "8:1", partition="1")
+        self.add(f"{SDA}/sda2", "8:2", partition="2")
+        self.add(SDB, "8:16")
+
+    def add(self, path: str, number: str, slaves: tuple[str, ...] = (), **files: str) -> str:
+        folder = self.folder(path)
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            file = folder / name.replace("__", "/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        self.link(f"/sys/dev/block/{number}", path)
+        self.link(f"/sys/class/block/{folder.name}", path)
+        for slave in slaves:
+            self.link(f"{path}/slaves/{Path(slave).name}", slave)
+        return path
+
+    def mapped(self, minor: int, name: str, uuid: str, *slaves: str) -> str:
+        path = f"/sys/devices/virtual/block/dm-{minor}"
+        return self.add(path, f"253:{minor}", slaves, dm__name=name, dm__uuid=uuid)
+
+    def link(self, link: str, target: str) -> None:
+        self.folder(link).parent.mkdir(parents=True, exist_ok=True)
+        self.folder(link).symlink_to(self.folder(target))
+
+    def folder(self, path: str) -> Path:
+        return self.root / path.removeprefix("/")
+
+    def mount(self, number: str, point: str, root: str = "/", kind: str = "ext4", source: str = "none") -> None:
+        self.mounts.append(Mount(number, root, point, kind, source))
+
+    def uses(self, state_folder: str = "") -> uses.Uses:
+        return Storage(Sysfs(str(self.root / "sys")), self.mounts, self.swaps, state_folder).uses()
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Disks:
+    return Disks(tmp_path)
+
+
+# Texts.
+
+
+def test_mountinfo() -> None:
+    text = (
+        "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
+        "36 27 8:17 /a\\040b /mnt/with\\040space\\134 rw shared:1 master:2 - vfat /dev/disk\\040x rw\n"
+        "nonsense\n"
+    )
+    assert parse_mounts(text) == [
+        Mount("254:0", "/", "/", "ext4", "/dev/vda"),
+        Mount("8:17", "/a b", "/mnt/with space\\", "vfat", "/dev/disk x"),
+    ]
+
+
+@given(st.text())
+def test_whatever_is_in_mountinfo_and_swaps(text: str) -> None:
+    parse_mounts(text)
+    parse_swaps(text)
+
+
+def test_swaps() -> None:
+    text = "Filename\tType\tSize\tUsed\tPriority\n/dev/dm-1  partition\t1\t0\t-2\n/swap\\040file file 1 0 -3\n"
+    assert parse_swaps(text) == [("/dev/dm-1", False), ("/swap file", True)]
+    assert parse_swaps("") == []
+
+
+# Which mounts count.
+
+
+def test_what_a_sandbox_adds_is_not_the_hosts() -> None:
+    host = [Mount("8:2", "/", "/", "ext4", "/dev/sda2"), Mount("8:17", "/", "/home", "ext4", "/dev/sdb1")]
+    unit = [
+        Mount("8:2", "/tmp/systemd-private-1/tmp", "/tmp", "ext4", "/dev/sda2"),
+        Mount("8:2", "/var/lib/hostpassd", "/var/lib/hostpassd", "ext4", "/dev/sda2"),
+        Mount("8:2", "/usr", "/usr", "ext4", "/dev/sda2"),
+        Mount("8:2", "/", "/", "ext4", "/dev/sda2"),
+    ]
+    assert own_mounts([*host, *unit]) == host
+
+
+def test_subvolumes_stay_and_a_system_mount_is_not_lost_to_the_whole() -> None:
+    mounts = [
+        Mount("0:40", "/@", "/", "btrfs", "/dev/sda2"),
+        Mount("0:40", "/@home", "/home", "btrfs", "/dev/sda2"),
+        Mount("0:40", "/", "/mnt/all", "btrfs", "/dev/sda2"),
+    ]
+    assert [mount.point for mount in own_mounts(mounts)] == ["/", "/mnt/all"]
+    assert own_mounts(mounts[:2]) == mounts[:2]
+
+
+def test_the_mount_that_a_path_is_on() -> None:
+    mounts = [Mount("1:1", "/", point, "ext4", "x") for point in ("/", "/home", "/home2")]
+    assert [mount_of(path, mounts) for path in ("/home/me", "/home2", "/homeless")] == [mounts[1], mounts[2], mounts[0]]
+    assert mount_of("/x", []) is None
+
+
+@pytest.mark.parametrize(
+    ("point", "system"),
+    [("/", True), ("/boot/efi", True), ("/var/lib", True), ("/usr", True), ("/home", False), ("/variety", False)],
+)
+def test_what_the_host_cannot_live_without(point: str, system: bool) -> None:
+    assert Mount("8:1", "/", point, "ext4", "x").system is system
+
+
+# Storage.
+
+
+def test_a_partition_is_its_disks(disks: Disks) -> None:
+    disks.mount("8:1", "/boot")
+    disks.mount("8:2", "/home")
+    assert disks.uses() == {
+        SDA: (HostUse("mount", "/boot on /dev/sda1", True), HostUse("mount", "/home on /dev/sda2", False))
+    }
+
+
+def test_through_lvm_on_luks_on_a_partition(disks: Disks) -> None:
+    luks = disks.mapped(0, "luks-1", "CRYPT-LUKS2-abc", f"{SDA}/sda2")
+    disks.mapped(1, "vg-root", "LVM-xyz", luks)
+    disks.mount("253:1", "/")
+    chain = "LVM volume vg-root on LUKS luks-1 on /dev/sda2"
+    assert disks.uses() == {
+        SDA: (
+            HostUse("mount", f"/ on {chain}", True),
+            HostUse("storage-stack", "LUKS luks-1 on /dev/sda2"),
+            HostUse("storage-stack", chain),
+        )
+    }
+
+
+def test_a_raid_is_on_all_its_disks_and_holds_them_unmounted(disks: Disks) -> None:
+    disks.add("/sys/devices/virtual/block/md127", "9:127", (f"{SDA}/sda1", SDB), md__level="raid1")
+    assert disks.uses() == {
+        SDA: (HostUse("storage-stack", "RAID md127 on /dev/sda1"),),
+        SDB: (HostUse("storage-stack", "RAID md127 on /dev/sdb"),),
+    }
+
+
+def test_a_partition_of_a_raid(disks: Disks) -> None:
+    disks.add("/sys/devices/virtual/block/md0", "9:0", (SDB,), md__level="raid1")
+    disks.add("/sys/devices/virtual/block/md0/md0p1", "259:0", partition="1")
+    disks.mount("259:0", "/srv")
+    assert disks.uses()[SDB][0] == HostUse("mount", "/srv on /dev/md0p1 on /dev/sdb")
+
+
+def test_multipath(disks: Disks) -> None:
+    disks.mapped(0, "mpatha", "mpath-3600", SDA, SDB)
+    disks.mount("253:0", "/data")
+    assert {path: found[0].detail for path, found in disks.uses().items()} == {
+        SDA: "/data on multipath mpatha on /dev/sda",
+        SDB: "/data on multipath mpatha on /dev/sdb",
+    }
+
+
+def test_a_loop_is_on_what_its_file_is_on(disks: Disks) -> None:
+    disks.add("/sys/devices/virtual/block/loop0", "7:0", loop__backing_file="/home/image")
+    disks.mount("8:16", "/home")
+    disks.mount("7:0", "/mnt")
+    assert HostUse("mount", "/mnt on loop file /home/image on /dev/sdb") in disks.uses()[SDB]
+
+
+def test_a_loop_in_a_loop_ends(disks: Disks) -> None:
+    disks.add("/sys/devices/virtual/block/loop0", "7:0", loop__backing_file="/mnt/image")
+    disks.mount("7:0", "/mnt")
+    assert disks.uses() == {}
+
+
+def test_an_nvme_head_is_on_its_controllers(disks: Disks) -> None:
+    subsystem = "/sys/devices/virtual/nvme-subsystem/nvme-subsys0"
+    controller = "/sys/devices/pci0/nvme/nvme0"
+    disks.folder(controller).mkdir(parents=True)
+    disks.add(f"{subsystem}/nvme0n1", "259:0")
+    disks.add(f"{subsystem}/nvme0n1/nvme0n1p1", "259:1", partition="1")
+    disks.link(f"{subsystem}/nvme0", controller)
+    disks.mount("259:1", "/")
+    assert disks.uses() == {controller: (HostUse("mount", "/ on /dev/nvme0n1p1", True),)}
+
+
+def test_btrfs_is_on_all_its_devices(disks: Disks) -> None:
+    for name, place in (("sda2", f"{SDA}/sda2"), ("sdb", SDB)):
+        disks.link(f"/sys/fs/btrfs/1234/devices/{name}", place)
+    disks.mount("0:40", "/", "/@", "btrfs", "/dev/sda2")
+    assert {path: found[0].detail for path, found in disks.uses().items()} == {
+        SDA: "/ on /dev/sda2",
+        SDB: "/ on /dev/sdb",
+    }
+
+
+def test_a_file_system_without_a_number_on_a_mapped_device(disks: Disks) -> None:
+    disks.mapped(3, "vg-data", "LVM-1", SDB)
+    disks.mount("0:41", "/data", kind="btrfs", source="/dev/mapper/vg-data")
+    assert disks.uses()[SDB][0] == HostUse("mount", "/data on LVM volume vg-data on /dev/sdb")
+
+
+def test_a_tmpfs_that_is_called_like_a_disk(disks: Disks) -> None:
+    disks.mount("0:42", "/tmp", kind="tmpfs", source="sda1")
+    assert disks.uses() == {}
+
+
+def test_swap_partitions_and_files(disks: Disks) -> None:
+    disks.swaps = [("/dev/sda1", False), ("/home/swap", True), ("/dev/zram0", False)]
+    disks.mount("8:16", "/home")
+    assert disks.uses() == {
+        SDA: (HostUse("swap", "swap on /dev/sda1", True),),
+        SDB: (HostUse("mount", "/home on /dev/sdb"), HostUse("swap", "swap file /home/swap on /dev/sdb", True)),
+    }
+
+
+def test_the_daemons_own_state_is_the_systems(disks: Disks) -> None:
+    disks.mount("8:2", "/")
+    disks.mount("8:16", "/srv")
+    assert disks.uses("/srv/hostpassd")[SDB] == (
+        HostUse("mount", "/srv on /dev/sdb"),
+        HostUse("mount", "/srv/hostpassd on /dev/sdb", True),
+    )
+
+
+def test_what_a_mount_point_is_called_cannot_harm(disks: Disks) -> None:
+    disks.mount("8:1", "/mnt/\x1b[31m\n\udcff")
+    assert disks.uses()[SDA][0].detail == "/mnt/[31m on /dev/sda1"
+
+
+# Network.
+
+
+def kinds(network: Network, name: str) -> list[tuple[str, str]]:
+    return [(use.kind, use.detail) for use in uses.network_uses(network)[name]]
+
+
+def test_addresses_and_the_default_route() -> None:
+    network = Network(
+        (Link(1, "lo"), Link(2, "eth0")),
+        ((1, "127.0.0.1/8"), (2, "192.0.2.7/24"), (2, "fe80::1/64"), (2, "169.254.1.1/16"), (2, "2001:db8::1/64")),
+        ((2, "default via 192.0.2.1"), (2, "default via 192.0.2.1")),
+    )
+    assert kinds(network, "lo") == []
+    assert kinds(network, "eth0") == [
+        ("address", "192.0.2.7/24"),
+        ("address", "2001:db8::1/64"),
+        ("default-route", "default via 192.0.2.1"),
+    ]
+
+
+def test_a_member_carries_what_its_bridge_carries() -> None:
+    links = (Link(2, "eth0", master=4), Link(3, "eth1", master=4), Link(4, "bond0", "bond", master=6),
+             Link(5, "vlan7", "vlan", lower=4), Link(6, "br0", "bridge"))  # fmt: skip
+    network = Network(links, ((6, "192.0.2.7/24"), (5, "198.51.100.1/24")), ((6, "default via 192.0.2.1"),))
+    carried = "bond0 with 192.0.2.7/24, default via 192.0.2.1, 198.51.100.1/24"
+    assert kinds(network, "eth0") == kinds(network, "eth1") == [("bond", carried)]
+
+
+def test_vlans_and_macvlans_but_not_a_machines_macvtap() -> None:
+    links = (Link(2, "eth0"), Link(3, "eth0.5", "vlan", lower=2), Link(4, "mv", "macvlan", lower=2),
+             Link(5, "tap", "macvtap", lower=2), Link(6, "vrf", "vrf"), Link(7, "eth1", master=6))  # fmt: skip
+    network = Network(links)
+    assert kinds(network, "eth0") == [("vlan", "eth0.5"), ("macvlan", "mv")]
+    assert kinds(network, "eth1") == []
+
+
+def test_rtnetlink_reads_this_hosts_loopback() -> None:
+    network = rtnetlink.read()
+    assert Link(1, "lo") in network.links
+
+
+def test_netlink_attributes() -> None:
+    data = struct.pack("=HH4s", 7, 3, b"lo\0") + struct.pack("=HHI", 8, 10 | 0x8000, 5)
+    assert rtnetlink.parse_attributes(data) == {3: b"lo\0", 10: struct.pack("=I", 5)}
+
+
+@given(st.binary())
+def test_netlink_attributes_that_are_cut_short(data: bytes) -> None:
+    rtnetlink.parse_attributes(data)
+
+
+# Reading again.
+
+
+class Readings:
+    """Host uses over a reading that takes a moment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[Event] = []
+        self.count = 0
+        monkeypatch.setattr(uses, "read_uses", self.read)
+        self.uses = HostUses(self.events.append, {"/sys/a": "a", "/sys/b": "a"}.get)
+
+    def read(self, state_folder: str) -> uses.Uses:
+        self.count += 1
+        return {"/sys/a": (HostUse("mount", str(self.count)),), "/sys/b": (HostUse("swap", ""),), "/sys/c": ()}
+
+
+async def test_readings_are_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = Readings(monkeypatch)
+    event = await readings.uses.read_now()
+    assert event == HostUsesRead({"a": (HostUse("mount", "1"), HostUse("swap", ""))})
+    assert readings.events == [event]
+
+
+async def test_a_storm_costs_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = Readings(monkeypatch)
+    for _ in range(1000):
+        readings.uses.refresh()
+    await asyncio.sleep(0.2)
+    assert readings.count == 1
+
+
+async def test_a_reading_begins_after_the_call_and_callers_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = Readings(monkeypatch)
+    first = asyncio.create_task(readings.uses.read_now())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    others = await asyncio.gather(*(readings.uses.read_now() for _ in range(10)))
+    assert readings.count == 2
+    assert (await first) is not others[0]
+    assert all(other is others[0] for other in others)
+
+
+async def test_a_failed_reading_leaves_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    readings = Readings(monkeypatch)
+
+    def fail(state_folder: str) -> uses.Uses:
+        raise OSError("no netlink today")
+
+    monkeypatch.setattr(uses, "read_uses", fail)
+    readings.uses.refresh()
+    await asyncio.sleep(0.2)
+    assert readings.events == []
+    assert "no netlink today" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts something")
+async def test_a_mount_is_seen_and_idleness_wakes_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readings = Readings(monkeypatch)
+    readings.uses.start()
+    try:
+        mounted = await asyncio.to_thread(subprocess.run, ["mount", "-t", "tmpfs", "none", str(tmp_path)], check=False)
+        if mounted.returncode:
+            pytest.skip("may not mount here")
+        await asyncio.sleep(0.3)
+        after_mount = readings.count
+        assert after_mount > 0
+        await asyncio.to_thread(subprocess.run, ["umount", str(tmp_path)], check=True)
+        await asyncio.sleep(0.3)
+        after_umount = readings.count
+        assert after_umount > after_mount
+        await asyncio.sleep(1)
+        # Others may mount here too; a watch that spins would have read twenty times.
+        assert readings.count < after_umount + 5
+    finally:
+        readings.uses.close()
