@@ -38,7 +38,8 @@ def load(path: Path) -> Config:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        where = "" if "line" in str(error) else f", line {len(text.splitlines())}"
+        raise ConfigError(f"{path}{where}: this is not valid TOML: {error}") from None
     try:
         return _read(table)
     except ValueError as error:

@@ -80,7 +80,9 @@ def is_leaf(device: Device, under_usb: bool) -> bool:
 
 
 def companions(view: View, device: Device) -> tuple[str, ...]:
-    """The other members of its IOMMU group with header type 0 that a driver binds, by name."""
+    """Of an endpoint: the other members of its IOMMU group with header type 0 that a driver binds, by name."""
+    if device.pci and device.pci.header_type in (1, 2):
+        return ()
     return tuple(sorted(d.name for d in _mates(view, device) if d.pci and d.pci.header_type == 0 and d.driver))
 
 

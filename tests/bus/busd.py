@@ -95,15 +95,10 @@ class PrivateBus:
         configuration.write_text(
             BUS_CONFIGURATION.format(socket=socket, policy=self._policy, polkit=POLKIT_POLICY), encoding="utf-8"
         )
+        # setpriv: a test run that is killed takes its bus along, and that takes its polkitd along.
+        command = ["setpriv", "--pdeathsig", "TERM", "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog"]
         self.process = subprocess.Popen(
-            [
-                "dbus-daemon",
-                "--nofork",
-                "--nopidfile",
-                "--nosyslog",
-                f"--config-file={configuration}",
-                "--print-address",
-            ],
+            [*command, f"--config-file={configuration}", "--print-address"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

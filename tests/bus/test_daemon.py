@@ -1,0 +1,346 @@
+"""The whole daemon on a private bus under the shipped policy: a simulated host, libvirt's embedded driver, no polkit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostpassd.host.device import TEXT_LIMIT
+from tests.bus.busd import Client, Heard, PrivateBus, Refused
+from tests.bus.conftest import NewClient
+from tests.bus.mockhost import MockHost
+
+ROOT, MANAGER = "/org/hostpassd1", "org.hostpassd1.Manager"
+DEVICES = ROOT + "/devices/"
+PROPERTIES = "org.freedesktop.DBus.Properties"
+OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
+PATIENCE = 30
+
+MACHINES = """<node xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>
+<domain type='test'><name>demo</name><uuid>11111111-2222-3333-4444-555555555555</uuid><memory>8192</memory>
+<os><type>hvm</type></os><test:runstate>5</test:runstate></domain>
+<domain type='test'><name>other</name><uuid>22222222-2222-3333-4444-555555555555</uuid><memory>8192</memory>
+<os><type>hvm</type></os><test:runstate>5</test:runstate><devices>
+<hostdev mode='subsystem' type='usb'><source><vendor id='0x1234'/><product id='0x5678'/></source></hostdev>
+</devices></domain>
+</node>
+"""
+
+
+class Daemon:
+    """The daemon as a process, with what it writes."""
+
+    def __init__(self, bus: PrivateBus, host: MockHost, folder: Path) -> None:
+        (folder / "machines.xml").write_text(MACHINES, encoding="utf-8")
+        self._command = [sys.executable, "-B", "-m", "hostpassd", "--bus-address", bus.address]
+        self._command += ["--uri", f"test://{folder}/machines.xml", "--state-folder", f"{folder}/state"]
+        self._command += ["--config", f"{folder}/hostpassd.toml"]
+        self._environment = host.environment()
+
+    async def start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command, env=self._environment, stderr=asyncio.subprocess.PIPE, start_new_session=True
+        )
+
+    async def ended(self) -> tuple[int, str]:
+        """The exit status and the words of a daemon that ends by itself."""
+        _, words = await asyncio.wait_for(self.process.communicate(), PATIENCE)
+        return self.process.returncode or 0, words.decode()
+
+    async def stop(self) -> str:
+        if self.process.returncode is None:
+            self.process.terminate()
+        return (await self.ended())[1]
+
+
+@pytest.fixture
+def host() -> Iterator[MockHost]:
+    with MockHost() as mock:
+        mock.furnish()
+        yield mock
+
+
+async def wait_for_name(client: Client) -> None:
+    driver = ("/org/freedesktop/DBus", "org.freedesktop.DBus")
+    rule = "type='signal',member='NameOwnerChanged',arg0='org.hostpassd1'"
+    await client.match(rule)
+    if not (await client.call(*driver, "NameHasOwner", "s", "org.hostpassd1", destination="org.freedesktop.DBus"))[0]:
+        await client.wait_for("NameOwnerChanged")
+
+
+@pytest.fixture
+async def daemon(bus: PrivateBus, host: MockHost, tmp_path: Path, client: Client) -> AsyncIterator[Daemon]:
+    made = Daemon(bus, host, tmp_path)
+    await made.start()
+    await wait_for_name(client)
+    yield made
+    words = await made.stop()
+    assert "Traceback" not in words, words
+
+
+@pytest.fixture
+async def root(new_client: NewClient) -> Client:
+    return await new_client(0)
+
+
+def plain(value: Any) -> Any:
+    """A value without its variants."""
+    if isinstance(value, dict) and set(value) == {"v"}:
+        return plain(value["v"][1])
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+async def manager(client: Client, member: str, signature: str = "", *body: Any) -> Any:
+    return plain(await client.call(ROOT, MANAGER, member, signature, *body))
+
+
+async def objects(client: Client) -> dict[str, Any]:
+    return plain((await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects"))[0])  # type: ignore[no-any-return]
+
+
+async def device(client: Client, name: str, interface: str = "org.hostpassd1.Device") -> dict[str, Any]:
+    return plain((await client.call(DEVICES + name, PROPERTIES, "GetAll", "s", interface))[0])  # type: ignore[no-any-return]
+
+
+def fold(tree: dict[str, Any], heard: list[Heard]) -> dict[str, Any]:
+    """The signals folded onto an earlier GetManagedObjects."""
+    tree = {path: {name: dict(values) for name, values in interfaces.items()} for path, interfaces in tree.items()}
+    for signal in heard:
+        body = plain(signal.body)
+        if signal.member == "InterfacesAdded":
+            tree.setdefault(body[0], {}).update(body[1])
+        elif signal.member == "InterfacesRemoved":
+            for name in body[1]:
+                del tree[body[0]][name]
+            if not tree[body[0]]:
+                del tree[body[0]]
+        elif signal.member == "PropertiesChanged" and signal.path != ROOT:
+            # The object manager itself is not among those that it manages.
+            tree[signal.path][body[0]].update(body[1])
+    return tree
+
+
+def signals(client: Client) -> list[Heard]:
+    return [heard for heard in client.heard if heard.kind == "signal" and heard.path.startswith(ROOT)]
+
+
+async def test_the_tree_is_told_and_spelt(daemon: Daemon, client: Client) -> None:
+    tree = await objects(client)
+    nic = tree[DEVICES + "pci_0000_01_00_0"]
+    assert nic["org.hostpassd1.Device"]["Driver"] == "e1000e"
+    assert nic["org.hostpassd1.Device"]["Children"] == [DEVICES + "net_enp1s0"]
+    assert nic["org.hostpassd1.Device.PCI"]["IommuGroup"] == 10
+    for text, name in {
+        "01:00.0": "pci_0000_01_00_0",
+        "0000:01:00.0": "pci_0000_01_00_0",
+        "8086:10d3": "pci_0000_01_00_0",
+        "1-1.2": "usb_1_1_2",
+        "enp1s0": "net_enp1s0",
+        "52:54:00:00:00:10": "net_enp1s0",
+        "TWIN": "usb_1_1_3",
+        "/dev/bus/usb/001/004": "usb_1_1_3",
+        "usb_1_2": "usb_1_2",
+        nic["org.hostpassd1.Device"]["SysfsPath"]: "pci_0000_01_00_0",
+        DEVICES + "pci_0000_01_00_0": "pci_0000_01_00_0",
+    }.items():
+        assert (await manager(client, "FindDevices", "s", text))[0] == [DEVICES + name], text
+    assert (await manager(client, "FindDevices", "s", "46f4:0001"))[0] == [DEVICES + "usb_1_1_2", DEVICES + "usb_1_1_3"]
+    assert (await manager(client, "FindDevices", "s", "no such thing"))[0] == []
+
+
+async def test_assign_and_dismiss_a_stick_in_the_stored_configuration(daemon: Daemon, client: Client, root: Client) -> None:
+    await client.match()
+    options = {"config": {"v": ["b", True]}}
+    [job] = await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", options)
+    assert job == ROOT + "/jobs/1"
+    row = await device(client, "usb_1_1_2")
+    [[machine, hold]] = row["Holders"]
+    assert (hold["kind"], hold["live"], hold["config"], hold["stale"]) == ("hostdev", False, True, False)
+    assert [b[0] for b in row["Blockers"]] == ["held-config"] and row["Assignable"] is False
+    [added] = await client.wait_for("HoldAdded")
+    assert plain(added.body) == [DEVICES + "usb_1_1_2", machine, hold]
+    [completed] = await client.wait_for("Completed")
+    assert (completed.path, completed.body) == (job, ["done", "", ""])
+    with pytest.raises(Refused) as error:
+        await manager(root, "Assign", "ssa{sv}", "demo", "usb_1_1_2", {})
+    assert error.value.name == "org.hostpassd1.Error.AlreadyAssigned"
+    with pytest.raises(Refused) as error:
+        await manager(root, "Assign", "ssa{sv}", "other", "usb_1_1_2", {})
+    assert error.value.name == "org.hostpassd1.Error.Blocked" and "held-config" in error.value.message
+    await manager(root, "Dismiss", "ssa{sv}", machine, DEVICES + "usb_1_1_2", {})
+    await client.wait_for("HoldRemoved")
+    assert (await device(client, "usb_1_1_2"))["Holders"] == []
+
+
+@pytest.mark.parametrize(
+    ("member", "machine", "name", "options", "error"),
+    [
+        ("Assign", "nope", "1-1.2", {}, "NoSuchMachine"),
+        ("Assign", "demo", "nope", {}, "NoSuchDevice"),
+        ("Assign", "demo", "46f4:0001", {}, "AmbiguousDevice"),
+        ("Assign", "demo", "1-1.2", {"colour": {"v": ["s", "red"]}}, "InvalidOption"),
+        ("Assign", "demo", "1-1.2", {"live": {"v": ["s", "yes"]}}, "InvalidOption"),
+        ("Assign", "demo", "1-1.2", {"live": {"v": ["b", True]}}, "InvalidOption"),
+        ("Assign", "demo", "1-1.2", {"timeout": {"v": ["u", 0]}}, "InvalidOption"),
+        ("Assign", "demo", "1-1.2", {"instance": {"v": ["t", 1]}}, "StalePlan"),
+        ("Assign", "demo", "1-1", {}, "Blocked"),
+        ("Assign", "demo", "00:1f.2", {}, "Blocked"),
+        ("Assign", "demo", "ttyS0", {}, "NoSuchDevice"),
+        ("Assign", "demo", "/dev/ttyS0", {}, "Blocked"),
+        ("Dismiss", "demo", "1-1.2", {}, "NotAssigned"),
+        ("Dismiss", "demo", "1-1.2", {"rom-bar": {"v": ["b", True]}}, "InvalidOption"),
+    ],
+)
+async def test_bad_input_gets_its_error_by_name_and_one_sentence(
+    daemon: Daemon, root: Client, member: str, machine: str, name: str, options: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(Refused) as refused:
+        await manager(root, member, "ssa{sv}", machine, name, options)
+    assert refused.value.name == f"org.hostpassd1.Error.{error}"
+    assert refused.value.message and "\n" not in refused.value.message
+
+
+async def test_what_hangs_on_a_device_stands_for_it(daemon: Daemon, root: Client) -> None:
+    for spelling in ("/dev/sda", "scsi_0_0_0_0", "usb_1_1_2__1_0"):
+        await manager(root, "Assign", "ssa{sv}", "demo", spelling, {})
+        assert (await device(root, "usb_1_1_2"))["Holders"], spelling
+        await manager(root, "Dismiss", "ssa{sv}", "demo", spelling, {})
+
+
+async def test_without_polkit_only_root_may(daemon: Daemon, client: Client) -> None:
+    with pytest.raises(Refused) as refused:
+        await manager(client, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+    assert refused.value.name == "org.hostpassd1.Error.NotAuthorized"
+    assert (await device(client, "usb_1_1_2"))["Holders"] == []
+
+
+async def test_plug_and_unplug_are_told_and_fold_to_the_truth(
+    daemon: Daemon, client: Client, root: Client, host: MockHost
+) -> None:
+    first = await objects(client)
+    await client.match()
+    stick = host.plug_usb("1-3", product=0x0002, serial="NEW")
+    await manager(client, "Sync")
+    assert DEVICES + "usb_1_3" in await objects(client)
+    await manager(root, "Assign", "ssa{sv}", "demo", "1-3", {})
+    host.set_driver(host.path("0000:01:00.0"), "vfio-pci")
+    host.unplug(stick)
+    await manager(client, "Sync")
+    missing = plain((await client.call(*_machine("Missing")))[0])
+    assert [(row["live"], row["config"]) for row in missing] == [(False, True)]
+    host.plug_usb("1-3", product=0x0002, serial="NEW")
+    await manager(client, "Sync")
+    assert (await device(client, "usb_1_3"))["Holders"]
+    last = await objects(client)
+    assert fold(first, signals(client)) == last
+    await manager(client, "Rescan")
+    assert await objects(client) == last
+    generations = [s for s in signals(client) if s.path == ROOT and "Generation" in str(s.body)]
+    assert [plain(s.body)[1]["Generation"] for s in generations] == sorted({plain(s.body)[1]["Generation"] for s in generations})
+
+
+def _machine(name: str) -> tuple[str, str, str, str, str, str]:
+    return ROOT + "/machines/11111111_2222_3333_4444_555555555555", PROPERTIES, "Get", "ss", "org.hostpassd1.Machine", name
+
+
+async def test_a_replug_is_a_new_instance_and_the_missing_is_dismissed_by_where_it_was(
+    daemon: Daemon, client: Client, root: Client, host: MockHost
+) -> None:
+    before = (await device(client, "usb_1_1_3"))["Instance"]
+    host.unplug(host.path("1-1.2"))
+    await manager(client, "Sync")
+    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.3", {})
+    host.unplug(host.path("1-1.3"))
+    await manager(client, "Sync")
+    await manager(root, "Dismiss", "ssa{sv}", "demo", "usb_1_1_3", {})
+    assert plain((await client.call(*_machine("Missing")))[0]) == []
+    host.plug_usb("1-1.3")
+    await manager(client, "Sync")
+    assert (await device(client, "usb_1_1_3"))["Instance"] > before
+
+
+async def test_hostile_strings_are_shown_clean_and_harm_nothing(daemon: Daemon, client: Client, host: MockHost) -> None:
+    host.plug_usb("1-4", serial=b"\x1b[31mA\x00\xff\xfeB" + b"C" * 4096, manufacturer=b"\xc3", name="\u202eevil\n\tname")
+    await manager(client, "Sync")
+    row = await device(client, "usb_1_4")
+    for key in ("Serial", "Vendor", "Product", "Label"):
+        assert len(row[key]) <= TEXT_LIMIT and row[key].isprintable(), key
+    assert row["Product"] == "evil name"
+
+
+async def test_a_file_that_cannot_be_read_leaves_that_property_empty(daemon: Daemon, client: Client, host: MockHost) -> None:
+    path = host.plug_usb("1-4", serial="S")
+    os.remove(host.root / path.lstrip("/") / "serial")
+    os.mkdir(host.root / path.lstrip("/") / "serial")
+    host.change(path)
+    await manager(client, "Sync")
+    assert (await device(client, "usb_1_4"))["Serial"] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("hypervisors = [\n", "line"),
+        ("\ntimeout = 'long'\n", "line 2: timeout is"),
+        ("\n\ncolour = 'red'\n", "line 3: colour is not a setting"),
+        ('excluded-classes = ["7"]\n', "line 1: excluded-classes"),
+    ],
+)
+async def test_a_broken_configuration_stops_the_start_and_names_the_line(
+    bus: PrivateBus, host: MockHost, tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "hostpassd.toml").write_text(text, encoding="utf-8")
+    daemon = Daemon(bus, host, tmp_path)
+    await daemon.start()
+    status, said = await daemon.ended()
+    assert status == 78 and words in said and "Traceback" not in said
+
+
+async def test_the_configuration_is_used(bus: PrivateBus, host: MockHost, tmp_path: Path, client: Client) -> None:
+    (tmp_path / "hostpassd.toml").write_text('excluded-classes = ["02"]\nnever = ["usb_1_1_2"]\n', encoding="utf-8")
+    daemon = Daemon(bus, host, tmp_path)
+    await daemon.start()
+    await wait_for_name(client)
+    assert [b[0] for b in (await device(client, "pci_0000_01_00_0"))["Blockers"]] == ["class-excluded"]
+    assert [b[0] for b in (await device(client, "usb_1_1_2"))["Blockers"]] == ["host-system"]
+    await daemon.stop()
+
+
+async def test_a_second_daemon_says_so_and_the_first_goes_on(
+    daemon: Daemon, bus: PrivateBus, host: MockHost, tmp_path: Path, client: Client
+) -> None:
+    second = Daemon(bus, host, tmp_path)
+    await second.start()
+    status, said = await second.ended()
+    assert status == 1 and "taken" in said
+    await manager(client, "Sync")
+
+
+async def test_a_bus_that_goes_ends_the_daemon(bus: PrivateBus, host: MockHost, tmp_path: Path, client: Client) -> None:
+    daemon = Daemon(bus, host, tmp_path)
+    await daemon.start()
+    await wait_for_name(client)
+    bus.stop()
+    status, said = await daemon.ended()
+    assert status == 1 and "message bus is gone" in said and "Traceback" not in said
+
+
+async def test_a_storm_loses_nothing(daemon: Daemon, client: Client, host: MockHost) -> None:
+    first = await objects(client)
+    await client.match()
+    for _ in range(3):
+        for port in range(5, 30):
+            host.plug_usb(f"1-{port}", serial=f"S{port}")
+        for port in range(5, 30):
+            host.unplug(host.path(f"1-{port}"))
+    await manager(client, "Sync")
+    assert fold(first, signals(client)) == await objects(client)
+    assert set(first) == set(await objects(client))
