@@ -191,7 +191,7 @@ class Executor:
     async def _attach(self, effects: Effects, uuid: str, alias: str, xml: str, control: Control | None) -> None:
         self._heard[(uuid, alias)] = None
         try:
-            await effects.attach_live(uuid, xml)
+            await _attached(effects, uuid, xml)
             if not await self._until(lambda: self._heard[(uuid, alias)] is DeviceAdded, control):
                 raise errors.TimedOut(f"libvirt did not confirm that {alias} was added: see the machine's log")
         finally:
@@ -307,6 +307,16 @@ class Executor:
                 cancel.cancel()
 
 
+async def _attached(effects: Effects, uuid: str, xml: str) -> None:
+    """Attaches; libvirt's words for a full machine do not say of what."""
+    try:
+        await effects.attach_live(uuid, xml)
+    except errors.HypervisorRefused as error:
+        if "PCI slots" not in str(error):
+            raise
+        raise errors.HypervisorRefused(f"{error} {_NO_SLOT}") from None
+
+
 def _asked_a_guest(begun: list[Step]) -> bool:
     """Whether a guest was asked to let go: that cannot be taken back."""
     return any(isinstance(step, Release) for step in begun)
@@ -319,4 +329,8 @@ def _with(error: Exception, failures: list[str]) -> Exception:
     return error
 
 
+_NO_SLOT = (
+    "The machine has no free place for it: give it an empty pcie-root-port for a PCI Express device, "
+    "or a pcie-to-pci-bridge with a free slot for a conventional one."
+)
 _STILL = "it still has the device, and the hold ends whenever the guest lets go"

@@ -1,0 +1,88 @@
+"""One host for all tests, with hostpassd installed in it as a user would; what a failed test leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.front import Front
+from tests.lab.guest import Guest
+from tests.lab.image import cache_folder
+from tests.lab.install import install
+from tests.lab.machine import Host
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[Host]:
+    """The host, booted once, the daemon installed and running."""
+    with Host() as booted:
+        install(booted)
+        yield booted
+
+
+@pytest.fixture(scope="session")
+def front(host: Host) -> Iterator[Front]:
+    """A client of hostpassd that is root."""
+    client = Front(host)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def guest(host: Host) -> Iterator[Callable[..., Guest]]:
+    """Makes machines, by name and what Guest takes; nothing of them is left."""
+    with contextlib.ExitStack() as stack:
+
+        def make(name: str, **what: Any) -> Guest:
+            made = Guest(host, name, **what)
+            stack.callback(made.clean_up)
+            return made
+
+        yield make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Lets the recorder see whether the test failed."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture(autouse=True)
+def recorder(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of a failed test: the journal, what the bus said and what udev said meanwhile, in the cache's lab-reports."""
+    if "host" not in request.fixturenames:
+        yield
+        return
+    host: Host = request.getfixturevalue("host")
+    began = host.run("date '+%Y-%m-%d %H:%M:%S'").stdout.strip()
+    taps = [
+        ("bus.jsonl", host.open("exec python3 -B /opt/lab/record_bus.py org.hostpassd1")),
+        ("udev.txt", host.open("udevadm monitor --udev --kernel --property & cat > /dev/null; kill $!")),
+    ]
+    yield
+    told = {name: _end(process) for name, process in taps}
+    if request.node.stash.get(FAILED, False):
+        folder = cache_folder() / "lab-reports" / re.sub(r"[^A-Za-z0-9]+", "-", request.node.name)
+        _write(folder, {**told, "journal.txt": host.run(f"journalctl --since '{began}' --no-pager").stdout.encode()})
+
+
+def _end(process: subprocess.Popen[bytes]) -> bytes:
+    return process.communicate(timeout=60)[0]
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

@@ -1,0 +1,207 @@
+"""Assign and dismiss on real devices, under the shipped unit: there and back, refused, failing, waiting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.lab.front import DEVICES, ERROR, BusError, Front, Recording
+from tests.lab.guest import Guest
+from tests.lab.machine import Host
+
+LONE = "pci_0000_01_00_0"
+PAIR = ("pci_0000_06_01_0", "pci_0000_06_02_0")
+DRIVERS = {LONE: "e1000e", PAIR[0]: "e1000", PAIR[1]: "snd_intel8x0"}
+
+NewGuest = Callable[..., Guest]
+
+
+def address(name: str) -> str:
+    """pci_0000_01_00_0 as 0000:01:00.0."""
+    _, domain, bus, slot, function = name.split("_")
+    return f"{domain}:{bus}:{slot}.{function}"
+
+
+def driver(host: Host, name: str) -> str:
+    """What sysfs says; '' for none."""
+    shown = host.run(f"readlink /sys/bus/pci/devices/{address(name)}/driver", check=False).stdout
+    return shown.strip().rpartition("/")[2]
+
+
+def hostdevs(xml: str) -> int:
+    return xml.count("<hostdev")
+
+
+@pytest.fixture(scope="module")
+def running(host: Host) -> Iterator[Guest]:
+    """A running machine with five root ports and a conventional bridge, shared by the tests that leave it as it was."""
+    guest = Guest(host, "running")
+    guest.define()
+    guest.start()
+    guest.wait_up()
+    yield guest
+    guest.clean_up()
+
+
+@pytest.fixture
+def recording(host: Host) -> Iterator[Recording]:
+    made = Recording(host)
+    yield made
+    made.close()
+
+
+def test_the_lone_nic_there_and_back(host: Host, front: Front, running: Guest, recording: Recording) -> None:
+    job = front.assign("running", address(LONE))
+    assert driver(host, LONE) == "vfio-pci" == front.device(LONE)["Driver"]
+    running.wait_sees(r"e1000e .*eth[0-9].*52:54:00")
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 1
+    [[machine, hold]] = front.device(LONE)["Holders"]
+    assert (hold["kind"], hold["live"], hold["config"], hold["releasing"]) == ("hostdev", True, True, False)
+    assert f"alias name='{hold['alias']}'" in running.live_xml()
+    added = recording.wait_for("HoldAdded", DEVICES + LONE)
+    assert added["body"][:2] == [DEVICES + LONE, machine]
+    assert recording.wait_for("Completed", job)["body"] == ["done", "", ""]
+    assert front.properties(job, "org.hostpassd1.Job")["State"] == "done"
+    with pytest.raises(BusError, match=ERROR + "AlreadyAssigned"):
+        front.assign("running", LONE)
+    job = front.dismiss("running", LONE)
+    assert driver(host, LONE) == DRIVERS[LONE] == front.device(LONE)["Driver"]
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
+    assert front.device(LONE)["Holders"] == [] and front.device(LONE)["Assignable"]
+    recording.wait_for("HoldRemoved", DEVICES + LONE)
+    assert recording.wait_for("Completed", job)["body"][0] == "done"
+
+
+def test_a_group_moves_as_one_both_ways(host: Host, front: Front, running: Guest) -> None:
+    assert front.device(PAIR[0])["Companions"] == [DEVICES + PAIR[1]]
+    front.assign("running", PAIR[0])
+    assert [driver(host, name) for name in PAIR] == ["vfio-pci", "vfio-pci"]
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 2
+    front.dismiss("running", PAIR[1])
+    assert [driver(host, name) for name in PAIR] == [DRIVERS[name] for name in PAIR]
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
+
+
+@pytest.mark.parametrize(("spelling", "name"), [("STICK-0001", "usb_2_2"), ("/dev/sda", "scsi_0_0_0_0")])
+def test_the_stick_and_the_disk_there_and_back(
+    host: Host, front: Front, running: Guest, spelling: str, name: str
+) -> None:
+    before = host.run("lsblk -dnro NAME,SERIAL | sort").stdout
+    front.assign("running", spelling)
+    assert front.holds(name) == [(True, True)]
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 1
+    front.dismiss("running", name)
+    assert front.holds(name) == []
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
+    host.wait_for(f'test "$(lsblk -dnro NAME,SERIAL | sort | wc -l)" = {len(before.splitlines())}')
+
+
+@pytest.mark.parametrize(
+    ("spelling", "codes", "words"),
+    [
+        ("/dev/vda", {"host-system"}, "/ on /dev/vda"),
+        ("0000:00:04.0", {"network-in-use"}, "10.0.2.15"),
+        ("00:1f.2", {"group-not-viable", "class-excluded"}, "0000:00:1f.0 (lpc_ich)"),
+        ("00:05.0", {"bridge", "not-leaf"}, "0000:00:05.0"),
+        ("1-1", {"hub"}, "hub"),
+    ],
+)
+def test_what_the_host_needs_is_refused(
+    front: Front, running: Guest, spelling: str, codes: set[str], words: str
+) -> None:
+    with pytest.raises(BusError) as error:
+        front.assign("running", spelling)
+    assert error.value.name == ERROR + "Blocked"
+    assert set(re.findall(r"([a-z-]+): ", error.value.message)) >= codes and words in error.value.message
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
+
+
+def test_a_stopped_machine_has_it_after_its_start(host: Host, front: Front, guest: NewGuest) -> None:
+    stopped = guest("stopped")
+    stopped.define()
+    front.sync()
+    front.assign("stopped", LONE)
+    assert driver(host, LONE) == DRIVERS[LONE] and front.holds(LONE) == [(False, True)]
+    stopped.start()
+    stopped.wait_up()
+    assert driver(host, LONE) == "vfio-pci" and stopped.sees(r"e1000e .*eth[0-9]")
+    front.sync()
+    assert front.holds(LONE) == [(True, True)]
+    stopped.destroy()
+    front.sync()
+    assert front.holds(LONE) == [(False, True)] and driver(host, LONE) == DRIVERS[LONE]
+    front.dismiss("stopped", LONE)
+    assert front.holds(LONE) == [] and hostdevs(stopped.stored_xml()) == 0
+
+
+def test_a_transient_machine_gets_the_live_half(host: Host, front: Front, guest: NewGuest) -> None:
+    transient = guest("transient", persistent=False)
+    transient.start()
+    transient.wait_up()
+    front.sync()
+    with pytest.raises(BusError, match=ERROR + "InvalidOption"):
+        front.assign("transient", LONE, config=True)
+    front.assign("transient", PAIR[0])
+    assert [front.holds(name) for name in PAIR] == [[(True, False)], [(True, False)]]
+    transient.destroy()
+    host.wait_for(f"test \"$(basename $(readlink /sys/bus/pci/devices/{address(PAIR[0])}/driver))\" = e1000")
+    host.wait_for(f"test \"$(basename $(readlink /sys/bus/pci/devices/{address(PAIR[1])}/driver))\" = snd_intel8x0")
+
+
+def test_an_attach_that_fails_last_is_undone_to_the_letter(host: Host, front: Front, guest: NewGuest) -> None:
+    """Both functions are conventional; with no bridge for them libvirt takes none, with one free slot just the first."""
+    tight = guest("tight", conventional_bridge=False, devices=BRIDGE_WITH_ONE_SLOT)
+    tight.define()
+    tight.start()
+    tight.wait_up()
+    front.sync()
+    before = (tight.live_xml(), tight.stored_xml(), [driver(host, name) for name in PAIR])
+    with pytest.raises(BusError) as error:
+        front.assign("tight", PAIR[0])
+    assert error.value.name == ERROR + "HypervisorRefused", error.value
+    assert "No more available PCI slots" in error.value.message
+    assert (tight.live_xml(), tight.stored_xml(), [driver(host, name) for name in PAIR]) == before
+    assert [front.holds(name) for name in PAIR] == [[], []]
+
+
+def test_without_a_conventional_bridge_the_refusal_says_what_is_missing(front: Front, guest: NewGuest) -> None:
+    modern = guest("modern", conventional_bridge=False)
+    modern.define()
+    modern.start()
+    modern.wait_up()
+    front.sync()
+    with pytest.raises(BusError, match="pcie-to-pci-bridge"):
+        front.assign("modern", PAIR[0])
+    assert hostdevs(modern.live_xml()) == hostdevs(modern.stored_xml()) == 0
+
+
+def test_a_guest_that_never_answers_keeps_the_device_and_the_truth_is_told(
+    host: Host, front: Front, guest: NewGuest, recording: Recording
+) -> None:
+    deaf = guest("deaf", kernel=False)
+    deaf.define()
+    deaf.start()
+    front.sync()
+    front.assign("deaf", LONE)
+    with pytest.raises(BusError, match=ERROR + "GuestDidNotRelease"):
+        front.dismiss("deaf", LONE, timeout=12)
+    [[_, hold]] = front.device(LONE)["Holders"]
+    assert (hold["live"], hold["config"], hold["releasing"]) == (True, False, True)
+    assert "HoldRemoved" not in recording.members()
+    deaf.destroy()
+    recording.wait_for("HoldRemoved", DEVICES + LONE)
+    front.sync()
+    assert front.device(LONE)["Holders"] == []
+    host.wait_for(f"test \"$(basename $(readlink /sys/bus/pci/devices/{address(LONE)}/driver))\" = e1000e")
+
+
+# A pcie-to-pci-bridge whose slots are taken by what costs nothing, all but one.
+BRIDGE_WITH_ONE_SLOT = "".join(
+    ["<controller type='pci' index='6' model='pcie-to-pci-bridge'>"
+     "<address type='pci' domain='0x0000' bus='0x00' slot='0x1c' function='0x0'/></controller>"]
+    + [f"<controller type='usb' index='{n}' model='piix3-uhci'>"
+       f"<address type='pci' domain='0x0000' bus='0x06' slot='{n:#04x}' function='0x0'/></controller>"
+       for n in range(1, 31)]
+)  # fmt: skip

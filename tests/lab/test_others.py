@@ -1,0 +1,197 @@
+"""What others do: virsh, QMP, libvirtd's comings and goings, users without rights. Nobody asks hostpassd for it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab.front import DEVICES, ERROR, BusError, Front, Recording, fold
+from tests.lab.guest import Guest, pci_hostdev, usb_hostdev
+from tests.lab.machine import Host
+
+LONE = "pci_0000_01_00_0"
+STICK = "usb_2_2"
+
+NewGuest = Callable[..., Guest]
+
+
+@pytest.fixture(scope="module")
+def running(host: Host) -> Iterator[Guest]:
+    """A running machine, shared by the tests that leave it as it was."""
+    guest = Guest(host, "others")
+    guest.define()
+    guest.start()
+    guest.wait_up()
+    yield guest
+    guest.clean_up()
+
+
+@pytest.fixture
+def recording(host: Host) -> Iterator[Recording]:
+    made = Recording(host)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("flags", "half"), [("--live", (True, False)), ("--config", (False, True))])
+@pytest.mark.parametrize(
+    ("name", "xml"), [(STICK, usb_hostdev(0x46F4, 1)), (LONE, pci_hostdev("0000:01:00.0"))], ids=[STICK, LONE]
+)
+def test_virsh_attach_and_detach_are_seen_without_asking(
+    front: Front, running: Guest, recording: Recording, flags: str, half: tuple[bool, bool], name: str, xml: str
+) -> None:
+    running.attach(xml, flags)
+    hold = recording.wait_for("HoldAdded", DEVICES + name)["body"][2]
+    assert (hold["live"], hold["config"]) == half
+    assert front.holds(name) == [half]
+    running.detach(xml, flags)
+    recording.wait_for("HoldRemoved", DEVICES + name)
+    assert front.holds(name) == []
+
+
+def test_plug_and_unplug_fold_to_the_truth(host: Host, front: Front, recording: Recording) -> None:
+    front.sync()
+    first = front.objects()
+    host.plug_usb_storage("spare", "SPARE-0001")
+    host.wait_for("lsblk -dnro SERIAL | grep -q SPARE-0001")
+    front.sync()
+    [stick] = front.manager("FindDevices", "s", "SPARE-0001")[0][:1]
+    there = front.objects()
+    assert stick in there
+    instance = there[stick]["org.hostpassd1.Device"]["Instance"]
+    host.unplug("spare")
+    host.wait_for("! lsblk -dnro SERIAL | grep -q SPARE-0001")
+    front.sync()
+    assert stick not in front.objects()
+    host.plug_usb_storage("spare", "SPARE-0001")
+    host.wait_for("lsblk -dnro SERIAL | grep -q SPARE-0001")
+    front.sync()
+    assert front.objects()[stick]["org.hostpassd1.Device"]["Instance"] > instance
+    host.unplug("spare")
+    host.wait_for("! lsblk -dnro SERIAL | grep -q SPARE-0001")
+    generation = front.sync()
+    assert fold(first, recording.until_generation(generation)) == front.objects()
+
+
+def test_two_hundred_changes_each_right_after_one_sync(host: Host, front: Front, guest: NewGuest) -> None:
+    """A change by virsh, one Sync, one read: always right, never a retry."""
+    stopped = guest("rounds")
+    stopped.define()
+    xml = pci_hostdev("0000:01:00.0").replace("'", "\\'")
+    host.run(f"printf '%s' $'{xml}' > /root/nic.xml" if "'" not in xml else "true", check=False)
+    host.run("cat > /root/nic.xml", input=pci_hostdev("0000:01:00.0"))
+    virsh = host.open("exec virsh -q")
+    assert virsh.stdin and virsh.stdout
+    for number in range(200):
+        word, held = ("attach", [(False, True)]) if number % 2 == 0 else ("detach", [])
+        virsh.stdin.write(f"{word}-device rounds /root/nic.xml --config\necho done-{number}\n".encode())
+        virsh.stdin.flush()
+        while (line := virsh.stdout.readline()) and f"done-{number}" not in line.decode():
+            pass
+        front.sync()
+        assert front.holds(LONE) == held, number
+    virsh.stdin.close()
+    virsh.wait(30)
+
+
+def test_a_user_without_rights_reads_and_may_not_assign(host: Host, running: Guest) -> None:
+    tester = Front(host, "tester")
+    try:
+        assert tester.device(LONE)["Driver"] == "e1000e"
+        assert tester.machine("others")["State"] == "running"
+        with pytest.raises(BusError, match="InteractiveAuthorizationRequired|NotAuthorized"):
+            tester.assign("others", STICK)
+        assert tester.holds(STICK) == []
+    finally:
+        tester.close()
+
+
+def _settings(front: Front) -> tuple[Any, Any]:
+    return front.holds(LONE), front.machine("others")["Devices"]
+
+
+def _started(host: Host) -> str:
+    return host.run("systemctl show -p MainPID --value hostpassd").stdout
+
+
+@pytest.fixture
+def held(front: Front, running: Guest) -> Iterator[None]:
+    """The stick is in the running machine, both halves."""
+    front.assign("others", STICK)
+    yield
+    front.dismiss("others", STICK)
+
+
+@pytest.mark.usefixtures("held")
+def test_libvirtd_restarted(host: Host, front: Front, recording: Recording) -> None:
+    before, pid = front.holds(STICK), _started(host)
+    host.run("systemctl restart libvirtd")
+    _await_state(host, "running")
+    front.sync()
+    assert front.holds(STICK) == before == [(True, True)]
+    assert front.state() == "running" and _started(host) == pid
+    assert "HoldRemoved" not in recording.members()
+
+
+@pytest.mark.usefixtures("held")
+def test_libvirtd_stopped_and_started(host: Host, front: Front, recording: Recording) -> None:
+    pid = _started(host)
+    host.run("systemctl stop libvirtd.service libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket")
+    _await_state(host, "degraded")
+    [[_, hold]] = front.device(STICK)["Holders"]
+    assert hold["stale"] and hold["live"] and hold["config"]
+    assert front.machine("others")["Devices"]
+    with pytest.raises(BusError, match=ERROR + "HypervisorUnavailable"):
+        front.assign("others", LONE)
+    assert front.sync() > 0
+    host.run("systemctl start libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket libvirtd.service")
+    _await_state(host, "running")
+    front.sync()
+    [[_, hold]] = front.device(STICK)["Holders"]
+    assert not hold["stale"] and _started(host) == pid
+    generation = front.sync()
+    assert not {"HoldRemoved", "InterfacesRemoved"} & {s["member"] for s in recording.until_generation(generation)}
+
+
+@pytest.mark.usefixtures("held")
+def test_libvirtd_frozen_and_thawed(host: Host, front: Front) -> None:
+    pid = _started(host)
+    host.run("kill -STOP $(pidof libvirtd)")
+    try:
+        _await_state(host, "degraded")
+        assert front.device(STICK)["Holders"][0][1]["stale"]
+    finally:
+        host.run("kill -CONT $(pidof libvirtd)")
+    _await_state(host, "running")
+    front.sync()
+    assert front.holds(STICK) == [(True, True)] and _started(host) == pid
+
+
+def _await_state(host: Host, state: str) -> None:
+    words = "get-property org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager State"
+    host.wait_for(f'busctl {words} | grep -q \'"{state}"\'', timeout=90)
+
+
+def test_it_runs_confined_and_as_nobody_else(host: Host) -> None:
+    shown = host.run("systemd-analyze security --no-pager hostpassd | tail -n 1").stdout
+    assert float(shown.split("hostpassd.service:")[1].split()[0]) <= 1.2, shown
+    pid = _started(host).strip()
+    assert host.run(f"ps -o user= -p {pid}").stdout.strip().startswith("hostpas")
+    assert "Traceback" not in host.run("journalctl -u hostpassd -b --no-pager").stdout
+
+
+def test_the_interfaces_tree_and_introspection_work_with_busctl(host: Host) -> None:
+    tree = host.run("busctl --list tree org.hostpassd1").stdout.split()
+    assert DEVICES + LONE in tree
+    shown = host.run(f"busctl introspect org.hostpassd1 {DEVICES}{LONE}").stdout
+    assert ".IommuGroup" in shown and "emits-change" in shown and "const" in shown
+
+
+def test_it_survives_its_own_restart(host: Host, front: Front) -> None:
+    before = {path for path in front.objects() if "/jobs/" not in path}
+    subprocess.run(["true"], check=True)
+    host.run("systemctl restart hostpassd", timeout=120)
+    assert {path for path in front.objects() if "/jobs/" not in path} == before
