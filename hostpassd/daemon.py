@@ -63,10 +63,13 @@ class Daemon:
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._told = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Starts, serves until a signal or the loss of the bus, and stops."""
         stop = asyncio.Event()
+        # What nobody catches leaves the state and what was told of it apart: end, and be started afresh.
+        asyncio.get_running_loop().set_exception_handler(self._fail)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
@@ -97,9 +100,11 @@ class Daemon:
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())
-        over: set[asyncio.Future[Any]] = {stopping, self._router.lost}
+        over: set[asyncio.Future[Any]] = {stopping, self._router.lost, self._failed}
         await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        if self._failed.done():
+            raise errors.Failed("hostpassd made a mistake (see above) and ends, to be started afresh")
         if self._router.lost.done():
             raise errors.Failed("the message bus is gone: hostpassd ends, to be started again with it")
 
@@ -193,6 +198,12 @@ class Daemon:
         while period:
             notify("WATCHDOG=1\n" + self._status())
             await asyncio.sleep(period / 2)
+
+    def _fail(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        # Only a callback of the loop itself: the error of a task is its owner's to take.
+        if "handle" in context and not self._failed.done():
+            self._failed.set_result(None)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -32,7 +32,7 @@ PACKAGES = """
     pciutils usbutils lsscsi iproute2 udisks2 lvm2 cryptsetup-bin mdadm e2fsprogs dosfstools
     python3 python3-dbus-next python3-libvirt python3-pyudev python3-lxml python3-pyroute2
     python3-rich python3-argcomplete
-""".split()
+""".split()  # noqa: SIM905
 
 MTTY_PACKAGES = ["linux-headers-amd64", "make", "gcc", "xz-utils"]
 MTTY_SOURCE = "samples/vfio-mdev/mtty.c"
@@ -152,7 +152,8 @@ def _packages(cache: Path) -> Path:
     if not kept.exists():
         _say("installing the packages")
         partial = cache / f"{kept.name}.partial"
-        small = 'mkdir -p "$1/etc/initramfs-tools/conf.d" && echo MODULES=list >"$1/etc/initramfs-tools/conf.d/lab.conf"'
+        folder = '"$1/etc/initramfs-tools/conf.d"'
+        small = f"mkdir -p {folder} && echo MODULES=list >{folder}/lab.conf"
         _debootstrap(partial, PACKAGES, [small])
         partial.rename(kept)
     return kept
@@ -208,7 +209,7 @@ def _debootstrap(root: Path, packages: list[str], before: list[str], after: list
 
 
 def _mirror() -> list[str]:
-    """The Debian mirror this machine itself installs from; none when it is no Debian, and mmdebstrap's default holds."""
+    """The Debian mirror this machine itself installs from; none where there is none, and mmdebstrap's own holds."""
     if shutil.which("apt-get") is None:
         return []
     for line in _outputs(["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"]):
@@ -228,7 +229,9 @@ def _outputs(command: list[str]) -> list[str]:
 
 def _run(command: list[str]) -> None:
     """Runs a step of the build; its output is shown only if it fails."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     if done.returncode != 0:
         sys.stderr.write(done.stdout.decode(errors="replace"))
         raise RuntimeError(f"{command[0]} failed with status {done.returncode}")

@@ -59,7 +59,22 @@ DEVICES = """
     usb-storage,id=stick,drive=stick-disk,serial=STICK-0001,bus=xhci.0,port=2
     scsi-hd,id=disk,drive=disk,serial=DISK-0001,bus=scsi.0,channel=0,scsi-id=0,lun=0
     scsi-cd,id=cd,drive=cd,serial=CD-0001,bus=scsi.0,channel=0,scsi-id=1,lun=0
-""".split()
+""".split()  # noqa: SIM905
+
+QEMU = """
+    qemu-system-x86_64 -name host -nodefaults -no-user-config -display none
+    -machine q35,kernel-irqchip=split -accel tcg,thread=multi,tb-size=1024 -cpu max -smp 2
+    -kernel /mnt/vmlinuz -initrd /mnt/initrd
+    -append 'root=/dev/vda rw console=ttyS0 intel_iommu=on quiet systemd.show_status=0 mitigations=off audit=0'
+    -qmp unix:/srv/qmp.sock,server=on,wait=off
+    -chardev socket,id=serial,path=/srv/serial.sock,server=on,wait=off,logfile=/srv/serial.log
+    -serial chardev:serial
+    -netdev user,id=uplink,hostfwd=tcp:127.0.0.1:0-:22
+    -audiodev none,id=silence
+    -drive id=root,if=none,file=/mnt/disk.raw,format=raw,snapshot=on,cache=unsafe,discard=unmap
+    -device intel-iommu,caching-mode=on,intremap=on,device-iotlb=on
+"""
+"""The machine itself. Its changes to the root disk go to an overlay that has no name and ends with it."""
 
 CHROOT = """
 set -e
@@ -118,7 +133,9 @@ class Host:
         self.boot()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     # --- life ---
@@ -130,7 +147,10 @@ class Host:
         log = (self.folder / "qemu.log").open("wb")
         self._qemu = subprocess.Popen(
             _dying_with_us(_in_image(self.image, self.folder, self._arguments())),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         log.close()
         try:
@@ -185,14 +205,15 @@ class Host:
             self._master.wait()
         control = self.folder / "ssh.sock"
         control.unlink(missing_ok=True)
-        self._ssh = [
-            "ssh", "-F", "none", "-S", str(control), "-i", str(self.image.key), "-p", str(self.ssh_port()),
-            "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-            "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60", "-o", "IdentitiesOnly=yes",
-        ]
+        options = "-F none -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR"
+        self._ssh = ["ssh", *options.split(), "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=60"]
+        self._ssh += ["-S", str(control), "-i", str(self.image.key), "-p", str(self.ssh_port())]
         self._master = subprocess.Popen(
             _dying_with_us([*self._ssh, "-M", "-N", "root@127.0.0.1"]),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         while not control.exists():
             if self._master.poll() is not None or time.monotonic() > until:
@@ -206,20 +227,7 @@ class Host:
         return f"QEMU said: {said}\nThe serial console ended with:\n{self.serial_log()[-3000:]}"
 
     def _arguments(self) -> list[str]:
-        kernel = "root=/dev/vda rw console=ttyS0 intel_iommu=on quiet systemd.show_status=0 mitigations=off audit=0"
-        arguments = [
-            "qemu-system-x86_64", "-name", "host", "-nodefaults", "-display", "none", "-no-user-config",
-            "-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max",
-            "-smp", "2", "-m", str(self.memory),
-            "-kernel", "/mnt/vmlinuz", "-initrd", "/mnt/initrd", "-append", kernel,
-            "-qmp", "unix:/srv/qmp.sock,server=on,wait=off",
-            "-chardev", "socket,id=serial,path=/srv/serial.sock,server=on,wait=off,logfile=/srv/serial.log",
-            "-serial", "chardev:serial",
-            "-netdev", "user,id=uplink,hostfwd=tcp:127.0.0.1:0-:22",
-            "-audiodev", "none,id=silence",
-            "-drive", "id=root,if=none,file=/mnt/disk.raw,format=raw,snapshot=on,cache=unsafe,discard=unmap",
-            "-device", "intel-iommu,caching-mode=on,intremap=on,device-iotlb=on",
-        ]
+        arguments = [*shlex.split(QEMU), "-m", str(self.memory)]
         for name, node in (("stick", "stick-disk"), ("disk", "disk"), ("cd", "cd")):
             arguments += ["-blockdev", json.dumps(_blockdev(node, name))]
         for device in DEVICES:
@@ -229,7 +237,12 @@ class Host:
     # --- from within ---
 
     def run(
-        self, command: str, *, check: bool = True, timeout: float = 120, user: str = "root",
+        self,
+        command: str,
+        *,
+        check: bool = True,
+        timeout: float = 120,
+        user: str = "root",
         input: str | bytes | None = None,
     ) -> Result:
         """Runs a shell command inside the host; with check, any status but 0 raises CommandFailed."""
@@ -244,9 +257,17 @@ class Host:
     def open(self, command: str, *, user: str = "root") -> subprocess.Popen[bytes]:
         """Starts a command inside the host that is spoken to through its pipes; it should end with its input."""
         return subprocess.Popen(
-            self._as_user(command, user), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            self._as_user(command, user),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
+
+    def access(self) -> str:
+        """How else the running host can be reached, for people."""
+        command = shlex.join([*self._ssh, "root@127.0.0.1"])
+        return f"Another shell: {command}\nQEMU's control socket: {self.folder}/qmp.sock"
 
     def shell(self) -> int:
         """Puts the person at the terminal in front of a shell inside the host."""
@@ -292,13 +313,13 @@ class Host:
     ) -> subprocess.CompletedProcess[bytes]:
         limited = f"timeout -k 5 {timeout:g} sh -c {shlex.quote(command)}"
         source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
-        return subprocess.run(
-            self._as_user(limited, user), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout + 30, **source
-        )
+        command_line = self._as_user(limited, user)
+        return subprocess.run(command_line, capture_output=True, check=False, timeout=timeout + 30, **source)
 
     def _as_user(self, command: str, user: str) -> list[str]:
         if user != "root":
-            command = f"cd / && exec setpriv --reuid={user} --regid={user} --init-groups --reset-env sh -c {shlex.quote(command)}"
+            identity = f"--reuid={user} --regid={user} --init-groups --reset-env"
+            command = f"cd / && exec setpriv {identity} sh -c {shlex.quote(command)}"
         return [*self._ssh, "root@127.0.0.1", command]
 
     # --- from without ---

@@ -146,13 +146,13 @@ def test_a_transient_machine_gets_the_live_half(host: Host, front: Front, guest:
     front.assign("transient", PAIR[0])
     assert [front.holds(name) for name in PAIR] == [[(True, False)], [(True, False)]]
     transient.destroy()
-    host.wait_for(f"test \"$(basename $(readlink /sys/bus/pci/devices/{address(PAIR[0])}/driver))\" = e1000")
-    host.wait_for(f"test \"$(basename $(readlink /sys/bus/pci/devices/{address(PAIR[1])}/driver))\" = snd_intel8x0")
+    host.wait_for(f'test "$(basename $(readlink /sys/bus/pci/devices/{address(PAIR[0])}/driver))" = e1000')
+    host.wait_for(f'test "$(basename $(readlink /sys/bus/pci/devices/{address(PAIR[1])}/driver))" = snd_intel8x0')
 
 
 def test_an_attach_that_fails_last_is_undone_to_the_letter(host: Host, front: Front, guest: NewGuest) -> None:
-    """Both functions are conventional; with no bridge for them libvirt takes none, with one free slot just the first."""
-    tight = guest("tight", conventional_bridge=False, devices=BRIDGE_WITH_ONE_SLOT)
+    """Both functions are conventional; in a bridge with one free slot libvirt takes just the first."""
+    tight = guest("tight", devices=ALL_SLOTS_BUT_ONE)
     tight.define()
     tight.start()
     tight.wait_up()
@@ -194,14 +194,12 @@ def test_a_guest_that_never_answers_keeps_the_device_and_the_truth_is_told(
     recording.wait_for("HoldRemoved", DEVICES + LONE)
     front.sync()
     assert front.device(LONE)["Holders"] == []
-    host.wait_for(f"test \"$(basename $(readlink /sys/bus/pci/devices/{address(LONE)}/driver))\" = e1000e")
+    host.wait_for(f'test "$(basename $(readlink /sys/bus/pci/devices/{address(LONE)}/driver))" = e1000e')
 
 
-# A pcie-to-pci-bridge whose slots are taken by what costs nothing, all but one.
-BRIDGE_WITH_ONE_SLOT = "".join(
-    ["<controller type='pci' index='6' model='pcie-to-pci-bridge'>"
-     "<address type='pci' domain='0x0000' bus='0x00' slot='0x1c' function='0x0'/></controller>"]
-    + [f"<controller type='usb' index='{n}' model='piix3-uhci'>"
-       f"<address type='pci' domain='0x0000' bus='0x06' slot='{n:#04x}' function='0x0'/></controller>"
-       for n in range(1, 31)]
-)  # fmt: skip
+# What takes up slots of the guest's conventional bridge (bus 6) and costs nothing: one slot stays free.
+ALL_SLOTS_BUT_ONE = "".join(
+    f"<controller type='usb' index='{slot}' model='piix3-uhci'>"
+    f"<address type='pci' domain='0x0000' bus='0x06' slot='{slot:#04x}' function='0x0'/></controller>"
+    for slot in range(1, 31)
+)

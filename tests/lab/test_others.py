@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,8 +79,6 @@ def test_two_hundred_changes_each_right_after_one_sync(host: Host, front: Front,
     """A change by virsh, one Sync, one read: always right, never a retry."""
     stopped = guest("rounds")
     stopped.define()
-    xml = pci_hostdev("0000:01:00.0").replace("'", "\\'")
-    host.run(f"printf '%s' $'{xml}' > /root/nic.xml" if "'" not in xml else "true", check=False)
     host.run("cat > /root/nic.xml", input=pci_hostdev("0000:01:00.0"))
     virsh = host.open("exec virsh -q")
     assert virsh.stdin and virsh.stdout
@@ -102,7 +99,7 @@ def test_a_user_without_rights_reads_and_may_not_assign(host: Host, running: Gue
     try:
         assert tester.device(LONE)["Driver"] == "e1000e"
         assert tester.machine("others")["State"] == "running"
-        with pytest.raises(BusError, match="InteractiveAuthorizationRequired|NotAuthorized"):
+        with pytest.raises(BusError, match=r"InteractiveAuthorizationRequired|NotAuthorized"):
             tester.assign("others", STICK)
         assert tester.holds(STICK) == []
     finally:
@@ -172,7 +169,7 @@ def test_libvirtd_frozen_and_thawed(host: Host, front: Front) -> None:
 
 def _await_state(host: Host, state: str) -> None:
     words = "get-property org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager State"
-    host.wait_for(f'busctl {words} | grep -q \'"{state}"\'', timeout=90)
+    host.wait_for(f"busctl {words} | grep -q '\"{state}\"'", timeout=90)
 
 
 def test_it_runs_confined_and_as_nobody_else(host: Host) -> None:
@@ -192,6 +189,5 @@ def test_the_interfaces_tree_and_introspection_work_with_busctl(host: Host) -> N
 
 def test_it_survives_its_own_restart(host: Host, front: Front) -> None:
     before = {path for path in front.objects() if "/jobs/" not in path}
-    subprocess.run(["true"], check=True)
     host.run("systemctl restart hostpassd", timeout=120)
     assert {path for path in front.objects() if "/jobs/" not in path} == before

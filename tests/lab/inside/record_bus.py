@@ -1,8 +1,8 @@
 """Records every signal that a service sends on the system bus, one JSON line each, until its input ends.
 
 Usage: record_bus.py BUS-NAME. Each line: time (Unix, at arrival), monotonic (of the same host), path, interface,
-member, signature, body (variants unwrapped) and tagged (variants as {"signature", "value"}). A first line {"ready": true}
-is said when nothing can be missed any more. The service may come, go and come back.
+member, signature, body (variants unwrapped) and tagged (variants as {"signature", "value"}). A first
+line {"ready": true} is said when nothing can be missed any more. The service may come, go and come back.
 """
 
 from __future__ import annotations
