@@ -24,6 +24,7 @@ ERROR_PREFIX = "org.hostpassd1.Error."
 STANDARD_ERROR_PREFIX = "org.freedesktop.DBus.Error."
 
 ACTION_ASSIGN = "org.hostpassd1.assign"
+ACTION_ASSIGN_OVERRIDE = "org.hostpassd1.assign-override"
 ACTION_DISMISS = "org.hostpassd1.dismiss"
 ACTION_CANCEL_OTHERS = "org.hostpassd1.cancel-others"
 

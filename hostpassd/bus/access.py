@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping
@@ -62,6 +63,17 @@ class Access:
             return
         if not authorized:
             raise _refusal(call, action, challenge, answer)
+
+    async def would(self, call: Call, action: str, details: Mapping[str, str]) -> str:
+        """What `check` would come to, without a prompt: yes, challenge (a prompt would be needed) or no."""
+        quiet = dataclasses.replace(call, interactive=False)
+        try:
+            await self.check(quiet, action, details)
+        except InteractiveAuthorizationRequired:
+            return "challenge"
+        except NotAuthorized:
+            return "no"
+        return "yes"
 
     async def _ask(
         self, call: Call, action: str, details: Mapping[str, str], gone: asyncio.Event

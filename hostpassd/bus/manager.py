@@ -8,9 +8,9 @@ from typing import Any
 from hostpassd import errors, find, names
 from hostpassd.bus import options
 from hostpassd.bus.access import Access
-from hostpassd.bus.objects import Publisher
+from hostpassd.bus.objects import Publisher, plan_row
 from hostpassd.bus.router import Call, Router
-from hostpassd.passthrough.operations import Operations, Wish
+from hostpassd.passthrough.operations import Operations, Wish, action_of
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
 
@@ -41,6 +41,8 @@ class ManagerMethods:
         router.handle(names.MANAGER, "GetMachine", self._get_machine)
         router.handle(names.MANAGER, "Assign", self._assign)
         router.handle(names.MANAGER, "Dismiss", self._dismiss)
+        router.handle(names.MANAGER, "PlanAssign", self._plan_assign)
+        router.handle(names.MANAGER, "PlanDismiss", self._plan_dismiss)
         router.handle(names.MANAGER, "Sync", self._handle_sync)
         router.handle(names.MANAGER, "Rescan", self._handle_rescan)
         router.handle(names.JOB, "Cancel", self._cancel)
@@ -56,6 +58,21 @@ class ManagerMethods:
 
     async def _dismiss(self, call: Call) -> Sequence[Any]:
         return await self._operate(call, "dismiss", options.DISMISS)
+
+    async def _plan_assign(self, call: Call) -> Sequence[Any]:
+        return await self._preview(call, "assign", options.PLAN_ASSIGN)
+
+    async def _plan_dismiss(self, call: Call) -> Sequence[Any]:
+        return await self._preview(call, "dismiss", options.PLAN_DISMISS)
+
+    async def _preview(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
+        """The dry run: nobody is asked, nothing is done."""
+        machine, device, given = call.args
+        wish = Wish(operation, machine, device, options.read(given, known, self._default), 0)
+        plan = self._operations.plan(wish)
+        details = self._operations.details(plan, plan.device, wish.options)
+        answer = await self._access.would(call, action_of(plan, wish.options), details)
+        return [plan_row(plan, wish.options, answer)]
 
     async def _operate(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
         machine, device, given = call.args

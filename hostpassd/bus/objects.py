@@ -12,6 +12,7 @@ from hostpassd.events import Job
 from hostpassd.host.device import Block, Device, Facts, Mdev, MdevParent, Net, Pci, Scsi, Usb
 from hostpassd.machines.machine import Hold, Machine, Missing
 from hostpassd.passthrough import eligibility
+from hostpassd.passthrough.plan import Options, Plan
 from hostpassd.state import MANAGER, Changes, Entity, State
 
 Properties = dict[str, Any]
@@ -160,6 +161,21 @@ def missing_row(row: Missing) -> dict[str, Variant]:
         "live": Variant("b", row.live),
         "config": Variant("b", row.config),
         "alias": Variant("s", row.alias),
+    }
+
+
+def plan_row(plan: Plan, options: Options, authorization: str) -> dict[str, Variant]:
+    """A plan as it goes over the bus."""
+    blockers = [[names.device_path(b.device), b.code, b.severity, b.message] for b in plan.blockers]
+    return {
+        "token": Variant("s", plan.token),
+        "possible": Variant("b", not plan.refused(options.override)),
+        "devices": Variant("ao", [names.device_path(_path_element(name)) for name in plan.devices]),
+        "blockers": Variant("a(osss)", blockers),
+        "loses": Variant("ao", _paths(plan.loses)),
+        "steps": Variant("as", [step.text for step in plan.steps]),
+        "consequences": Variant("as", list(plan.consequences)),
+        "authorization": Variant("s", authorization),
     }
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 from hostpassd import errors
 from hostpassd.bus.router import Variant
+from hostpassd.passthrough.eligibility import OVERRIDABLE
 from hostpassd.passthrough.plan import Options
 
 _COMMON = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b"}
-ASSIGN = {**_COMMON, "guest-address": "s", "rom-bar": "b"}
-DISMISS = _COMMON
+PLAN_ASSIGN = {**_COMMON, "guest-address": "s", "rom-bar": "b", "override": "as"}
+PLAN_DISMISS = _COMMON
+ASSIGN = {**PLAN_ASSIGN, "plan": "s"}
+DISMISS = {**PLAN_DISMISS, "plan": "s"}
 
 _GUEST_ADDRESS = re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]")
 
@@ -36,9 +39,14 @@ def read(options: Mapping[str, Variant], known: Mapping[str, str], default: Opti
     return dataclasses.replace(default, **values)
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def _check(values: dict[str, Any]) -> None:
     if not 0 < values.get("timeout", 1) <= _LONGEST:
         raise errors.InvalidOption(f"the option timeout is a number of seconds from 1 to {_LONGEST}")
+    if "override" in values:
+        values["override"] = frozenset(values["override"])
+        for code in sorted(values["override"] - OVERRIDABLE):
+            known = ", ".join(sorted(OVERRIDABLE))
+            raise errors.InvalidOption(f"the blocker {code[:40]!r} cannot be overridden: those that can are {known}")
     address = values.get("guest_address")
     if address is not None and not _GUEST_ADDRESS.fullmatch(address):
         raise errors.InvalidOption("the option guest-address is a PCI address such as 0000:04:00.0")

@@ -29,6 +29,7 @@ class Pci:
     max_virtual_functions: int
     off_bus: bool  # configuration space reads all ones
     multifunction: bool = False
+    express: bool = False  # PCI Express, not conventional PCI
 
     @property
     def base_class(self) -> int:

@@ -120,6 +120,10 @@ class Source:
         except OSError:
             return ""
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file NAME."""
+        return os.path.exists(f"{self.path}/{name}")
+
     def entries(self, name: str = "") -> list[str]:
         """What is in the folder NAME (the device's own by default), sorted; empty if there is none."""
         try:
@@ -257,6 +261,8 @@ def _pci_function(source: Source) -> Pci:
         max_virtual_functions=source.number("sriov_totalvfs"),
         off_bus=header.off_bus,
         multifunction=header.multifunction,
+        # The kernel shows link attributes for PCI Express functions only (pcie_dev_attrs_are_visible).
+        express=source.has("current_link_speed"),
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from lxml import etree
@@ -17,6 +18,7 @@ from hostpassd.machines.machine import (
     MdevSource,
     NodeSource,
     PciSource,
+    Ports,
     ScsiSource,
     Source,
     UsbSource,
@@ -62,6 +64,29 @@ def claim_of(element_xml: str) -> Claim:
     if not claims:
         raise ValueError(warnings[0] if warnings else "The element claims no device of this host.")
     return claims[0]
+
+
+# Controllers whose bus takes a PCI Express device while the machine runs, and those whose slots take conventional ones.
+_EXPRESS_PORTS = frozenset({"pcie-root-port", "pcie-switch-downstream-port"})
+_CONVENTIONAL_BUSES = frozenset({"pci-root", "pci-bridge", "pcie-to-pci-bridge"})
+_SLOTS = 31  # of a conventional bus; slot 0 is the bus's own
+
+
+def read_ports(xml: str) -> Ports:
+    """The free places for PCI devices in a machine's live half. ValueError: XML cannot be read."""
+    devices = _parse(xml).find("devices")
+    models: dict[int, str] = {}
+    used: set[tuple[int, int]] = set()
+    for element in devices if devices is not None else ():
+        if element.tag == "controller" and element.get("type") == "pci":
+            models[int(element.get("index", "0"), 0)] = element.get("model", "")
+        address = element.find("address")
+        if address is not None and address.get("type") == "pci":
+            used.add((int(address.get("bus", "0"), 0), int(address.get("slot", "0"), 0)))
+    taken = Counter(bus for bus, slot in used)
+    express = sum(1 for index, model in models.items() if model in _EXPRESS_PORTS and not taken[index])
+    slots = (_SLOTS - taken[index] for index, model in models.items() if model in _CONVENTIONAL_BUSES)
+    return Ports(express, sum(slots))
 
 
 def hostdev_xml(

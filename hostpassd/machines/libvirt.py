@@ -40,8 +40,8 @@ from hostpassd.events import (
     RemovalFailed,
 )
 from hostpassd.host.device import clean
-from hostpassd.machines.domain_xml import read_claims, with_claim, without_claim
-from hostpassd.machines.machine import Claim, Machine, UsbSource
+from hostpassd.machines.domain_xml import read_claims, read_ports, with_claim, without_claim
+from hostpassd.machines.machine import Claim, Machine, Ports, UsbSource
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -453,6 +453,7 @@ class _Link:
             persistent=persistent,
             live=self._claims(name, live),
             stored=self._claims(name, stored),
+            ports=read_ports(live) if live is not None else Ports(),
         )
 
     def _claims(self, name: str, xml: str | None) -> tuple[Claim, ...]:

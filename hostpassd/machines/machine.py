@@ -71,6 +71,14 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Ports:
+    """Places where a PCI device can be plugged into a running machine."""
+
+    express: int = 0  # empty PCI Express root and downstream ports
+    conventional: int = 0  # free slots of conventional buses that take hot-plug
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
     """A libvirt domain as it was last read."""
 
@@ -82,6 +90,7 @@ class Machine:
     live: tuple[Claim, ...] = ()
     stored: tuple[Claim, ...] = ()
     stale: bool = False  # as last known: its hypervisor cannot be reached
+    ports: Ports = Ports()
 
     @property
     def active(self) -> bool:

@@ -43,6 +43,23 @@ class Blocker:
     machine: str = ""
 
 
+# Every code that a caller can accept by name.
+OVERRIDABLE = frozenset(
+    {
+        "class-excluded",
+        "not-leaf",
+        "mounted",
+        "storage-stack",
+        "network-in-use",
+        "boot-display",
+        "last-keyboard",
+        "has-virtual-functions",
+        "held-config",
+        "no-free-port",
+    }
+)
+
+
 class View(Protocol):
     """What eligibility asks of the state."""
 

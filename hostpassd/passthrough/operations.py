@@ -52,11 +52,10 @@ class Operations:
 
     async def start(self, wish: Wish, authorise: Authorise) -> Control:
         """Authorises WISH and starts its job. Raises what keeps it from being started; nothing is changed then."""
-        plan = self._plan(wish)
-        action = names.ACTION_ASSIGN if wish.operation == "assign" else names.ACTION_DISMISS
+        plan = self._allowed_plan(wish)
         for device in plan.devices:
-            await authorise(action, self._details(plan, device))
-        again = self._plan(wish)
+            await authorise(action_of(plan, wish.options), self.details(plan, device, wish.options))
+        again = self._allowed_plan(wish)
         if (again.machine, again.devices, again.instances) != (plan.machine, plan.devices, plan.instances):
             raise errors.StalePlan("the device or the machine changed while authorisation was asked for: look again")
         self._check_limit(wish.uid)
@@ -86,7 +85,22 @@ class Operations:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _plan(self, wish: Wish) -> Plan:
+    def _allowed_plan(self, wish: Wish) -> Plan:
+        """The plan of WISH as it may be executed. Errors: those of `plan`, Blocked, StalePlan."""
+        options = wish.options
+        try:
+            plan = self.plan(wish)
+        except errors.HostpassError as error:
+            if options.plan:
+                raise errors.StalePlan(f"the plan does not hold any more: {error}") from None
+            raise
+        if options.plan and plan.token != options.plan:
+            raise errors.StalePlan("what the plan rests on has changed: ask for a new plan and look at it")
+        plans.check_allowed(plan, options.override)
+        return plan
+
+    def plan(self, wish: Wish) -> Plan:
+        """What WISH would do, blocked or not. Nothing is changed, nobody is asked."""
         machine = find.one_machine(self._state, wish.machine)
         if wish.operation == "assign":
             return plans.plan_assign(self._state, machine, find.one_device(self._state, wish.device), wish.options)
@@ -100,7 +114,7 @@ class Operations:
         place = self._state.last_place(machine.uuid, missing.id)
         return plans.plan_dismiss_missing(machine, missing, place, wish.options)
 
-    def _details(self, plan: Plan, name: str) -> dict[str, str]:
+    def details(self, plan: Plan, name: str, options: Options) -> dict[str, str]:
         """What polkit, its rules and its prompt are told."""
         machine = self._state.machines[plan.machine]
         device = self._state.device(name)
@@ -119,7 +133,7 @@ class Operations:
             "machine.uuid": machine.uuid,
             "machine.state": machine.state,
             "operation": plan.operation,
-            "override": "",
+            "override": " ".join(plan.overridden(options.override)),
         }
 
     def _check_limit(self, uid: int) -> None:
@@ -168,7 +182,7 @@ class Operations:
                 control.check()
                 raise errors.TimedOut("another job on the same device or group did not end in time: try again")
             control.check()
-            again = self._plan(wish)
+            again = self._allowed_plan(wish)
             if again.devices != plan.devices or again.instances != plan.instances:
                 raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
             await self._executor.run(again, control)
@@ -190,3 +204,10 @@ class Operations:
             result=job.error_name or job.state,
             uid=str(job.started_by_uid),
         )
+
+
+def action_of(plan: Plan, options: Options) -> str:
+    """The polkit action that PLAN, with these OPTIONS, needs."""
+    if plan.operation == "dismiss":
+        return names.ACTION_DISMISS
+    return names.ACTION_ASSIGN_OVERRIDE if plan.overridden(options.override) else names.ACTION_ASSIGN

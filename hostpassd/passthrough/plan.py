@@ -6,10 +6,11 @@ The plan is the very object that `execute` runs; nothing is decided there.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 
 from hostpassd import errors
-from hostpassd.host.device import Device
+from hostpassd.host.device import ASSIGNABLE_KINDS, Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.machines.machine import Claim, Hold, Machine, Missing
 from hostpassd.passthrough import eligibility
@@ -106,6 +107,8 @@ class Options:
     wait: bool = True
     guest_address: str = ""
     rom_bar: bool | None = None
+    override: frozenset[str] = frozenset()  # codes of blockers that the caller accepts
+    plan: str = ""  # the token of the plan that this must still be
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,6 +122,22 @@ class Plan:
     instances: tuple[int, ...]  # of `devices`, to see a replug between prompt and execution
     steps: tuple[Step, ...]
     group: str  # two plans of one group never run together
+    blockers: tuple[Blocker, ...] = ()  # without the machine's own holds
+    loses: tuple[str, ...] = ()  # the functions that the host loses
+    consequences: tuple[str, ...] = ()  # for people
+
+    @property
+    def token(self) -> str:
+        """Names this very plan: another one whenever anything that it rests on is another."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
+
+    def refused(self, override: frozenset[str]) -> tuple[Blocker, ...]:
+        """The blockers that a caller who accepts OVERRIDE still meets."""
+        return tuple(b for b in self.blockers if b.severity == eligibility.NEVER or b.code not in override)
+
+    def overridden(self, override: frozenset[str]) -> tuple[str, ...]:
+        """The codes of OVERRIDE that are needed."""
+        return tuple(sorted({b.code for b in self.blockers if b.code in override and b not in self.refused(override)}))
 
 
 def undo(step: Step) -> Step | None:
@@ -142,29 +161,36 @@ def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocke
 
 
 def plan_assign(state: State, machine: Machine, device: Device, options: Options) -> Plan:
-    """The plan that hands DEVICE and its companions to MACHINE.
+    """The plan that hands DEVICE and its companions to MACHINE, with what blocks it.
 
-    Errors: HypervisorUnavailable, InvalidOption, StalePlan, AlreadyAssigned, Blocked.
+    Errors: HypervisorUnavailable, InvalidOption, StalePlan, AlreadyAssigned.
     """
     _check_reachable(machine)
     _check_instance(device, options)
     live, config = _halves(machine, options)
+    if device.kind not in ASSIGNABLE_KINDS:
+        return dataclasses.replace(
+            _plan("assign", machine, device, [device], []), blockers=blockers_for(state, device, machine)
+        )
     devices = [device, *(state.devices[name] for name in eligibility.companions(state, device))]
     held = {d.name: _hold_of(state, machine, d.name) for d in devices}
     to_store = [d for d in devices if config and not (held[d.name] and _half(held[d.name], live=False))]
     to_attach = [d for d in devices if live and not (held[d.name] and _half(held[d.name], live=True))]
     if not to_store and not to_attach:
         raise errors.AlreadyAssigned(f"{machine.name} already has {device.name}: there is nothing to do")
-    _check_blockers(state, machine, device)
     steps: list[Step] = []
     for d in to_store:
         steps.append(Store(d.name, claim_of(_xml(state, d, options, d is device, stored=True))))
-    if len(devices) > 1 or device.driver == "vfio-pci":
+    if len(devices) > 1:
         # libvirt frees a managed device as it attaches it, but the group must be free before the first attach.
-        steps += [Free(d.name, d.driver) for d in to_attach if d.pci]
+        steps += [Free(d.name, d.driver) for d in to_attach if d.pci and d.driver not in ("", "vfio-pci")]
     for d in to_attach:
         steps.append(Attach(d.name, alias_of(d), _xml(state, d, options, d is device, stored=False)))
-    return _plan("assign", machine, device, devices, steps)
+    found = (*blockers_for(state, device, machine), *_port_blockers(machine, to_attach))
+    plan = _plan("assign", machine, device, devices, steps)
+    return dataclasses.replace(
+        plan, blockers=found, loses=_loses(state, devices), consequences=tuple(_consequences(devices, to_attach))
+    )
 
 
 def plan_dismiss(state: State, machine: Machine, device: Device, options: Options) -> Plan:
@@ -266,11 +292,47 @@ def _halves_held(hold: Hold, options: Options, device: Device, machine: Machine)
     return live, config
 
 
-def _check_blockers(state: State, machine: Machine, device: Device) -> None:
-    found = blockers_for(state, device, machine)
+def check_allowed(plan: Plan, override: frozenset[str]) -> None:
+    """Raises Blocked unless the caller accepts, by OVERRIDE, all that blocks PLAN."""
+    found = plan.refused(override)
     if found:
         told = "; ".join(f"{b.code}: {b.message}" for b in found)
-        raise errors.Blocked(f"{device.name} cannot be assigned: {told}")
+        raise errors.Blocked(f"{plan.device} cannot be assigned: {told}")
+
+
+def _port_blockers(machine: Machine, to_attach: list[Device]) -> Iterable[Blocker]:
+    """Whether the running machine has a free place for each PCI device: libvirt's own refusal is cryptic."""
+    for express, free, what in (
+        (True, machine.ports.express, "an empty pcie-root-port"),
+        (False, machine.ports.conventional, "a pcie-to-pci-bridge with a free slot"),
+    ):
+        needed = [d for d in to_attach if d.pci and d.pci.express is express]
+        if len(needed) > free:
+            names = ", ".join(d.name for d in needed)
+            text = f"{machine.name} has {free} free places for {names}: give it {what} for each and start it again"
+            yield Blocker("no-free-port", eligibility.OVERRIDE, text, needed[0].name)
+
+
+# The kinds of node that are what a device does for the host.
+_FUNCTIONS = frozenset({"net", "block", "drm", "input", "sound", "video", "tty", "tpm"})
+
+
+def _loses(state: State, devices: list[Device]) -> tuple[str, ...]:
+    below = (state.devices[name] for device in devices for name in state.descendants(device.name))
+    return tuple(sorted(d.name for d in below if d.kind in _FUNCTIONS))
+
+
+def _consequences(devices: list[Device], to_attach: list[Device]) -> Iterable[str]:
+    pci = [d for d in devices if d.pci]
+    if pci:
+        yield "all memory of the machine is pinned while it runs with the device"
+    if any(d.kind in ("pci", "mdev") for d in devices):
+        yield "the machine cannot be migrated or saved while it has the device"
+    for d in pci:
+        if d.pci and not d.pci.reset_methods:
+            yield f"{d.name} cannot be reset: what one user leaves in it, the next one finds"
+    if len(pci) > 1 and to_attach:
+        yield "in the running machine each function has a port of its own, not one slot for the card"
 
 
 def _hold_of(state: State, machine: Machine, name: str) -> Hold | None:

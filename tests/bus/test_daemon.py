@@ -360,3 +360,38 @@ async def test_a_storm_loses_nothing(daemon: Daemon, client: Client, host: MockH
     await manager(client, "Sync")
     assert fold(first, signals(client)) == await objects(client)
     assert set(first) == set(await objects(client))
+
+
+async def test_a_plan_is_told_and_is_what_assign_executes(
+    daemon: Daemon, client: Client, root: Client, host: MockHost
+) -> None:
+    [plan] = await manager(client, "PlanAssign", "ssa{sv}", "demo", "1-1.2", {})
+    assert plan["possible"] and plan["devices"] == [DEVICES + "usb_1_1_2"] and plan["blockers"] == []
+    assert plan["loses"] == [DEVICES + "block_sda"] and plan["authorization"] == "no" and len(plan["steps"]) == 1
+    assert (await manager(root, "PlanAssign", "ssa{sv}", "demo", "1-1.2", {}))[0]["authorization"] == "yes"
+    host.plug_usb("1-9", product=7)
+    await manager(client, "Sync")
+    token = {"plan": {"v": ["s", plan["token"]]}}
+    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", token)
+    with pytest.raises(Refused) as refused:
+        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", token)
+    assert refused.value.name == "org.hostpassd1.Error.StalePlan"
+    [plan] = await manager(root, "PlanDismiss", "ssa{sv}", "demo", "1-1.2", {})
+    host.unplug(host.path("1-1.2"))
+    await manager(client, "Sync")
+    with pytest.raises(Refused) as refused:
+        await manager(root, "Dismiss", "ssa{sv}", "demo", "1-1.2", {"plan": {"v": ["s", plan["token"]]}})
+    assert refused.value.name == "org.hostpassd1.Error.StalePlan"
+
+
+async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -> None:
+    [plan] = await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", {})
+    assert [row[1] for row in plan["blockers"]] == ["boot-display"] and not plan["possible"]
+    override = {"override": {"v": ["as", ["boot-display"]]}}
+    assert (await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", override))[0]["possible"]
+    await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", override)
+    await manager(root, "Dismiss", "ssa{sv}", "demo", "00:02.0", {})
+    for code in ("host-system", "held-live", "nonsense"):
+        with pytest.raises(Refused) as refused:
+            await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", {"override": {"v": ["as", [code]]}})
+        assert refused.value.name == "org.hostpassd1.Error.InvalidOption"

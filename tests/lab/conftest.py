@@ -47,13 +47,12 @@ def guest(host: Host) -> Iterator[Callable[..., Guest]]:
         yield make
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(hookwrapper=True)  # type: ignore[untyped-decorator]  # pytest 7.2, Debian 12's, has no other kind
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """Lets the recorder see whether the test failed."""
-    report = yield
-    if report.failed:
+    outcome = yield
+    if outcome.get_result().failed:
         item.stash[FAILED] = True
-    return report
 
 
 FAILED = pytest.StashKey[bool]()

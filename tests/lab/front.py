@@ -140,6 +140,8 @@ class Front:
 def _signature(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "b"
+    if isinstance(value, list):
+        return "as"
     return {"timeout": "u", "instance": "t"}.get(key, "s")
 
 

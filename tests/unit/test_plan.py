@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from hostpassd import errors
-from hostpassd.events import MachineRead
+from hostpassd.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
 from hostpassd.host.device import Device
-from hostpassd.machines.machine import Machine
+from hostpassd.machines.machine import Machine, Ports
 from hostpassd.passthrough.plan import (
     Attach,
     Free,
@@ -17,11 +19,12 @@ from hostpassd.passthrough.plan import (
     Release,
     Store,
     Unstore,
+    check_allowed,
     plan_assign,
     plan_dismiss,
 )
 from hostpassd.state import State
-from tests.unit.world import OTHER, bridge, hostdev, machine, pci, scsi, state_of, usb
+from tests.unit.world import OTHER, bridge, hostdev, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -87,7 +90,7 @@ def test_a_half_that_the_machine_has_not_is_an_invalid_option(given: Machine, op
 def test_blocked_names_every_code_and_what_it_names() -> None:
     state = world(machine(), machine("b", OTHER, live=(hostdev(NIC),), stored=(hostdev(NIC),)))
     with pytest.raises(errors.Blocked, match=r"held-config.* b has .*held-live.* b has") as error:
-        assign(state, NIC)
+        check_allowed(assign(state, NIC), frozenset())
     assert "0000:01:00.0" in str(error.value)
 
 
@@ -122,3 +125,48 @@ def test_a_twin_is_stored_by_bus_and_number_too() -> None:
     (step,) = assign(world(machine(running=False)), STICK).steps
     assert isinstance(step, Store) and 'bus="' not in step.claim.xml.replace("'", '"')
     assert "optional" in step.claim.xml
+
+
+def test_what_can_be_overridden_is_by_name_and_what_never_can_is_not() -> None:
+    state = world(machine(), machine("b", OTHER, running=False, stored=(hostdev(NIC),)))
+    plan = assign(state, NIC)
+    assert [b.code for b in plan.blockers] == ["held-config"]
+    with pytest.raises(errors.Blocked):
+        check_allowed(plan, frozenset({"not-leaf"}))
+    check_allowed(plan, frozenset({"held-config"}))
+    assert plan.overridden(frozenset({"held-config", "not-leaf"})) == ("held-config",)
+    state.apply(MachineRead(machine("b", OTHER, live=(hostdev(NIC),))))
+    with pytest.raises(errors.Blocked):
+        check_allowed(assign(state, NIC), frozenset({"held-live", "held-config"}))
+
+
+def test_a_token_changes_with_what_the_plan_rests_on_and_with_nothing_else() -> None:
+    state = world(machine())
+    token = assign(state, NIC).token
+    state.apply(DeviceSeen(usb("1-7", number=30, product=9)))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert assign(state, NIC).token == token
+    state.apply(HostUsesRead({NIC.name: (HostUse("address", "192.0.2.1/24"),)}))
+    assert assign(state, NIC).token != token
+    state.apply(HostUsesRead({}))
+    assert assign(state, NIC).token == token
+    state.apply(DeviceGone(NIC.sysfs_path))
+    state.apply(DeviceSeen(NIC))
+    assert assign(state, NIC).token != token
+
+
+@pytest.mark.parametrize(("ports", "blocked"), [(Ports(1, 0), False), (Ports(0, 9), True)])
+def test_a_running_machine_needs_a_port_of_the_right_sort(ports: Ports, blocked: bool) -> None:
+    express = pci("0000:02:00.0", group=6, express=True)
+    state = state_of(express)
+    state.apply(MachineRead(dataclasses.replace(machine(), ports=ports)))
+    assert [b.code for b in assign(state, express).blockers] == (["no-free-port"] if blocked else [])
+    stopped = Options(live=False)
+    assert assign(state, express, stopped).blockers == ()
+
+
+def test_what_the_host_loses_is_named() -> None:
+    interface = net("enp1s0", NIC)
+    state = world(machine())
+    state.apply(DeviceSeen(interface))
+    assert assign(state, NIC).loses == (interface.name,)

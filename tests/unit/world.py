@@ -17,7 +17,7 @@ from hostpassd.events import (
 )
 from hostpassd.host.device import Block, Device, Net, Pci, Scsi, Usb, device_name
 from hostpassd.machines.domain_xml import claim_of
-from hostpassd.machines.machine import Claim, Machine
+from hostpassd.machines.machine import Claim, Machine, Ports
 from hostpassd.state import State
 
 URI = "qemu:///system"
@@ -137,7 +137,8 @@ def machine(
     stored: tuple[Claim, ...] = (),
 ) -> Machine:
     """A machine of URI."""
-    return Machine(uuid, name, URI, "running" if running else "shut off", persistent, live, stored)
+    state = "running" if running else "shut off"
+    return Machine(uuid, name, URI, state, persistent, live, stored, ports=Ports(5, 31) if running else Ports())
 
 
 class Libvirt:
