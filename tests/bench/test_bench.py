@@ -38,5 +38,6 @@ def _measure(host: Host, row: str) -> None:
     text, peer, wanted = ROWS[row]
     told = json.loads(host.run(f"python3 -B /opt/lab/bench.py {row}", timeout=600).stdout)
     ours, theirs = (told[who] / told.get(f"{who}-objects", 1) for who in ("ours", peer))
-    print(f"\n{text}: {ours * 1e3:.2f} ms beside {theirs * 1e3:.2f} ms: {ours / theirs:.3f} x (wanted {wanted} x)  {told}")
+    ratio = f"{ours * 1e3:.2f} ms beside {theirs * 1e3:.2f} ms: {ours / theirs:.3f} x"
+    print(f"\n{text}: {ratio} (wanted {wanted} x)  {told}")
     assert ours > 0 and theirs > 0
