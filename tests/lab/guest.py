@@ -103,7 +103,11 @@ class Guest:
 
     def wait_sees(self, pattern: str, timeout: float = 60) -> None:
         """Waits until the guest's kernel has said it."""
-        self.host.wait_for(f"grep -Eq -e {shlex.quote(pattern)} {self.log}", timeout, interval=0.5)
+        try:
+            self.host.wait_for(f"grep -Eq -e {shlex.quote(pattern)} {self.log}", timeout, interval=0.5)
+        except TimeoutError as error:
+            error.add_note(f"The guest's last words:\n{self.messages()[-2000:]}")
+            raise
 
     def run(self, command: str, check: bool = True, timeout: float = 60) -> Result:
         """Runs a shell command in the guest, over its console."""

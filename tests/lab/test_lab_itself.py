@@ -83,7 +83,7 @@ def test_a_guest_is_handed_devices_and_gives_them_back(host: Host, guest: NewGue
     one.wait_up()
     card = pci_hostdev(machine.LONE_NIC)
     one.attach(card)
-    one.wait_sees("e1000e .* PCI Express")
+    one.wait_sees("e1000e .*PCI Express:")
     one.detach(card)
     host.wait_for(driver_is(machine.LONE_NIC, "e1000e"))
     for device, sign in (
