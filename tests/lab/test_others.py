@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -106,8 +106,15 @@ def test_a_user_without_rights_reads_and_may_not_assign(host: Host, running: Gue
         tester.close()
 
 
-def _settings(front: Front) -> tuple[Any, Any]:
-    return front.holds(LONE), front.machine("others")["Devices"]
+def test_with_an_agent_that_says_yes_the_user_may(host: Host, front: Front, running: Guest) -> None:
+    said = host.run(f"python3 -B /opt/lab/agreeing_agent.py tester others {STICK}").stdout
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert lines[-1]["error"] is None and lines[-1]["reply"][0].startswith("/org/hostpassd1/jobs/"), said
+    assert any("others" in line.get("message", "") for line in lines), said
+    assert front.holds(STICK) == [(True, True)]
+    journal = host.run(f"journalctl HOSTPASSD_DEVICE={STICK} HOSTPASSD_OPERATION=assign -o json -n 1").stdout
+    assert json.loads(journal)["HOSTPASSD_UID"] == host.run("id -u tester").stdout.strip()
+    front.dismiss("others", STICK)
 
 
 def _started(host: Host) -> str:
