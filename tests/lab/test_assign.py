@@ -163,7 +163,6 @@ def test_an_attach_that_fails_last_is_undone_to_the_letter(host: Host, front: Fr
     with pytest.raises(BusError) as error:
         front.assign("tight", PAIR[0], override=["no-free-port"])
     assert error.value.name == ERROR + "HypervisorRefused", error.value
-    assert "No more available PCI slots" in error.value.message
     assert (tight.live_xml(), tight.stored_xml(), [driver(host, name) for name in PAIR]) == before
     assert [front.holds(name) for name in PAIR] == [[], []]
 
