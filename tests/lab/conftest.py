@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.front import Front
+from tests.lab.front import Front, Recording
 from tests.lab.guest import Guest
 from tests.lab.image import cache_folder
 from tests.lab.install import install
@@ -32,6 +32,14 @@ def front(host: Host) -> Iterator[Front]:
     client = Front(host)
     yield client
     client.close()
+
+
+@pytest.fixture
+def recording(host: Host) -> Iterator[Recording]:
+    """What hostpassd signals during the test."""
+    made = Recording(host)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -45,13 +45,6 @@ def running(host: Host) -> Iterator[Guest]:
     guest.clean_up()
 
 
-@pytest.fixture
-def recording(host: Host) -> Iterator[Recording]:
-    made = Recording(host)
-    yield made
-    made.close()
-
-
 def test_the_lone_nic_there_and_back(host: Host, front: Front, running: Guest, recording: Recording) -> None:
     job = front.assign("running", address(LONE))
     assert driver(host, LONE) == "vfio-pci" == front.device(LONE)["Driver"]

@@ -28,13 +28,6 @@ def running(host: Host) -> Iterator[Guest]:
     guest.clean_up()
 
 
-@pytest.fixture
-def recording(host: Host) -> Iterator[Recording]:
-    made = Recording(host)
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize(("flags", "half"), [("--live", (True, False)), ("--config", (False, True))])
 @pytest.mark.parametrize(
     ("name", "xml"), [(STICK, usb_hostdev(0x46F4, 1)), (LONE, pci_hostdev("0000:01:00.0"))], ids=[STICK, LONE]
