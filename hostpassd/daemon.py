@@ -52,7 +52,7 @@ class Daemon:
         self._publisher = Publisher(self._state, self._router)
         self._journal = Journal(state_folder / "journal")
         self._udev = Udev(self.emit, self._refresh_uses)
-        self._uses = HostUses(self.emit, self._udev.node_of, str(state_folder))
+        self._uses = HostUses(self.emit, self._udev.node_of, self._udev.blocks, str(state_folder))
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
         self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._journal)
         self._operations = Operations(self._state, self._executor, self.emit)
@@ -97,6 +97,7 @@ class Daemon:
         self._publisher.flush()
         notify("READY=1\n" + self._status())
         self._spawn(self._watchdog())
+        self._spawn(self._router.warm())
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())

@@ -40,9 +40,14 @@ class HostUse:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostUsesRead:
-    """All host uses at present, by device name. A device that is not a key has none."""
+    """What the host does with its devices at present.
+
+    `uses`: by device name; a device that is not a key has none. `nodes`: the device nodes of partitions, volumes and
+    their like, none of them a node of the tree, each with the names of the disks behind it.
+    """
 
     uses: dict[str, tuple[HostUse, ...]]
+    nodes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

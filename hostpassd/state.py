@@ -135,12 +135,17 @@ class State:
         self._holds_on: dict[str, dict[tuple[str, str], Hold]] = {}
         self._holds_of: dict[str, dict[tuple[str, str], Hold]] = {}
         self._uses: dict[str, tuple[HostUse, ...]] = {}
+        self._nodes: dict[str, tuple[str, ...]] = {}
+        self._nodes_on: dict[str, dict[str, None]] = {}
         self._releasing: set[tuple[str, str]] = set()
         self._places: dict[tuple[str, str], str] = {}
         # What spreads upward is counted at each ancestor, so that one change costs the depth of the tree.
         self._spread: dict[str, tuple[Blocker, ...]] = {}
         self._below: dict[str, Counter[Blocker]] = {}
         self._leaves: Counter[str] = Counter()
+        self._keyboards: dict[str, dict[str, None]] = {}
+        # By device: the seat all of whose keyboards are at or below it.
+        self._only_keyboards: dict[str, str] = {}
         self._changes = Changes()
         self._ended: list[Changes] = []
 
@@ -171,7 +176,18 @@ class State:
         return self._holds_of.get(uuid, {}).values()
 
     def uses_of(self, device: str) -> tuple[HostUse, ...]:
-        return self._uses.get(device, ())
+        """What the host uses DEVICE for, the console that it shows and the seat's only keyboard included."""
+        here = self.devices.get(device)
+        uses = self._uses.get(device, ())
+        if here and here.pci and here.pci.boot_display:
+            uses += (HostUse("boot-display", "shows the host's console"),)
+        if here and here.keyboard_of and self.only_keyboards_of(self.target(device) or device):
+            uses += (HostUse("keyboard", f"the only keyboard of {here.keyboard_of}"),)
+        return uses
+
+    def only_keyboards_of(self, device: str) -> str:
+        """The seat all of whose keyboards are at or below DEVICE, '' if there is none."""
+        return self._only_keyboards.get(device, "")
 
     def below(self, device: str) -> Mapping[Blocker, int]:
         return self._below.get(device, {})
@@ -184,8 +200,9 @@ class State:
         return machine.name if machine else uuid
 
     def keyed(self, key: Key) -> list[str]:
-        """The devices that KEY names."""
-        return list(self._keys.get(key, ()))
+        """The devices that KEY names; of a partition's or volume's node those behind it."""
+        behind = self._nodes.get(key[1], ()) if key[0] == "node" else ()
+        return [*self._keys.get(key, ()), *(name for name in behind if name in self.devices)]
 
     def ancestors(self, name: str) -> Iterator[Device]:
         """The devices above, nearest first."""
@@ -215,8 +232,10 @@ class State:
 
     def find_claim(self, uuid: str, claim: Claim, *, live: bool) -> str | None:
         """The device that a machine's CLAIM means now."""
+        if live and claim.missing:
+            return None
         own = frozenset(hold.device for hold in self.holds_of(uuid) if hold.live)
-        return None if live and claim.missing else self._find(claim, frozenset() if live else own)
+        return next(iter(self._find(claim, frozenset() if live else own)), None)
 
     def last_place(self, uuid: str, claim_id: str) -> str:
         """The name of the device on which a claim stood last, '' for never."""
@@ -238,8 +257,9 @@ class State:
                 self._lose(self._by_path.get(path))
             case DevicesScanned(devices):
                 self._scanned(devices)
-            case HostUsesRead(uses):
+            case HostUsesRead(uses, nodes):
                 self._read_uses(uses)
+                self._read_nodes(nodes)
             case MachineRead(machine):
                 self._read_machine(machine)
             case MachineGone(uuid):
@@ -261,6 +281,7 @@ class State:
                     self._changes.remove(("job", str(number)))
             case DeviceAdded() | RemovalFailed():
                 pass
+        self._find_only_keyboards()
         batches, self._ended, self._changes = [*self._ended, self._changes], [], Changes()
         return [changes for changes in batches if changes]
 
@@ -319,6 +340,7 @@ class State:
         del self.devices[device.name]
         self._changes.remove(("device", device.name))
         self._rekey(device, None)
+        self._lose_nodes(device.name)
         for index in (self._spread, self._below, self._uses):
             index.pop(device.name, None)
         del self._leaves[device.name]
@@ -331,6 +353,8 @@ class State:
             _index(self._groups, device.pci.iommu_group, device.name)
             _index(self._functions, device.pci.physical_function, device.name)
             self._touch(device.pci.physical_function)
+        if device.keyboard_of:
+            _index(self._keyboards, device.keyboard_of, device.name)
         self._touch(device.parent)
         for name in (device.name, *self.descendants(device.name)):
             if name != device.name:
@@ -341,12 +365,27 @@ class State:
         for name in (device.name, *self.descendants(device.name)):
             self._count(name, device.name, self._spread.get(name, ()), -1)
         self._by_path.pop(device.sysfs_path, None)
+        if device.keyboard_of:
+            _unindex(self._keyboards, device.keyboard_of, device.name)
         _unindex(self._children, device.parent, device.name)
         if device.pci:
             _unindex(self._groups, device.pci.iommu_group, device.name)
             _unindex(self._functions, device.pci.physical_function, device.name)
             self._touch(device.pci.physical_function)
         self._touch(device.parent)
+
+    def _find_only_keyboards(self) -> None:
+        """What all keyboards of a seat are below, as each: a handful of names, whatever the size of the tree."""
+        found: dict[str, str] = {}
+        for seat, keyboards in self._keyboards.items():
+            lines = [{name, *(above.name for above in self.ancestors(name))} for name in keyboards]
+            found.update(dict.fromkeys(set.intersection(*lines), seat))
+        if found == self._only_keyboards:
+            return
+        changed = found.items() ^ self._only_keyboards.items()
+        self._only_keyboards = found
+        for name in {name for name, _ in changed} | {name for names in self._keyboards.values() for name in names}:
+            self._touch(name)
 
     def _count(self, name: str, link: str, spread: tuple[Blocker, ...], by: int) -> None:
         """Adds what NAME spreads upward, and whether it is a leaf, to LINK (if above NAME) and all above LINK."""
@@ -400,9 +439,7 @@ class State:
             _unindex(self._keys, key, name)
         for key in after - before:
             _index(self._keys, key, name)
-        keys = before | after if not (old and new) else before ^ after
-        for uuid in dict.fromkeys(uuid for key in keys for uuid in self._interest.get(key, ())):
-            self._resolve(uuid)
+        self._resolve_interested(before | after if not (old and new) else before ^ after)
 
     def _read_uses(self, uses: Mapping[str, tuple[HostUse, ...]]) -> None:
         changed = [n for n in {**self._uses, **uses} if self._uses.get(n, ()) != uses.get(n, ())]
@@ -410,6 +447,26 @@ class State:
         for name in changed:
             self._touch(name)
             self._spread_again(name)
+
+    def _read_nodes(self, nodes: Mapping[str, tuple[str, ...]]) -> None:
+        changed = [n for n in {**self._nodes, **nodes} if self._nodes.get(n, ()) != nodes.get(n, ())]
+        self._nodes, self._nodes_on = dict(nodes), {}
+        for node, names in nodes.items():
+            for name in names:
+                _index(self._nodes_on, name, node)
+        self._resolve_interested(("node", node) for node in changed)
+
+    def _lose_nodes(self, name: str) -> None:
+        """What came of a disk's partitions is not known before the next reading: they lead to nothing until then."""
+        nodes = self._nodes_on.pop(name, {})
+        for node in nodes:
+            self._nodes[node] = tuple(other for other in self._nodes[node] if other != name)
+        self._resolve_interested(("node", node) for node in nodes)
+
+    def _resolve_interested(self, keys: Iterable[Key]) -> None:
+        """The machines that name something by one of KEYS."""
+        for uuid in dict.fromkeys(uuid for key in keys for uuid in self._interest.get(key, ())):
+            self._resolve(uuid)
 
     # --- machines ---
 
@@ -484,11 +541,11 @@ class State:
             for claim in claims:
                 if live and claim.missing:
                     continue
-                device = self._find(claim, own)
-                if device:
+                devices = self._find(claim, own)
+                for device in devices:
                     self._places[(uuid, claim.id)] = device
                     _merge_hold(holds, self._hold(machine, claim, device, live))
-                else:
+                if not devices:
                     _merge_missing(missing, claim, live)
             own = frozenset(device for device, _ in holds)
         self._set_holds(uuid, holds)
@@ -497,14 +554,18 @@ class State:
             self.missing[uuid] = rows
             self._changes.change(("machine", uuid))
 
-    def _find(self, claim: Claim, own: frozenset[str]) -> str | None:
-        """The device that CLAIM means. OWN: what the machine holds live, which tells twins apart."""
+    def _find(self, claim: Claim, own: frozenset[str]) -> list[str]:
+        """The devices that CLAIM means: one, but for a volume that is on several disks.
+
+        OWN: what the machine holds live, which tells twins apart.
+        """
         found = (self.target(name) for name in self._candidates(claim))
         targets = [name for name in dict.fromkeys(found) if name]
-        if len(targets) > 1:
+        if len(targets) > 1 and not isinstance(claim.source, NodeSource):
             # libvirt refuses an ambiguous vendor and product; the live half says which of the twins it is.
             targets = [name for name in targets if name in own]
-        return targets[0] if len(targets) == 1 else None
+            return targets if len(targets) == 1 else []
+        return targets
 
     def _candidates(self, claim: Claim) -> list[str]:
         keys = _claim_keys(claim)

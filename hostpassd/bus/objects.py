@@ -9,7 +9,7 @@ from typing import Any
 from hostpassd import __version__, names
 from hostpassd.bus.router import Batch, Interfaces, Router, Signal, Variant
 from hostpassd.events import Job
-from hostpassd.host.device import Block, Device, Facts, Mdev, MdevParent, Net, Pci, Scsi, Usb
+from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb
 from hostpassd.machines.machine import Hold, Machine, Missing
 from hostpassd.passthrough import eligibility
 from hostpassd.passthrough.plan import Options, Plan
@@ -70,12 +70,13 @@ def device_interfaces(state: State, device: Device) -> Interfaces:
         }
     }
     for facts in device.facts:
-        interface, properties = _facts(state, device, facts)
-        found[interface] = properties
+        shown = _facts(state, device, facts)
+        found |= [shown] if shown else []
     return found
 
 
-def _facts(state: State, device: Device, facts: Facts) -> tuple[str, Properties]:
+def _facts(state: State, device: Device, facts: Facts) -> tuple[str, Properties] | None:
+    """The interface of FACTS and its properties; None: they show in none."""
     match facts:
         case Pci():
             return names.DEVICE_PCI, _pci(state, device, facts)
@@ -92,6 +93,8 @@ def _facts(state: State, device: Device, facts: Facts) -> tuple[str, Properties]
             return names.DEVICE_NET, {"Interface": interface, "MacAddress": mac_address}
         case Block(node, size):
             return names.DEVICE_BLOCK, {"Node": node, "Size": size}
+        case Input():
+            return None
 
 
 def _pci(state: State, device: Device, pci: Pci) -> Properties:

@@ -396,9 +396,14 @@ class _Telling:
 
 
 class _Draft:
-    """What a batch comes to. All of it is checked and marshalled before any of it is done."""
+    """What a batch comes to. All of it is checked and marshalled before any of it is done.
 
-    def __init__(self, specification: Specification, table: _Table, wire: _Wire) -> None:
+    Before anybody can hear (HEARD is false) nothing is told, and an added object is marshalled when it is asked for:
+    at the start that is half of the time.
+    """
+
+    def __init__(self, specification: Specification, table: _Table, wire: _Wire, heard: bool) -> None:
+        self._heard = heard
         self._spec = specification
         self._table = table
         self._wire = wire
@@ -440,6 +445,9 @@ class _Draft:
         complete = {
             name: self._wire.complete(name, values) for name, values in interfaces.items() if values is not None
         }
+        if not self._heard:
+            self.objects[path] = _Object(complete)
+            return
         entry = self._wire.entry(path, complete)
         self.objects[path] = _Object(complete, entry)
         self._tell_manager(path, "InterfacesAdded", "oa{sa{sv}}", entry)
@@ -515,6 +523,7 @@ class Router:
         self._table = _Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
         self._connection: _Connection | None = None
+        self._named = False
         self._serial = 0
         self._pending: dict[int, asyncio.Future[list[Any]]] = {}  # our calls by serial
         self._tasks: set[asyncio.Task[None]] = set()
@@ -535,6 +544,7 @@ class Router:
     async def own_name(self, name: str) -> None:
         """Owns NAME, without queueing for it. Raises NameTaken with the reason if the bus does not give it."""
         do_not_queue, primary_owner = 4, 1
+        self._named = True  # whoever learns of the name hears what changes from then on
         try:
             [answer] = await self._ask_driver("RequestName", "su", [name, do_not_queue])
         except BusCallError as error:
@@ -577,15 +587,23 @@ class Router:
         What does not fit the specification raises (ValueError, KeyError and the like, with notes on where), and
         then nothing of BATCH was done.
         """
-        draft = _Draft(self._spec, self._table, self._wire)
+        draft = _Draft(self._spec, self._table, self._wire, self._named)
         draft.fill(batch)
         for path, thing in draft.objects.items():
             if thing:
                 self._table.put(path, thing)
             else:
                 self._table.drop(path)
-        for telling in draft.tellings:
+        for telling in draft.tellings if self._named else ():
             self._emit(telling)
+
+    async def warm(self) -> None:
+        """Marshals what nobody has asked for yet, a little in each turn of the loop: the first reader need not wait."""
+        for path in list(self._table.objects):
+            thing = self._table.objects.get(path)
+            if thing and not thing.entry:
+                self._entry(path, thing)
+                await asyncio.sleep(0)
 
     def _emit(self, telling: _Telling) -> None:
         self._send(
@@ -873,13 +891,12 @@ class Router:
         return {interface: interfaces[interface]} if interface in interfaces else {}
 
     def _managed_objects(self) -> bytes:
-        entries = []
-        for path, thing in self._table.objects.items():
-            if path != names.ROOT:
-                thing.entry = thing.entry or self._wire.entry(path, thing.interfaces)
-                entries.append(thing.entry)
-        array = _join(entries)
+        array = _join([self._entry(path, thing) for path, thing in self._table.objects.items() if path != names.ROOT])
         return struct.pack("<I4x", len(array)) + array
+
+    def _entry(self, path: str, thing: _Object) -> bytes:
+        thing.entry = thing.entry or self._wire.entry(path, thing.interfaces)
+        return thing.entry
 
 
 def _mismatch(interface: str, method: MethodSpec, got: str) -> str:

@@ -96,7 +96,14 @@ class Block:
     number: str = ""  # major:minor
 
 
-Facts = Pci | Usb | Scsi | Mdev | MdevParent | Net | Block
+@dataclasses.dataclass(frozen=True, slots=True)
+class Input:
+    """Facts of an input device."""
+
+    keyboard_of: str  # the seat whose keyboard it is: seat0; '' if it is none
+
+
+Facts = Pci | Usb | Scsi | Mdev | MdevParent | Net | Block | Input
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,6 +137,11 @@ class Device:
     def scsi(self) -> Scsi | None:
         """The SCSI facts, if it is a logical unit."""
         return next((facts for facts in self.facts if isinstance(facts, Scsi)), None)
+
+    @property
+    def keyboard_of(self) -> str:
+        """The seat whose keyboard it is, '' if it is none."""
+        return next((facts.keyboard_of for facts in self.facts if isinstance(facts, Input)), "")
 
 
 # The kinds that can be handed to a machine; anything else stands for its nearest ancestor of such a kind.

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable
 
-from hostpassd.host.device import Block, Device, Facts, Mdev, MdevParent, Net, Pci, Scsi, Usb, clean, device_name
+from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, clean, device_name
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +72,14 @@ class Complaints:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """What a device is read from: its folder and its udev properties ('' for one that it has not)."""
+    """What a device is read from: its folder, and what udev says of it ('' for a property that it has not)."""
 
     path: str
     subsystem: str
     devtype: str
     prop: Callable[[str], str]
     complaints: Complaints
+    child: Callable[[str], Source | None]  # what udev knows of the device in the folder of that name
 
     @property
     def kernel_name(self) -> str:
@@ -215,20 +216,8 @@ def own_nodes(source: Source) -> tuple[str, ...]:
 
 def _nodes_of_children(source: Source) -> tuple[str, ...]:
     """The nodes of a device that has none itself, but children with one each (event3 of input5, pcmC0D0p of card0)."""
-    nodes = []
-    for name in source.entries():
-        for line in _read_lines(f"{source.path}/{name}/uevent"):
-            if line.startswith(b"DEVNAME="):
-                nodes.append(clean(b"/dev/" + line.removeprefix(b"DEVNAME=").removeprefix(b"/dev/")))
-    return tuple(nodes)
-
-
-def _read_lines(path: str) -> list[bytes]:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return (file.read(_READ_LIMIT) or b"").splitlines()
-    except OSError:
-        return []
+    children = (source.child(name) for name in source.entries() if source.has(f"{name}/dev"))
+    return tuple(node for child in children if child for node in own_nodes(child))
 
 
 # PCI.
@@ -441,6 +430,11 @@ def _human(size: float) -> str:
     return f"{size:.1f} PB"
 
 
+def _input(source: Source) -> tuple[Facts, ...]:
+    seat = clean(source.prop("ID_SEAT")) or "seat0"
+    return (Input(seat if source.prop("ID_INPUT_KEYBOARD") == "1" else ""),)
+
+
 def _named(source: Source, words: Words) -> str:
     return words.product
 
@@ -474,6 +468,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
         Kind(
             "input",
             pattern="input[0-9]+",
+            facts=_input,
             words=lambda source: Words(product=source.text("name")),
             label=_named,
             nodes=_nodes_of_children,

@@ -15,8 +15,18 @@ import pyudev
 
 from hostpassd.errors import TimedOut
 from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
-from hostpassd.host.device import Device
-from hostpassd.host.sysfs import KINDS, SHOWS_IN_PARENT, Complaints, Source, describe, kind_of, may_be_in_tree
+from hostpassd.host.device import Device, clean
+from hostpassd.host.sysfs import (
+    KINDS,
+    SHOWS_IN_PARENT,
+    Complaints,
+    Source,
+    describe,
+    kind_of,
+    may_be_in_tree,
+    own_nodes,
+)
+from hostpassd.host.uses import BlockNode
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +124,7 @@ class Udev:
 
     `arm`, then `scan`: what happens during a scan is kept by the kernel and follows it. EMIT gets every event, on
     the loop. USES_CHANGED is called where a block or network device came, changed or went, in the tree or not
-    (device mapper, md). RUN is udevd's folder.
+    (device mapper, md). RUN is udevd's folder. BLOCKS: all block devices by sysfs path, in the tree or not.
     """
 
     def __init__(
@@ -135,6 +145,7 @@ class Udev:
         self._lost = False  # uevents not known here may still be in udevd's queue
         self._scanning = asyncio.Lock()
         self._rescan: asyncio.Task[DevicesScanned] | None = None
+        self.blocks: dict[str, BlockNode] = {}
         self._names: dict[str, str] = {}
         self._complaints = Complaints()
 
@@ -154,8 +165,10 @@ class Udev:
         async with self._scanning:
             self._pause()
             try:
-                devices = await asyncio.to_thread(_read_all, self._complaints)
+                devices, blocks = await asyncio.to_thread(_read_all, self._complaints)
                 self._names = {device.sysfs_path: device.name for device in devices}
+                self.blocks.clear()
+                self.blocks.update(blocks)
                 event = DevicesScanned(tuple(devices))
                 self._emit(event)
                 self._uses_changed()
@@ -300,6 +313,8 @@ class Udev:
 
     def _handle(self, device: pyudev.Device) -> None:
         source = self._source(device)
+        if source.subsystem == "block":
+            self._note_block(source, gone=device.action == "remove")
         if source.subsystem in _USED_BY_HOST:
             self._uses_changed()
         old = source.prop("DEVPATH_OLD")
@@ -314,6 +329,12 @@ class Udev:
 
     def _source(self, device: pyudev.Device) -> Source:
         return _source_of(device, self._complaints)
+
+    def _note_block(self, source: Source, *, gone: bool) -> None:
+        if gone:
+            self.blocks.pop(source.path, None)
+        else:
+            self.blocks[source.path] = _block_node(source)
 
     def _seen(self, source: Source) -> None:
         kind = kind_of(source)
@@ -350,22 +371,30 @@ class Udev:
 # Everything, blocking.
 
 
-def _read_all(complaints: Complaints) -> list[Device]:
-    """Every device of the tree, parents first. In a thread: with a libudev context of its own."""
+def _read_all(complaints: Complaints) -> tuple[list[Device], dict[str, BlockNode]]:
+    """All devices of the tree, parents first, and all block devices. In a thread: with a libudev context of its own."""
     context = pyudev.Context()
     names: dict[str, str] = {}
     devices = []
+    blocks = {}
     for path in sorted(set(_paths())):
         try:
             source = _source_of(pyudev.Devices.from_sys_path(context, path), complaints)
         except (pyudev.DeviceNotFoundError, UnicodeError):
             continue  # vanished, or has a name that no bus and no terminal can carry
+        if source.subsystem == "block":
+            blocks[path] = _block_node(source)
         kind = kind_of(source)
         device = describe(source, kind, _nearest(path, names)) if kind else None
         if device is not None:
             names[path] = device.name
             devices.append(device)
-    return devices
+    return devices, blocks
+
+
+def _block_node(source: Source) -> BlockNode:
+    pool = clean(source.prop("ID_FS_LABEL")) if source.prop("ID_FS_TYPE") == "zfs_member" else ""
+    return BlockNode(own_nodes(source), pool)
 
 
 def _nearest(path: str, names: dict[str, str]) -> str | None:
@@ -376,10 +405,10 @@ def _nearest(path: str, names: dict[str, str]) -> str | None:
 
 
 def _paths() -> Iterator[str]:
-    """Where the devices of the subsystems that have kinds are, and the parents of mediated devices."""
+    """Where devices of the subsystems that have kinds are, all block devices, and parents of mediated devices."""
     for subsystem in (*KINDS, "mdev_bus"):
         for path in _listed(f"/sys/bus/{subsystem}/devices", f"/sys/class/{subsystem}"):
-            if may_be_in_tree(path, subsystem):
+            if subsystem == "block" or may_be_in_tree(path, subsystem):
                 yield path
 
 
@@ -405,7 +434,13 @@ def _source_of(device: pyudev.Device, complaints: Complaints) -> Source:
             return ""
         return value
 
-    return Source(path, device.subsystem or "", device.device_type or "", prop, complaints)
+    def child(name: str) -> Source | None:
+        try:
+            return _source_of(pyudev.Devices.from_sys_path(device.context, f"{path}/{name}"), complaints)
+        except (pyudev.DeviceNotFoundError, UnicodeError):
+            return None
+
+    return Source(path, device.subsystem or "", device.device_type or "", prop, complaints, child)
 
 
 # Netlink.

@@ -14,7 +14,7 @@ import os
 import re
 import select
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from hostpassd.events import Event, HostUse, HostUsesRead
 from hostpassd.host import rtnetlink
@@ -37,8 +37,17 @@ _DEPTH = 16  # storage stacks are no deeper than this; a loop in them ends here
 # By the start of dm/uuid.
 _MAPPINGS = (("LVM-", "LVM volume"), ("CRYPT-", "LUKS"), ("mpath-", "multipath"))
 
-# The uses of each place in sysfs.
+# The uses of each place in sysfs, and the places behind each device node of a partition or a stack.
 Uses = dict[str, tuple[HostUse, ...]]
+Nodes = dict[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockNode:
+    """What udev knows of a block device, in the tree or not."""
+
+    nodes: tuple[str, ...]  # its own and the links to it: /dev/dm-0, /dev/mapper/vg-data, /dev/vg/data
+    pool: str = ""  # the ZFS pool that it is a member of
 
 
 class Sysfs:
@@ -158,11 +167,25 @@ def mount_of(path: str, mounts: Iterable[Mount]) -> Mount | None:
 class Storage:
     """What rests on which physical devices, through partitions and stacks."""
 
-    def __init__(self, sysfs: Sysfs, mounts: list[Mount], swaps: Iterable[tuple[str, bool]], state_folder: str) -> None:
+    def __init__(
+        self,
+        sysfs: Sysfs,
+        mounts: list[Mount],
+        swaps: Iterable[tuple[str, bool]],
+        state_folder: str,
+        blocks: Mapping[str, BlockNode],
+        pools: Collection[str],
+    ) -> None:
+        """BLOCKS by sysfs path; POOLS: the ZFS pools that are imported."""
         self._sysfs = sysfs
         self._mounts = mounts
         self._swaps = swaps
         self._state_folder = state_folder
+        self._blocks = blocks
+        self._members: dict[str, list[str]] = {pool: [] for pool in pools}
+        for path, block in blocks.items():
+            if block.pool in self._members:
+                self._members[block.pool].append(path)
         self._found: dict[str, dict[HostUse, None]] = {}
 
     def uses(self) -> Uses:
@@ -175,6 +198,17 @@ class Storage:
             self._note("swap", f"swap file {path}" if is_file else "swap", bases, True)
         self._note_stacks()
         return {path: tuple(uses) for path, uses in self._found.items()}
+
+    def nodes(self) -> Nodes:
+        """The device nodes of partitions and stacks, each with the physical devices behind it."""
+        found: Nodes = {}
+        for path, block in self._blocks.items():
+            disk = path.rpartition("/")[0]
+            if path.startswith(VIRTUAL):
+                found.update(dict.fromkeys(block.nodes, tuple(dict.fromkeys(b.path for b in self._under(path)))))
+            elif disk in self._blocks:  # a partition, told without a look at sysfs: there can be thousands
+                found.update(dict.fromkeys(block.nodes, (disk,)))
+        return {node: places for node, places in found.items() if places}
 
     def _note(self, kind: str, what: str, bases: Iterable[Base], system: bool) -> None:
         for base in bases:
@@ -191,15 +225,24 @@ class Storage:
         for name in self._sysfs.names(folder):
             if self._sysfs.names(f"{folder}/{name}/slaves"):
                 self._note("storage-stack", "", self._under(f"{folder}/{name}"), False)
+        for pool, members in self._members.items():
+            for member in members:
+                self._note("storage-stack", f"ZFS pool {pool}", self._under(member), False)
 
     def _under_mount(self, mount: Mount, depth: int = 0) -> list[Base]:
         if not mount.number.startswith("0:"):
             return self._under(self._sysfs.real(f"dev/block/{mount.number}"), depth)
+        if mount.type == "zfs":
+            return self._under_pool(mount.source.partition("/")[0], depth)
         # File systems over several devices have a number of their own, and name one device, or all with colons.
         devices = [place for source in re.split(":(?=/)", mount.source) if (place := self._named(source))]
         if mount.type == "btrfs":
             devices = self._btrfs(devices)
         return [base for device in devices for base in self._under(device, depth)]
+
+    def _under_pool(self, pool: str, depth: int) -> list[Base]:
+        bases = [base for member in self._members.get(pool, ()) for base in self._under(member, depth + 1)]
+        return [Base(base.path, (f"ZFS pool {pool}", *base.chain)) for base in bases]
 
     def _btrfs(self, devices: list[str]) -> list[str]:
         """All devices of the file system that DEVICES belong to."""
@@ -249,7 +292,11 @@ class Storage:
         places = (self._sysfs.real(f"{device.removeprefix('/sys/')}/slaves/{slave}") for slave in slaves)
         bases = [base for place in places for base in self._under(place, depth)]
         backing = self._sysfs.text(f"{device}/loop/backing_file")
-        return bases + (self._under_file(backing, depth) if backing else [])
+        bases += self._under_file(backing, depth) if backing else []
+        # A volume of a pool has no slaves; its link says whose it is: /dev/zvol/tank/volume.
+        links = (node.split("/") for node in self._blocks.get(device, BlockNode(())).nodes)
+        pool = next((words[3] for words in links if words[:3] == ["", "dev", "zvol"] and len(words) > 4), "")
+        return bases + (self._under_pool(pool, depth) if pool else [])
 
     def _controllers(self, subsystem: str) -> list[str]:
         """NVMe multipath: the controllers through which a subsystem is reached."""
@@ -320,16 +367,25 @@ def _all_above(link: Link, by_index: dict[int, Link]) -> list[Link]:
 # Reading and watching.
 
 
-def read_uses(state_folder: str = "") -> Uses:
-    """All uses of physical devices, by sysfs path. Blocking, some milliseconds. Raises OSError."""
+def read_uses(state_folder: str, blocks: Mapping[str, BlockNode]) -> tuple[Uses, Nodes]:
+    """All uses of physical devices by sysfs path, and the nodes above them. Blocking, some ms. Raises OSError."""
     sysfs = Sysfs()
     mounts = parse_mounts(_read("/proc/self/mountinfo"))
-    found = Storage(sysfs, mounts, parse_swaps(_read("/proc/swaps")), state_folder).uses()
+    swaps = parse_swaps(_read("/proc/swaps"))
+    storage = Storage(sysfs, mounts, swaps, state_folder, blocks, _imported_pools())
+    found = storage.uses()
     for name, uses in network_uses(rtnetlink.read()).items():
         place = sysfs.real(f"class/net/{name}")
         if uses and place and not place.startswith(VIRTUAL):
             found[place] = uses
-    return found
+    return found, storage.nodes()
+
+
+def _imported_pools() -> list[str]:
+    try:
+        return [entry.name for entry in os.scandir("/proc/spl/kstat/zfs") if entry.is_dir()]
+    except OSError:
+        return []  # no ZFS here
 
 
 def _read(path: str) -> str:
@@ -343,17 +399,22 @@ def _read(path: str) -> str:
 class HostUses:
     """Reads the host's uses when they change, and emits each reading.
 
-    NODE_OF names the nearest device of the tree at or above a sysfs path. STATE_FOLDER: where the daemon keeps its
-    own state, which it cannot live without.
+    NODE_OF names the nearest device of the tree at or above a sysfs path. BLOCKS: all block devices, by sysfs path.
+    STATE_FOLDER: where the daemon keeps its own state, which it cannot live without.
     """
 
     _DELAY = 0.05  # seconds that changes are gathered for
 
     def __init__(
-        self, emit: Callable[[Event], None], node_of: Callable[[str], str | None], state_folder: str = ""
+        self,
+        emit: Callable[[Event], None],
+        node_of: Callable[[str], str | None],
+        blocks: Mapping[str, BlockNode],
+        state_folder: str,
     ) -> None:
         self._emit = emit
         self._node_of = node_of
+        self._blocks = blocks
         self._state_folder = state_folder
         self._reading = asyncio.Lock()
         self._next: asyncio.Task[HostUsesRead] | None = None
@@ -443,10 +504,15 @@ class HostUses:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            found = await asyncio.to_thread(read_uses, self._state_folder)
-            event = HostUsesRead(self._by_name(found))
+            # A copy: the loop goes on writing meanwhile.
+            uses, nodes = await asyncio.to_thread(read_uses, self._state_folder, dict(self._blocks))
+            event = HostUsesRead(self._by_name(uses), self._with_names(nodes))
             self._emit(event)
             return event
+
+    def _with_names(self, nodes: Nodes) -> dict[str, tuple[str, ...]]:
+        named = {node: tuple(filter(None, map(self._node_of, places))) for node, places in nodes.items()}
+        return {node: tuple(dict.fromkeys(names)) for node, names in named.items() if names}
 
     def _by_name(self, found: Uses) -> Uses:
         named: Uses = {}

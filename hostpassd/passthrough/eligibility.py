@@ -73,6 +73,7 @@ class View(Protocol):
     def machine_name(self, uuid: str) -> str: ...
     def below(self, device: str) -> Mapping[Blocker, int]: ...
     def has_leaves(self, device: str) -> bool: ...
+    def only_keyboards_of(self, device: str) -> str: ...
     def virtual_functions(self, device: str) -> Iterable[str]: ...
     def target(self, device: str) -> str | None: ...
 
@@ -131,7 +132,12 @@ def _kind_blockers(view: View, device: Device) -> list[Blocker]:
         return [Blocker("not-assignable-kind", NEVER, _not_assignable(view, device), name)]
     if is_hub(device):
         return [Blocker("hub", NEVER, f"{label} is a USB hub: assign the devices below it", name)]
-    return _pci_blockers(view, device, device.pci) if device.pci else []
+    found = _pci_blockers(view, device, device.pci) if device.pci else []
+    seat = view.only_keyboards_of(name)
+    if seat:
+        text = f"{label} is, or leads to, the only keyboard of {seat}: plug in another one first"
+        found.append(Blocker("last-keyboard", OVERRIDE, text, name))
+    return found
 
 
 def _not_assignable(view: View, device: Device) -> str:

@@ -277,7 +277,8 @@ class MockHost:
         path = self.plug_usb(port, 0x0627, 0x0001, "", "QEMU", name, KEYBOARD, "12", "usbhid")
         number = self._next_input
         self._next_input += 1
-        device = self.add("input", f"{path}/{port}:1.0/input/input{number}", {"name": name})
+        kind = {"ID_INPUT": "1", "ID_INPUT_KEYBOARD": "1"}
+        device = self.add("input", f"{path}/{port}:1.0/input/input{number}", {"name": name}, kind)
         self.add("input", f"{device}/event{number}", {"dev": f"13:{64 + number}"}, {"DEVNAME": f"input/event{number}"})
         return path
 

@@ -165,8 +165,11 @@ def test_usb_and_scsi_facts(host: MockHost, listen: Listen) -> None:
 def test_nodes_of_functions(host: MockHost, listen: Listen) -> None:
     host.furnish()
     host.change(host.path("sdb"), {"DEVLINKS": "/dev/disk/by-path/z /dev/disk/by-id/a"})
+    host.change(host.path("event0"), {"DEVLINKS": "/dev/input/by-id/usb-keyboard-event-kbd"})
     listener = listen()
-    assert listener.device("input_input0").device_nodes == ("/dev/input/event0",)
+    keyboard = listener.device("input_input0")
+    assert keyboard.device_nodes == ("/dev/input/event0", "/dev/input/by-id/usb-keyboard-event-kbd")
+    assert keyboard.keyboard_of == "seat0"
     assert listener.device("sound_card0").device_nodes == ("/dev/snd/controlC0",)
     assert listener.device("block_sdb").device_nodes == ("/dev/sdb", "/dev/disk/by-id/a", "/dev/disk/by-path/z")
     assert listener.device("net_enp1s0").facts == (Net("enp1s0", "52:54:00:00:00:10", 2),)

@@ -10,7 +10,7 @@ from hostpassd.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, Mach
 from hostpassd.host.device import Device
 from hostpassd.passthrough.eligibility import blockers, companions
 from hostpassd.state import State
-from tests.unit.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
+from tests.unit.world import OTHER, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -130,6 +130,27 @@ def test_holds_of_any_machine_block_the_device_its_companions_and_what_is_above(
     assert codes(state, lun) == {("held-live", "never"), ("held-config", "override")}
     assert codes(state, controller) == {("held-live", "never"), ("held-config", "override"), ("not-leaf", "override")}
     assert {b.machine for b in blockers(state, lun)} == {machine().uuid, OTHER}
+
+
+def test_what_has_all_keyboards_of_a_seat_is_the_last_one() -> None:
+    controller = pci("0000:00:1d.0", group=4, code=0x0C0330)
+    hub = usb("usb1", controller, device_class=9)
+    first, second, foreign = (usb(port, hub, number=number) for number, port in enumerate(("1-1", "1-2", "1-3"), 3))
+    state = state_of(controller, hub, first, keyboard("input1", first), keyboard("input2", first))
+    last = ("last-keyboard", "override")
+    assert last in codes(state, first) and last in codes(state, controller)
+    assert [use.kind for use in state.uses_of("input_input2")] == ["keyboard"]
+    [batch] = state.apply(DeviceSeen(second))
+    assert ("device", first.name) not in batch.changed
+    [batch] = state.apply(DeviceSeen(keyboard("input3", second)))
+    assert {("device", name) for name in (first.name, "input_input1")} <= set(batch.changed)
+    assert last not in codes(state, first) and last not in codes(state, second) and last in codes(state, controller)
+    assert state.uses_of("input_input1") == ()
+    for device in (foreign, keyboard("input4", foreign, "seat1")):
+        state.apply(DeviceSeen(device))
+    assert last in codes(state, foreign) and last not in codes(state, second)
+    state.apply(DeviceGone(first.sysfs_path))
+    assert last in codes(state, second)
 
 
 def test_virtual_functions_stand_on_their_own_and_block_their_physical_one() -> None:

@@ -20,7 +20,7 @@ from hostpassd.events import (
     Releasing,
 )
 from hostpassd.host.device import Device
-from hostpassd.machines.machine import Claim, UsbSource
+from hostpassd.machines.machine import Claim, NodeSource, UsbSource
 from hostpassd.passthrough.eligibility import blockers, companions
 from hostpassd.state import State
 from tests.unit.world import OTHER, URI, UUID, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
@@ -75,6 +75,30 @@ def test_a_stale_twin_is_missing_and_not_the_newly_plugged_one() -> None:
     state.apply(DeviceGone(STICK.sysfs_path))
     state.apply(DeviceSeen(usb("1-1", number=9, serial="A")))
     assert held(state) == {} and len(state.missing[UUID]) == 1
+
+
+def on_node(path: str) -> Claim:
+    return Claim("disk", NodeSource(path), "", "<disk/>", f"disk:node:{path}", path)
+
+
+def test_a_volume_is_held_on_every_disk_behind_it() -> None:
+    first, second = scsi(2, 0, 0, 0), scsi(2, 0, 1, 0)
+    disks = block("sda", first), block("sdb", second)
+    state = state_of(first, second, *disks)
+    state.apply(MachineRead(machine(live=(on_node("/dev/vg/data"),), stored=(on_node("/dev/sda1"),))))
+    assert held(state) == {} and len(state.missing[UUID]) == 2
+    nodes = {"/dev/vg/data": (disks[0].name, disks[1].name), "/dev/sda1": (disks[0].name,)}
+    state.apply(HostUsesRead({}, nodes))
+    assert held(state) == {first.name: (True, True), second.name: (True, False)} and state.missing[UUID] == ()
+    [batch] = state.apply(DeviceGone(disks[1].sysfs_path))
+    assert [hold.device for hold in batch.holds_removed] == [second.name]
+    # What is in its place now is another disk, until it has been looked at.
+    state.apply(DeviceSeen(disks[1]))
+    assert held(state) == {first.name: (True, True)}
+    [batch] = state.apply(HostUsesRead({}, nodes))
+    assert [hold.device for hold in batch.holds_added] == [second.name]
+    state.apply(HostUsesRead({}))
+    assert held(state) == {} and len(state.missing[UUID]) == 2
 
 
 def test_a_replug_is_another_instance_and_ends_a_batch() -> None:

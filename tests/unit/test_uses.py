@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hostpassd.events import Event, HostUse, HostUsesRead
 from hostpassd.host import rtnetlink, uses
 from hostpassd.host.rtnetlink import Link, Network
-from hostpassd.host.uses import HostUses, Mount, Storage, Sysfs, mount_of, own_mounts, parse_mounts, parse_swaps
+from hostpassd.host.uses import (
+    BlockNode,
+    HostUses,
+    Mount,
+    Storage,
+    Sysfs,
+    mount_of,
+    own_mounts,
+    parse_mounts,
+    parse_swaps,
+)
 
 SDA = "/sys/devices/pci0/host0/block/sda"
 SDB = "/sys/devices/pci0/host0/block/sdb"
@@ -28,6 +38,8 @@ class Disks:
         self.root = root
         self.swaps: list[tuple[str, bool]] = []
         self.mounts: list[Mount] = []
+        self.blocks: dict[str, BlockNode] = {}
+        self.pools: list[str] = []
         self.add(SDA, "8:0")
         self.add(f"{SDA}/sda1", "8:1", partition="1")
         self.add(f"{SDA}/sda2", "8:2", partition="2")
@@ -61,7 +73,11 @@ class Disks:
         self.mounts.append(Mount(number, root, point, kind, source))
 
     def uses(self, state_folder: str = "") -> uses.Uses:
-        return Storage(Sysfs(str(self.root / "sys")), self.mounts, self.swaps, state_folder).uses()
+        return self.storage(state_folder).uses()
+
+    def storage(self, state_folder: str = "") -> Storage:
+        sysfs = Sysfs(str(self.root / "sys"))
+        return Storage(sysfs, self.mounts, self.swaps, state_folder, self.blocks, self.pools)
 
 
 @pytest.fixture
@@ -217,6 +233,39 @@ def test_btrfs_is_on_all_its_devices(disks: Disks) -> None:
     }
 
 
+def test_the_nodes_of_partitions_and_volumes_lead_to_their_disks(disks: Disks) -> None:
+    volume = disks.mapped(0, "vg-data", "LVM-abc", f"{SDA}/sda2", SDB)
+    disks.blocks = {
+        SDA: BlockNode(("/dev/sda", "/dev/disk/by-id/a")),
+        f"{SDA}/sda2": BlockNode(("/dev/sda2", "/dev/disk/by-id/a-part2")),
+        SDB: BlockNode(("/dev/sdb",)),
+        volume: BlockNode(("/dev/dm-0", "/dev/mapper/vg-data", "/dev/vg/data")),
+        disks.add("/sys/devices/virtual/block/loop0", "7:0"): BlockNode(("/dev/loop0",)),
+    }
+    assert disks.storage().nodes() == {
+        "/dev/sda2": (SDA,),
+        "/dev/disk/by-id/a-part2": (SDA,),
+        "/dev/dm-0": (SDA, SDB),
+        "/dev/mapper/vg-data": (SDA, SDB),
+        "/dev/vg/data": (SDA, SDB),
+    }
+
+
+def test_a_zfs_pool_is_on_its_members_and_holds_them_unmounted(disks: Disks) -> None:
+    volume = disks.add("/sys/devices/virtual/block/zd0", "230:0")
+    disks.blocks = {
+        f"{SDA}/sda1": BlockNode(("/dev/sda1",), pool="tank"),
+        SDB: BlockNode(("/dev/sdb",), pool="tank"),
+        volume: BlockNode(("/dev/zd0", "/dev/zvol/tank/vm/disk")),
+    }
+    assert disks.uses() == {}
+    disks.pools = ["tank", "other"]
+    assert disks.uses()[SDB] == (HostUse("storage-stack", "ZFS pool tank on /dev/sdb"),)
+    disks.mount("0:50", "/srv", "/", "zfs", "tank/srv")
+    assert disks.uses()[SDA][0] == HostUse("mount", "/srv on ZFS pool tank on /dev/sda1")
+    assert disks.storage().nodes()["/dev/zvol/tank/vm/disk"] == (SDA, SDB)
+
+
 def test_a_file_system_without_a_number_on_a_mapped_device(disks: Disks) -> None:
     disks.mapped(3, "vg-data", "LVM-1", SDB)
     disks.mount("0:41", "/data", kind="btrfs", source="/dev/mapper/vg-data")
@@ -313,17 +362,20 @@ class Readings:
         self.events: list[Event] = []
         self.count = 0
         monkeypatch.setattr(uses, "read_uses", self.read)
-        self.uses = HostUses(self.events.append, {"/sys/a": "a", "/sys/b": "a"}.get)
+        self.blocks = {"/sys/a": BlockNode(("/dev/a",))}
+        self.uses = HostUses(self.events.append, {"/sys/a": "a", "/sys/b": "a"}.get, self.blocks, "")
 
-    def read(self, state_folder: str) -> uses.Uses:
+    def read(self, state_folder: str, blocks: dict[str, BlockNode]) -> tuple[uses.Uses, uses.Nodes]:
+        assert blocks == self.blocks and blocks is not self.blocks
         self.count += 1
-        return {"/sys/a": (HostUse("mount", str(self.count)),), "/sys/b": (HostUse("swap", ""),), "/sys/c": ()}
+        found = {"/sys/a": (HostUse("mount", str(self.count)),), "/sys/b": (HostUse("swap", ""),), "/sys/c": ()}
+        return found, {"/dev/x": ("/sys/a", "/sys/b"), "/dev/y": ("/sys/c",)}
 
 
 async def test_readings_are_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = Readings(monkeypatch)
     event = await readings.uses.read_now()
-    assert event == HostUsesRead({"a": (HostUse("mount", "1"), HostUse("swap", ""))})
+    assert event == HostUsesRead({"a": (HostUse("mount", "1"), HostUse("swap", ""))}, {"/dev/x": ("a",)})
     assert readings.events == [event]
 
 
@@ -351,7 +403,7 @@ async def test_a_failed_reading_leaves_the_last(
 ) -> None:
     readings = Readings(monkeypatch)
 
-    def fail(state_folder: str) -> uses.Uses:
+    def fail(*_: object) -> None:
         raise OSError("no netlink today")
 
     monkeypatch.setattr(uses, "read_uses", fail)

@@ -15,7 +15,7 @@ from hostpassd.events import (
     HypervisorChanged,
     MachineRead,
 )
-from hostpassd.host.device import Block, Device, Net, Pci, Scsi, Usb, device_name
+from hostpassd.host.device import Block, Device, Input, Net, Pci, Scsi, Usb, device_name
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.machines.machine import Claim, Machine, Ports
 from hostpassd.state import State
@@ -96,11 +96,16 @@ def net(name: str, parent: Device) -> Device:
     return _device("net", name, parent, Net(name, "52:54:00:00:00:01"))
 
 
+def keyboard(name: str, parent: Device, seat: str = "seat0") -> Device:
+    """The input device of a keyboard."""
+    return _device("input", name, parent, Input(seat))
+
+
 def _device(
     kind: str,
     kernel: str,
     parent: Device | None,
-    facts: Pci | Usb | Scsi | Block | Net,
+    facts: Pci | Usb | Scsi | Block | Net | Input,
     *,
     driver: str = "",
     label: str = "",
