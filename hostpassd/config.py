@@ -49,9 +49,9 @@ def load(path: Path) -> Config:
 
 def _read(table: dict[str, Any]) -> Config:
     readers = {
-        "hypervisors": lambda v: _strings("hypervisors", v),
+        "hypervisors": _hypervisors,
         "excluded-classes": lambda v: tuple(_class_code(c) for c in _strings("excluded-classes", v)),
-        "never": lambda v: frozenset(_strings("never", v)),
+        "never": lambda v: frozenset(_device_name(name) for name in _strings("never", v)),
         "timeout": _timeout,
     }
     values: dict[str, Any] = {}
@@ -66,6 +66,19 @@ def _strings(key: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"{key} is a list of strings")
     return tuple(value)
+
+
+def _hypervisors(value: object) -> tuple[str, ...]:
+    uris = _strings("hypervisors", value)
+    if not uris or not all(uris):
+        raise ValueError('hypervisors holds no URI, or an empty one: name at least one, "qemu:///system"')
+    return uris
+
+
+def _device_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z]+_[A-Za-z0-9_]+", name):
+        raise ValueError(f'never holds {name!r}: it wants names of devices as the tree has them, "pci_0000_01_00_0"')
+    return name
 
 
 def _class_code(code: str) -> str:

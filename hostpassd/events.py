@@ -42,8 +42,8 @@ class HostUse:
 class HostUsesRead:
     """What the host does with its devices at present.
 
-    `uses`: by device name; a device that is not a key has none. `nodes`: the device nodes of partitions, volumes and
-    their like, none of them a node of the tree, each with the names of the disks behind it.
+    `uses`: by device name; a device that is not a key has none. `nodes`: what is here but is not in the tree, the
+    device nodes of partitions and volumes and the names of virtual interfaces, each with the devices behind it, if any.
     """
 
     uses: dict[str, tuple[HostUse, ...]]

@@ -1,7 +1,8 @@
-"""What a text spells: a device, a machine, or something that is missing. Pure."""
+"""What a text spells: a device, a machine, or something that is missing. Pure, but that links in /sys are followed."""
 
 from __future__ import annotations
 
+import os
 import re
 
 from hostpassd import errors, names
@@ -10,11 +11,19 @@ from hostpassd.machines.machine import Machine, Missing
 from hostpassd.state import State
 
 _SHORT_PCI = re.compile(r"[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+_PLACE = re.compile(
+    r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]"  # a PCI address
+    r"|[0-9]+-[0-9.]+|usb[0-9]+"  # a USB port
+    r"|([0-9a-f]{2}:){5}[0-9a-f]{2}"  # a MAC address
+)
 _IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 
 
 def find_devices(state: State, text: str) -> list[str]:
-    """The names of the devices that TEXT spells, sorted; the more exact spellings go first and stand alone."""
+    """The names of the devices that TEXT spells, sorted; the more exact spellings go first and stand alone.
+
+    A place or an address is never taken for a serial number: those are the device's own claims.
+    """
     if not text:
         return []
     if text.startswith(names.DEVICES + "/"):
@@ -22,32 +31,35 @@ def find_devices(state: State, text: str) -> list[str]:
     if text in state.devices:
         return [text]
     if text.startswith("/sys/"):
-        device = state.at(text.rstrip("/"))
+        device = state.at(os.path.realpath(text))
         return [device.name] if device else []
     if text.startswith("/dev/"):
         return sorted(state.keyed(("node", text)))
     address = text.lower()
     if _SHORT_PCI.fullmatch(text):
         address = "0000:" + address
-    return sorted(device.name for device in state.devices.values() if _spells(device, text, address))
+    placed = sorted(device.name for device in state.devices.values() if _is_at(device, text, address))
+    if placed or _PLACE.fullmatch(address):
+        return placed
+    if ids := _IDS.fullmatch(text):
+        wanted = (int(ids[1], 16), int(ids[2], 16))
+        return sorted(device.name for device in state.devices.values() if _ids(device) == wanted)
+    return sorted(device.name for device in state.devices.values() if device.serial == text)
 
 
-def _spells(device: Device, text: str, address: str) -> bool:
+def _is_at(device: Device, text: str, address: str) -> bool:
     if device.pci:
-        ids = (device.pci.vendor_id, device.pci.device_id)
-        return device.pci.address == address or _has_ids(text, *ids) or (bool(device.serial) and device.serial == text)
+        return device.pci.address == address
     if device.usb:
-        ids = (device.usb.vendor_id, device.usb.product_id)
-        return device.usb.port == text or _has_ids(text, *ids) or (bool(device.serial) and device.serial == text)
-    for facts in device.facts:
-        if isinstance(facts, Net) and (facts.interface == text or facts.mac_address.lower() == address):
-            return True
-    return bool(device.serial) and device.serial == text
+        return device.usb.port == text
+    nets = (facts for facts in device.facts if isinstance(facts, Net))
+    return any(net.interface == text or net.mac_address.lower() == address for net in nets)
 
 
-def _has_ids(text: str, vendor: int, product: int) -> bool:
-    match = _IDS.fullmatch(text)
-    return match is not None and (int(match[1], 16), int(match[2], 16)) == (vendor, product)
+def _ids(device: Device) -> tuple[int, int] | None:
+    if device.pci:
+        return (device.pci.vendor_id, device.pci.device_id)
+    return (device.usb.vendor_id, device.usb.product_id) if device.usb else None
 
 
 def one_device(state: State, text: str) -> Device:

@@ -49,6 +49,9 @@ MANAGER: Entity = ("manager", "")
 # By what a claim can name a device: ("pci", address), ("usb", bus, number), ("usb-id", vendor, product) ...
 Key = tuple[Any, ...]
 
+# What a reading of the host's uses can lead on to the devices behind: a device node, an interface.
+_BEHIND = ("node", "net")
+
 _K = TypeVar("_K")
 
 
@@ -78,9 +81,21 @@ class Changes:
             self.change(entity)
         for entity in later.removed:
             self.remove(entity)
-        self.holds_added += later.holds_added
-        self.holds_removed += later.holds_removed
+        for hold in later.holds_removed:
+            self.remove_hold(hold)
+        for hold in later.holds_added:
+            self.add_hold(hold)
         self.jobs_ended += later.jobs_ended
+
+    def add_hold(self, hold: Hold) -> None:
+        """A row that went and came back within these changes never went."""
+        if not _take_out(self.holds_removed, hold):
+            self.holds_added.append(hold)
+
+    def remove_hold(self, hold: Hold) -> None:
+        """A row that came and went within these changes never came: nobody has heard of it."""
+        if not _take_out(self.holds_added, hold):
+            self.holds_removed.append(hold)
 
     def add(self, entity: Entity) -> None:
         self.changed.pop(entity, None)
@@ -138,7 +153,7 @@ class State:
         self._nodes: dict[str, tuple[str, ...]] = {}
         self._nodes_on: dict[str, dict[str, None]] = {}
         self._releasing: set[tuple[str, str]] = set()
-        self._places: dict[tuple[str, str], str] = {}
+        self._places: dict[str, dict[str, str]] = {}  # where each claim of a machine stood last
         # What spreads upward is counted at each ancestor, so that one change costs the depth of the tree.
         self._spread: dict[str, tuple[Blocker, ...]] = {}
         self._below: dict[str, Counter[Blocker]] = {}
@@ -200,8 +215,8 @@ class State:
         return machine.name if machine else uuid
 
     def keyed(self, key: Key) -> list[str]:
-        """The devices that KEY names; of a partition's or volume's node those behind it."""
-        behind = self._nodes.get(key[1], ()) if key[0] == "node" else ()
+        """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
+        behind = self._nodes.get(key[1], ()) if key[0] in _BEHIND else ()
         return [*self._keys.get(key, ()), *(name for name in behind if name in self.devices)]
 
     def ancestors(self, name: str) -> Iterator[Device]:
@@ -235,11 +250,11 @@ class State:
         if live and claim.missing:
             return None
         own = frozenset(hold.device for hold in self.holds_of(uuid) if hold.live)
-        return next(iter(self._find(claim, frozenset() if live else own)), None)
+        return next(iter(self._find(claim, None if live else own)), None)
 
     def last_place(self, uuid: str, claim_id: str) -> str:
         """The name of the device on which a claim stood last, '' for never."""
-        return self._places.get((uuid, claim_id), "")
+        return self._places.get(uuid, {}).get(claim_id, "")
 
     @property
     def degraded(self) -> bool:
@@ -296,19 +311,21 @@ class State:
 
     def _see(self, device: Device) -> None:
         old = self.devices.get(device.name)
-        if old and not same_thing(old, device):
-            self._lose(device.name)
-            old = None
-        if old:
+        if old and same_thing(old, device):
             self._update(old, dataclasses.replace(device, instance=old.instance))
-        else:
-            self._insert(dataclasses.replace(device, instance=self._next_instance))
+            return
+        # What is below has uevents of its own: as long as none says that it is gone, it is there.
+        below = [self.devices[name] for name in self.descendants(device.name)] if old else []
+        self._lose(device.name)
+        for fresh in (device, *below):
+            self._insert(dataclasses.replace(fresh, instance=self._next_instance))
             self._next_instance += 1
 
     def _update(self, old: Device, new: Device) -> None:
         if old == new:
             return
         if old.parent != new.parent or old.facts != new.facts:
+            self._touch(old.name)  # and those of the group that it leaves
             self._unlink(old)
             self.devices[new.name] = new
             self._link(new)
@@ -454,14 +471,18 @@ class State:
         for node, names in nodes.items():
             for name in names:
                 _index(self._nodes_on, name, node)
-        self._resolve_interested(("node", node) for node in changed)
+        self._resolve_interested((kind, node) for node in changed for kind in _BEHIND)
 
     def _lose_nodes(self, name: str) -> None:
         """What came of a disk's partitions is not known before the next reading: they lead to nothing until then."""
         nodes = self._nodes_on.pop(name, {})
         for node in nodes:
-            self._nodes[node] = tuple(other for other in self._nodes[node] if other != name)
-        self._resolve_interested(("node", node) for node in nodes)
+            left = tuple(other for other in self._nodes[node] if other != name)
+            if left:
+                self._nodes[node] = left
+            else:
+                del self._nodes[node]
+        self._resolve_interested((kind, node) for node in nodes for kind in _BEHIND)
 
     def _resolve_interested(self, keys: Iterable[Key]) -> None:
         """The machines that name something by one of KEYS."""
@@ -509,7 +530,7 @@ class State:
         self._set_interest(dataclasses.replace(machine, live=(), stored=()))
         self._set_holds(uuid, {})
         self._releasing = {pair for pair in self._releasing if pair[0] != uuid}
-        self._places = {pair: place for pair, place in self._places.items() if pair[0] != uuid}
+        self._places.pop(uuid, None)
         del self.machines[uuid]
         self.missing.pop(uuid, None)
         self._changes.remove(("machine", uuid))
@@ -534,6 +555,9 @@ class State:
         self._releasing -= {
             (uuid, alias) for u, alias in self._releasing if u == uuid and all(c.alias != alias for c in machine.live)
         }
+        made = {claim.id for claim in (*machine.live, *machine.stored)}
+        places = {claim: place for claim, place in self._places.get(uuid, {}).items() if claim in made}
+        self._places[uuid] = places
         holds: dict[tuple[str, str], Hold] = {}
         missing: dict[str, Missing] = {}
         own: frozenset[str] = frozenset()
@@ -541,11 +565,11 @@ class State:
             for claim in claims:
                 if live and claim.missing:
                     continue
-                devices = self._find(claim, own)
+                devices = self._find(claim, None if live else own)
                 for device in devices:
-                    self._places[(uuid, claim.id)] = device
+                    places[claim.id] = device
                     _merge_hold(holds, self._hold(machine, claim, device, live))
-                if not devices:
+                if not devices and not self._is_here(claim):
                     _merge_missing(missing, claim, live)
             own = frozenset(device for device, _ in holds)
         self._set_holds(uuid, holds)
@@ -554,18 +578,23 @@ class State:
             self.missing[uuid] = rows
             self._changes.change(("machine", uuid))
 
-    def _find(self, claim: Claim, own: frozenset[str]) -> list[str]:
-        """The devices that CLAIM means: one, but for a volume that is on several disks.
+    def _find(self, claim: Claim, own: frozenset[str] | None) -> list[str]:
+        """The devices that CLAIM means: one, but for a volume on several disks or a bridge of several interfaces.
 
-        OWN: what the machine holds live, which tells twins apart.
+        OWN: what the machine holds live, which tells the twins of a stored claim apart. None: CLAIM is live itself,
+        one of the twins is in use, and none of them is free as long as nobody knows which.
         """
-        found = (self.target(name) for name in self._candidates(claim))
-        targets = [name for name in dict.fromkeys(found) if name]
-        if len(targets) > 1 and not isinstance(claim.source, NodeSource):
+        # A serial port on the mainboard is below nothing that can be assigned: it is held itself.
+        targets = list(dict.fromkeys(self.target(name) or name for name in self._candidates(claim)))
+        if len(targets) > 1 and isinstance(claim.source, UsbSource) and own is not None:
             # libvirt refuses an ambiguous vendor and product; the live half says which of the twins it is.
             targets = [name for name in targets if name in own]
             return targets if len(targets) == 1 else []
         return targets
+
+    def _is_here(self, claim: Claim) -> bool:
+        """Whether CLAIM means something of this host that is on no device: a loop, a bridge without members."""
+        return any(key[0] in _BEHIND and key[1] in self._nodes for key in _claim_keys(claim))
 
     def _candidates(self, claim: Claim) -> list[str]:
         keys = _claim_keys(claim)
@@ -594,9 +623,9 @@ class State:
             if after:
                 rows[(uuid, kind)] = after
             if before and not after:
-                self._changes.holds_removed.append(before)
+                self._changes.remove_hold(before)
             if after and not before:
-                self._changes.holds_added.append(after)
+                self._changes.add_hold(after)
             if not rows:
                 del self._holds_on[device]
             self._touch(device)
@@ -658,6 +687,16 @@ def _merge_hold(holds: dict[tuple[str, str], Hold], hold: Hold) -> None:
     if old:
         hold = dataclasses.replace(old, live=old.live or hold.live, config=old.config or hold.config)
     holds[(hold.device, hold.kind)] = hold
+
+
+def _take_out(holds: list[Hold], hold: Hold) -> bool:
+    """Takes the row of HOLD (whatever is in it) out of HOLDS; whether it was there."""
+    row = (hold.machine, hold.device, hold.kind)
+    for known in holds:
+        if (known.machine, known.device, known.kind) == row:
+            holds.remove(known)
+            return True
+    return False
 
 
 def _merge_missing(missing: dict[str, Missing], claim: Claim, live: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hostpassd import errors
 from hostpassd.bus.router import Variant
-from hostpassd.passthrough.eligibility import OVERRIDABLE
+from hostpassd.passthrough.eligibility import FINAL, OVERRIDABLE
 from hostpassd.passthrough.plan import Options
 
 _COMMON = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b"}
@@ -44,9 +44,9 @@ def _check(values: dict[str, Any]) -> None:
         raise errors.InvalidOption(f"the option timeout is a number of seconds from 1 to {_LONGEST}")
     if "override" in values:
         values["override"] = frozenset(values["override"])
-        for code in sorted(values["override"] - OVERRIDABLE):
+        for code in sorted(values["override"] - OVERRIDABLE - FINAL):
             known = ", ".join(sorted(OVERRIDABLE))
-            raise errors.InvalidOption(f"the blocker {code[:40]!r} cannot be overridden: those that can are {known}")
+            raise errors.InvalidOption(f"there is no blocker {code[:40]!r}: those that can be overridden are {known}")
     address = values.get("guest_address")
     if address is not None and not _GUEST_ADDRESS.fullmatch(address):
         raise errors.InvalidOption("the option guest-address is a PCI address such as 0000:04:00.0")

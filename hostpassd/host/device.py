@@ -201,15 +201,18 @@ def device_name(kind: str, kernel_name: str, parent_kernel_name: str = "") -> st
 
 def same_thing(old: Device, new: Device) -> bool:
     """Whether NEW, found where OLD was, is the same plugged-in thing with other values, and not another one."""
+    if old.scsi and new.scsi and not (old.scsi.wwid and new.scsi.wwid):
+        return old.sysfs_path == new.sysfs_path  # a WWID that could not be read tells nothing
     return _identity(old) == _identity(new)
 
 
 def _identity(device: Device) -> tuple[Any, ...]:
     usb, pci, scsi = device.usb, device.pci, device.scsi
+    facts: tuple[Any, ...] = ()
     if usb:
-        return (usb.bus, usb.number, usb.vendor_id, usb.product_id)
-    if pci:
-        return (pci.vendor_id, pci.device_id)
-    if scsi:
-        return (scsi.wwid,)
-    return (device.kind, device.sysfs_path)
+        facts = (usb.bus, usb.number, usb.vendor_id, usb.product_id)
+    elif pci:
+        facts = (pci.vendor_id, pci.device_id)
+    elif scsi:
+        facts = (scsi.wwid,)
+    return (device.kind, device.sysfs_path, *facts)

@@ -32,12 +32,15 @@ _MASTERS = {"bridge": "bridge", "openvswitch": "bridge", "bond": "bond", "team":
 # macvtap is left out: it is a machine's, and shows as its hold.
 _UPPERS = {"vlan": "vlan", "macvlan": "macvlan", "ipvlan": "macvlan"}
 
+# Whose lower link is what they stand on; a veth's is its other end.
+_ON_ANOTHER = frozenset({*_UPPERS, "macvtap"})
+
 _DEPTH = 16  # storage stacks are no deeper than this; a loop in them ends here
 
 # By the start of dm/uuid.
 _MAPPINGS = (("LVM-", "LVM volume"), ("CRYPT-", "LUKS"), ("mpath-", "multipath"))
 
-# The uses of each place in sysfs, and the places behind each device node of a partition or a stack.
+# The uses of each place in sysfs; the places behind the nodes of partitions and stacks, and behind virtual interfaces.
 Uses = dict[str, tuple[HostUse, ...]]
 Nodes = dict[str, tuple[str, ...]]
 
@@ -200,7 +203,7 @@ class Storage:
         return {path: tuple(uses) for path, uses in self._found.items()}
 
     def nodes(self) -> Nodes:
-        """The device nodes of partitions and stacks, each with the physical devices behind it."""
+        """The device nodes of partitions and of what is virtual, each with the physical devices behind it, if any."""
         found: Nodes = {}
         for path, block in self._blocks.items():
             disk = path.rpartition("/")[0]
@@ -208,7 +211,7 @@ class Storage:
                 found.update(dict.fromkeys(block.nodes, tuple(dict.fromkeys(b.path for b in self._under(path)))))
             elif disk in self._blocks:  # a partition, told without a look at sysfs: there can be thousands
                 found.update(dict.fromkeys(block.nodes, (disk,)))
-        return {node: places for node, places in found.items() if places}
+        return found
 
     def _note(self, kind: str, what: str, bases: Iterable[Base], system: bool) -> None:
         for base in bases:
@@ -364,21 +367,36 @@ def _all_above(link: Link, by_index: dict[int, Link]) -> list[Link]:
     return found
 
 
+def lowest(link: Link, network: Network) -> list[str]:
+    """The names of the interfaces that LINK stands on in the end: the members of a bridge or bond, a VLAN's parent."""
+    found = [link]
+    for known in found:
+        lower = {known.lower} if known.kind in _ON_ANOTHER else set()
+        found += [n for n in network.links if (n.master == known.index or n.index in lower) and n not in found]
+    return [known.name for known in found]
+
+
 # Reading and watching.
 
 
 def read_uses(state_folder: str, blocks: Mapping[str, BlockNode]) -> tuple[Uses, Nodes]:
-    """All uses of physical devices by sysfs path, and the nodes above them. Blocking, some ms. Raises OSError."""
+    """All uses of physical devices by sysfs path, and what leads to them. Blocking, some ms. Raises OSError."""
     sysfs = Sysfs()
     mounts = parse_mounts(_read("/proc/self/mountinfo"))
     swaps = parse_swaps(_read("/proc/swaps"))
     storage = Storage(sysfs, mounts, swaps, state_folder, blocks, _imported_pools())
     found = storage.uses()
-    for name, uses in network_uses(rtnetlink.read()).items():
+    network = rtnetlink.read()
+    for name, uses in network_uses(network).items():
         place = sysfs.real(f"class/net/{name}")
         if uses and place and not place.startswith(VIRTUAL):
             found[place] = uses
-    return found, storage.nodes()
+    nodes = storage.nodes()
+    for link in network.links:
+        if (place := sysfs.real(f"class/net/{link.name}")) and place.startswith(VIRTUAL):
+            below = (sysfs.real(f"class/net/{name}") for name in lowest(link, network))
+            nodes[link.name] = tuple(path for path in below if path and not path.startswith(VIRTUAL))
+    return found, nodes
 
 
 def _imported_pools() -> list[str]:
@@ -511,8 +529,8 @@ class HostUses:
             return event
 
     def _with_names(self, nodes: Nodes) -> dict[str, tuple[str, ...]]:
-        named = {node: tuple(filter(None, map(self._node_of, places))) for node, places in nodes.items()}
-        return {node: tuple(dict.fromkeys(names)) for node, names in named.items() if names}
+        named = {node: filter(None, map(self._node_of, places)) for node, places in nodes.items()}
+        return {node: tuple(dict.fromkeys(names)) for node, names in named.items()}
 
     def _by_name(self, found: Uses) -> Uses:
         named: Uses = {}

@@ -60,6 +60,21 @@ OVERRIDABLE = frozenset(
 )
 
 
+# Every code that no caller can.
+FINAL = frozenset(
+    {
+        "not-assignable-kind",
+        "bridge",
+        "hub",
+        "no-iommu",
+        "group-not-viable",
+        "host-system",
+        "not-responding",
+        "held-live",
+    }
+)
+
+
 class View(Protocol):
     """What eligibility asks of the state."""
 

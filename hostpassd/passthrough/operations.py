@@ -53,10 +53,11 @@ class Operations:
     async def start(self, wish: Wish, authorise: Authorise) -> Control:
         """Authorises WISH and starts its job. Raises what keeps it from being started; nothing is changed then."""
         plan = self._allowed_plan(wish)
-        for device in plan.devices:
-            await authorise(action_of(plan, wish.options), self.details(plan, device, wish.options))
+        asked = self._asked(plan, wish.options)
+        for details in asked:
+            await authorise(action_of(plan, wish.options), details)
         again = self._allowed_plan(wish)
-        if (again.machine, again.devices, again.instances) != (plan.machine, plan.devices, plan.instances):
+        if again.token != plan.token or self._asked(again, wish.options) != asked:
             raise errors.StalePlan("the device or the machine changed while authorisation was asked for: look again")
         self._check_limit(wish.uid)
         return self._begin(wish, again)
@@ -136,6 +137,9 @@ class Operations:
             "override": " ".join(plan.overridden(options.override)),
         }
 
+    def _asked(self, plan: Plan, options: Options) -> list[dict[str, str]]:
+        return [self.details(plan, device, options) for device in plan.devices]
+
     def _check_limit(self, uid: int) -> None:
         running = Counter(control.job.started_by_uid for control in self._controls.values())
         if running[uid] >= JOBS_PER_USER:
@@ -183,7 +187,7 @@ class Operations:
                 raise errors.TimedOut("another job on the same device or group did not end in time: try again")
             control.check()
             again = self._allowed_plan(wish)
-            if again.devices != plan.devices or again.instances != plan.instances:
+            if not _is_authorised(again, plan, wish.options):
                 raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
             await self._executor.run(again, control)
         finally:
@@ -204,6 +208,14 @@ class Operations:
             result=job.error_name or job.state,
             uid=str(job.started_by_uid),
         )
+
+
+def _is_authorised(plan: Plan, authorised: Plan, options: Options) -> bool:
+    """Whether who may do AUTHORISED may do PLAN: the same things, to the same machine, past no more blockers."""
+    if plan.machine != authorised.machine:
+        return False
+    same = (plan.devices, plan.instances) == (authorised.devices, authorised.instances)
+    return same and set(plan.overridden(options.override)) <= set(authorised.overridden(options.override))
 
 
 def action_of(plan: Plan, options: Options) -> str:

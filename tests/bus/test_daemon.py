@@ -391,7 +391,7 @@ async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -
     assert (await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", override))[0]["possible"]
     await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", override)
     await manager(root, "Dismiss", "ssa{sv}", "demo", "00:02.0", {})
-    for code in ("host-system", "held-live", "nonsense"):
+    for code, error in (("host-system", "Blocked"), ("held-live", "Blocked"), ("nonsense", "InvalidOption")):
         with pytest.raises(Refused) as refused:
             await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", {"override": {"v": ["as", [code]]}})
-        assert refused.value.name == "org.hostpassd1.Error.InvalidOption"
+        assert refused.value.name == "org.hostpassd1.Error." + error

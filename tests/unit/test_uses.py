@@ -248,6 +248,7 @@ def test_the_nodes_of_partitions_and_volumes_lead_to_their_disks(disks: Disks) -
         "/dev/dm-0": (SDA, SDB),
         "/dev/mapper/vg-data": (SDA, SDB),
         "/dev/vg/data": (SDA, SDB),
+        "/dev/loop0": (),
     }
 
 
@@ -375,7 +376,7 @@ class Readings:
 async def test_readings_are_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = Readings(monkeypatch)
     event = await readings.uses.read_now()
-    assert event == HostUsesRead({"a": (HostUse("mount", "1"), HostUse("swap", ""))}, {"/dev/x": ("a",)})
+    assert event == HostUsesRead({"a": (HostUse("mount", "1"), HostUse("swap", ""))}, {"/dev/x": ("a",), "/dev/y": ()})
     assert readings.events == [event]
 
 
