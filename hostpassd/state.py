@@ -316,7 +316,9 @@ class State:
             return
         # What is below has uevents of its own: as long as none says that it is gone, it is there.
         below = [self.devices[name] for name in self.descendants(device.name)] if old else []
+        uses = {name: self._uses[name] for name in (d.name for d in below) if name in self._uses}
         self._lose(device.name)
+        self._uses |= uses
         for fresh in (device, *below):
             self._insert(dataclasses.replace(fresh, instance=self._next_instance))
             self._next_instance += 1

@@ -40,7 +40,7 @@ _KERNEL_GROUP = 1
 _SO_RCVBUFFORCE = 33
 
 # A host use can change with these, also where the device itself is not in the tree (device mapper, md).
-_USED_BY_HOST = frozenset({"block", "net", "nvme"})
+_USED_BY_HOST = frozenset({"block", "net", "nvme", "scsi"})
 
 
 @dataclasses.dataclass(slots=True)

@@ -149,6 +149,8 @@ async def test_the_tree_is_told_and_spelt(daemon: Daemon, client: Client) -> Non
         "/dev/bus/usb/001/004": "usb_1_1_3",
         "usb_1_2": "usb_1_2",
         nic["org.hostpassd1.Device"]["SysfsPath"]: "pci_0000_01_00_0",
+        "/sys/bus/pci/devices/0000:01:00.0/": "pci_0000_01_00_0",
+        "/sys/class/net/enp1s0": "net_enp1s0",
         DEVICES + "pci_0000_01_00_0": "pci_0000_01_00_0",
     }.items():
         assert (await manager(client, "FindDevices", "s", text))[0] == [DEVICES + name], text
@@ -308,6 +310,8 @@ async def test_a_file_that_cannot_be_read_leaves_that_property_empty(
         ("\ntimeout = 'long'\n", "line 2: timeout is"),
         ("\n\ncolour = 'red'\n", "line 3: colour is not a setting"),
         ('excluded-classes = ["7"]\n', "line 1: excluded-classes"),
+        ('never = ["0000:01:00.0"]\n', "line 1: never"),
+        ("hypervisors = []\n", "line 1: hypervisors"),
     ],
 )
 async def test_a_broken_configuration_stops_the_start_and_names_the_line(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from hostpassd import errors
-from hostpassd.events import DeviceAdded, Event, Job
+from hostpassd.events import DeviceAdded, DeviceSeen, Event, HostUse, HostUsesRead, Job, MachineGone, MachineRead
 from hostpassd.host.device import Device
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.journal import Journal
 from hostpassd.passthrough.operations import Operations, Wish
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
-from tests.unit.world import URI, UUID, Libvirt, bridge, machine, pci, scsi, state_of, usb
+from tests.unit.world import OTHER, URI, UUID, Libvirt, bridge, machine, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -188,13 +189,59 @@ async def test_a_replug_between_prompt_and_job_is_a_stale_plan(tmp_path: Path) -
     world = World(tmp_path)
 
     async def authorise(action: str, details: Mapping[str, str]) -> None:
-        from hostpassd.events import DeviceSeen
-
         world.emit(DeviceSeen(usb("1-1", number=9)))
 
     with pytest.raises(errors.StalePlan):
         await world.operations.start(Wish("assign", "vm", STICK.name, Options(), 0), authorise)
     assert world.libvirt.calls == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        MachineRead(machine(running=False)),
+        MachineRead(machine("renamed")),
+        HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}),
+        DeviceSeen(dataclasses.replace(LUN, label="another label")),
+    ],
+    ids=["stopped", "renamed", "mounted", "relabelled"],
+)
+async def test_whatever_changes_during_the_prompt_is_not_what_was_authorised(tmp_path: Path, event: Event) -> None:
+    world = World(tmp_path)
+    asked: list[str] = []
+
+    async def authorise(action: str, details: Mapping[str, str]) -> None:
+        asked.append(action)
+        world.emit(event)
+
+    options = Options(override=frozenset({"mounted"}))
+    with pytest.raises((errors.StalePlan, errors.NoSuchMachine)):
+        await world.operations.start(Wish("assign", "vm", LUN.name, options, 0), authorise)
+    assert world.libvirt.calls == [] and asked == ["org.hostpassd1.assign"]
+
+
+async def test_a_queued_job_does_not_go_to_another_machine_of_that_name(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.executor.lock("group 2"):
+        control = await world.start("assign", NIC)
+        world.emit(MachineGone(UUID))
+        world.emit(MachineRead(machine("vm", OTHER)))
+    await control.ended.wait()
+    assert control.job.error_name == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
+
+
+async def test_a_queued_job_does_not_go_past_a_blocker_that_nobody_authorised(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def authorise(action: str, details: Mapping[str, str]) -> None:
+        assert action == "org.hostpassd1.assign"
+
+    async with world.executor.lock(LUN.name):
+        options = Options(override=frozenset({"mounted"}))
+        control = await world.operations.start(Wish("assign", "vm", LUN.name, options, 0), authorise)
+        world.emit(HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}))
+    await control.ended.wait()
+    assert control.job.error_name == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
 
 
 def _die(world: World, at: int, when: str) -> Callable[[str], None]:

@@ -19,10 +19,10 @@ from hostpassd.events import (
     MachineRead,
     Releasing,
 )
-from hostpassd.host.device import Device
-from hostpassd.machines.machine import Claim, NodeSource, UsbSource
+from hostpassd.host.device import Device, Scsi
+from hostpassd.machines.machine import Claim, InterfaceSource, NodeSource, UsbSource
 from hostpassd.passthrough.eligibility import blockers, companions
-from hostpassd.state import State
+from hostpassd.state import Changes, State
 from tests.unit.world import OTHER, URI, UUID, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
 
 STICK = usb("1-1", number=3, serial="A")
@@ -75,6 +75,51 @@ def test_a_stale_twin_is_missing_and_not_the_newly_plugged_one() -> None:
     state.apply(DeviceGone(STICK.sysfs_path))
     state.apply(DeviceSeen(usb("1-1", number=9, serial="A")))
     assert held(state) == {} and len(state.missing[UUID]) == 1
+
+
+def test_an_identity_that_cannot_be_read_or_is_another_loses_nothing_below() -> None:
+    lun = scsi(2, 0, 0, 0)
+    lun = dataclasses.replace(lun, facts=(Scsi(2, 0, 0, 0, "disk", "naa.1"),))
+    disk = block("sda", lun)
+    state = state_of(lun, disk)
+    uses = HostUsesRead({disk.name: (HostUse("mount", "/ on /dev/sda", system=True),)})
+    state.apply(uses)
+    first = state.devices[lun.name].instance
+    state.apply(DeviceSeen(dataclasses.replace(lun, facts=(Scsi(2, 0, 0, 0, "disk", ""),))))
+    assert state.devices[lun.name].instance == first
+    assert [b.code for b in blockers(state, state.devices[lun.name])] == ["host-system"]
+    state.apply(DeviceSeen(lun))
+    batches = state.apply(DeviceSeen(dataclasses.replace(lun, facts=(Scsi(2, 0, 0, 0, "disk", "naa.2"),))))
+    assert [set(b.added) for b in batches] == [set(), {("device", lun.name), ("device", disk.name)}]
+    assert state.devices[lun.name].instance > first
+    assert [b.code for b in blockers(state, state.devices[lun.name])] == ["host-system"]
+
+
+def test_a_hold_that_comes_and_goes_in_one_batch_was_never_told() -> None:
+    state = state_of(STICK)
+    batch = Changes()
+    for event in (MachineRead(machine(live=(hostdev(STICK),))), MachineRead(machine())):
+        for changes in state.apply(event):
+            batch.merge(changes)
+    assert (batch.holds_added, batch.holds_removed) == ([], [])
+
+
+def test_who_leaves_a_group_changes_those_that_stay() -> None:
+    one, two = pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5)
+    state = state_of(one, two)
+    [batch] = state.apply(DeviceSeen(pci("0000:04:02.0", group=6)))
+    assert ("device", one.name) in batch.changed and companions(state, state.devices[one.name]) == ()
+
+
+def test_the_live_twin_is_in_use_whichever_it_is_and_a_mainboard_port_is_held_itself() -> None:
+    port = Device("tty_ttyS0", "tty", "/sys/devices/platform/ttyS0", None, ("/dev/ttyS0",))
+    state = state_of(STICK, TWIN, port)
+    state.apply(HostUsesRead({}, {"br0": (), "/dev/loop0": ()}))
+    bridge_claim = Claim("macvtap", InterfaceSource("br0"), "", "<interface/>", "macvtap:net:br0", "interface br0")
+    live = (by_ids(), on_node("/dev/ttyS0"), on_node("/dev/loop0"), bridge_claim, on_node("/dev/not-here"))
+    state.apply(MachineRead(machine(live=live)))
+    assert held(state) == dict.fromkeys((STICK.name, TWIN.name, port.name), (True, False))
+    assert [row.source for row in state.missing[UUID]] == ["/dev/not-here"]
 
 
 def on_node(path: str) -> Claim:
