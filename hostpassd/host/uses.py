@@ -376,6 +376,21 @@ def lowest(link: Link, network: Network) -> list[str]:
     return [known.name for known in found]
 
 
+def random_generator(sysfs: Sysfs) -> Nodes:
+    """What is behind /dev/hwrng. The kernel tells the name that a driver gave, which only for some says the device."""
+    folder = "/sys/class/misc/hw_random"
+    if not sysfs.names(folder):
+        return {}
+    current = sysfs.text(f"{folder}/rng_current")
+    place = None
+    if current.startswith("virtio_rng."):
+        devices = [name for name in sysfs.names("/sys/bus/virtio/drivers/virtio_rng") if name.startswith("virtio")]
+        place = sysfs.real(f"bus/virtio/devices/{devices[0]}") if len(devices) == 1 else None
+    elif current.startswith("tpm-rng-"):
+        place = sysfs.real(f"class/tpm/tpm{current.removeprefix('tpm-rng-')}")
+    return {"/dev/hwrng": (place,) if place else ()}
+
+
 # Reading and watching.
 
 
@@ -391,7 +406,7 @@ def read_uses(state_folder: str, blocks: Mapping[str, BlockNode]) -> tuple[Uses,
         place = sysfs.real(f"class/net/{name}")
         if uses and place and not place.startswith(VIRTUAL):
             found[place] = uses
-    nodes = storage.nodes()
+    nodes = storage.nodes() | random_generator(sysfs)
     for link in network.links:
         if (place := sysfs.real(f"class/net/{link.name}")) and place.startswith(VIRTUAL):
             below = (sysfs.real(f"class/net/{name}") for name in lowest(link, network))

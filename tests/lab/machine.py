@@ -2,8 +2,8 @@
 
 What is plugged in, by its place on the PCI root (see DEVICES): a display, the root disk and the uplink, which the host
 itself needs; a lone NIC and an SR-IOV NIC behind root ports of their own; three empty root ports; a conventional bridge
-with a NIC and a sound card; a USB controller with a hub, a tablet behind it and a stick; a SCSI controller with a disk
-and a CD drive. Everything listens on unix sockets or on loopback, and dies with the process that booted it.
+with a NIC and a sound card; a graphics card with its sound function; an NVMe disk; a random generator; a USB controller
+with a hub, a tablet and a serial port behind it, and a stick; a SCSI controller with a disk and a CD drive. Everything listens on unix sockets or on loopback, and dies with the process that booted it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ SRIOV_NIC = "0000:02:00.0"
 BRIDGED_NIC = "0000:06:01.0"
 BRIDGED_SOUND = "0000:06:02.0"
 BRIDGE = "0000:00:0a.0"
+GRAPHICS = "0000:07:00.0"
+GRAPHICS_SOUND = "0000:07:00.1"
+NVME = "0000:08:00.0"
+RANDOM = "0000:00:0f.0"
 EMPTY_PORTS = ("empty1", "empty2", "empty3")
 """QEMU's ids of the empty root ports, for plug(..., bus=...); what is plugged there is 0000:03:00.0 and so on."""
 
@@ -54,8 +58,15 @@ DEVICES = """
     igb,id=sriov-nic,mac=52:54:00:00:00:03,bus=port2,romfile=
     e1000,id=bridged-nic,mac=52:54:00:00:00:04,bus=bridge,addr=0x1,romfile=
     AC97,id=sound,audiodev=silence,bus=bridge,addr=0x2
+    pcie-root-port,id=port3,chassis=6,slot=6,bus=pcie.0,addr=0xd
+    bochs-display,id=graphics,bus=port3,addr=0.0,multifunction=on
+    ich9-intel-hda,id=graphics-sound,bus=port3,addr=0.1
+    pcie-root-port,id=port4,chassis=7,slot=7,bus=pcie.0,addr=0xe
+    nvme,id=nvme,drive=nvme,serial=NVME-0001,bus=port4
+    virtio-rng-pci,id=random,bus=pcie.0,addr=0xf
     usb-hub,id=hub,bus=xhci.0,port=1
     usb-tablet,id=tablet,bus=xhci.0,port=1.1
+    usb-serial,id=usb-serial,chardev=nothing,always-plugged=on,serial=SERIAL-0001,bus=xhci.0,port=1.2
     usb-storage,id=stick,drive=stick-disk,serial=STICK-0001,bus=xhci.0,port=2
     scsi-hd,id=disk,drive=disk,serial=DISK-0001,bus=scsi.0,channel=0,scsi-id=0,lun=0
     scsi-cd,id=cd,drive=cd,serial=CD-0001,bus=scsi.0,channel=0,scsi-id=1,lun=0
@@ -71,6 +82,7 @@ QEMU = """
     -serial chardev:serial
     -netdev user,id=uplink,hostfwd=tcp:127.0.0.1:0-:22
     -audiodev none,id=silence
+    -chardev null,id=nothing
     -drive id=root,if=none,file=/mnt/disk.raw,format=raw,snapshot=on,cache=unsafe,discard=unmap
     -device intel-iommu,caching-mode=on,intremap=on,device-iotlb=on
 """
@@ -142,7 +154,7 @@ class Host:
 
     def boot(self, timeout: float = 300) -> None:
         """Starts the host and returns when it takes commands."""
-        for name in ("stick", "disk", "cd"):
+        for name in ("stick", "disk", "cd", "nvme"):
             _make_disk(self.folder / f"{name}.img")
         log = (self.folder / "qemu.log").open("wb")
         self._qemu = subprocess.Popen(
@@ -228,7 +240,7 @@ class Host:
 
     def _arguments(self) -> list[str]:
         arguments = [*shlex.split(QEMU), "-m", str(self.memory)]
-        for name, node in (("stick", "stick-disk"), ("disk", "disk"), ("cd", "cd")):
+        for name, node in (("stick", "stick-disk"), ("disk", "disk"), ("cd", "cd"), ("nvme", "nvme")):
             arguments += ["-blockdev", json.dumps(_blockdev(node, name))]
         for device in DEVICES:
             arguments += ["-device", device]

@@ -252,6 +252,25 @@ def test_the_nodes_of_partitions_and_volumes_lead_to_their_disks(disks: Disks) -
     }
 
 
+def test_the_random_generator_is_a_virtio_or_a_tpms(disks: Disks) -> None:
+    sysfs = Sysfs(str(disks.root / "sys"))
+    assert uses.random_generator(sysfs) == {}
+    misc = disks.folder("/sys/devices/virtual/misc/hw_random")
+    misc.mkdir(parents=True)
+    disks.link("/sys/class/misc/hw_random", "/sys/devices/virtual/misc/hw_random")
+    (misc / "rng_current").write_text("intel\n")
+    assert uses.random_generator(sysfs) == {"/dev/hwrng": ()}
+    for path, link, name in (
+        ("/sys/devices/pci0/virtio3", "/sys/bus/virtio/devices/virtio3", "virtio_rng.0"),
+        ("/sys/devices/pnp0/tpm/tpm0", "/sys/class/tpm/tpm0", "tpm-rng-0"),
+    ):
+        disks.folder(path).mkdir(parents=True)
+        disks.link(link, path)
+        disks.link(f"/sys/bus/virtio/drivers/virtio_rng/{Path(path).name}", path)
+        (misc / "rng_current").write_text(name + "\n")
+        assert uses.random_generator(sysfs) == {"/dev/hwrng": (path,)}
+
+
 def test_a_zfs_pool_is_on_its_members_and_holds_them_unmounted(disks: Disks) -> None:
     volume = disks.add("/sys/devices/virtual/block/zd0", "230:0")
     disks.blocks = {
