@@ -233,8 +233,10 @@ def _pad(data: bytes) -> bytes:
 
 def _join(entries: Sequence[bytes]) -> bytes:
     """The elements of an array of dictionary entries or structs, each marshalled from offset 0: they are 8-aligned."""
-    padded = b"".join(part for entry in entries for part in (entry, _pad(entry)))
-    return padded[: len(padded) - len(_pad(entries[-1]))] if entries else padded
+    parts = []
+    for entry in entries:
+        parts += (entry, _PADDING[len(entry) % 8])
+    return b"".join(parts[:-1])  # no padding after the last one
 
 
 def _string_field(code: int, type_: bytes, value: str) -> bytes:

@@ -23,14 +23,9 @@ def many_disks(host: Host, front: Front) -> None:
     host.run("modprobe scsi_debug max_luns=32 num_tgts=8 fake_rw=1 && udevadm settle -t 600", timeout=660)
 
 
-@pytest.mark.parametrize("row", ["start", "latency"])
-def test_on_a_small_host(host: Host, front: Front, row: str) -> None:
-    _measure(host, row)
-
-
 @pytest.mark.usefixtures("many_disks")
-@pytest.mark.parametrize("row", ["objects", "inventory"])
-def test_with_many_disks(host: Host, row: str) -> None:
+@pytest.mark.parametrize("row", ROWS)
+def test_beside_its_peer(host: Host, row: str) -> None:
     _measure(host, row)
 
 

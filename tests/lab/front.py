@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 from tests.lab.machine import Host
@@ -99,6 +100,15 @@ class Front:
         """Dismisses; the job's path."""
         return str(self.answer(self.begin_operation("Dismiss", machine, device, **options))[0])
 
+    def plan(self, operation: str, machine: str, device: str, **options: Any) -> dict[str, Any]:
+        """PlanAssign or PlanDismiss."""
+        packed = {key.replace("_", "-"): [_signature(key, value), value] for key, value in options.items()}
+        return self.manager("Plan" + operation, "ssa{sv}", machine, device, packed)[0]  # type: ignore[no-any-return]
+
+    def blockers(self, name: str) -> dict[str, str]:
+        """The messages of a device's blockers by their codes."""
+        return {code: message for code, _, message in self.device(name)["Blockers"]}
+
     def sync(self) -> int:
         """Waits until hostpassd has told all that happened so far."""
         return int(self.manager("Sync")[0])
@@ -161,14 +171,23 @@ class Recording:
 
     def wait_for(self, member: str, path: str = "") -> dict[str, Any]:
         """The first signal of that name (of a hold: on that device) since the recording began."""
+        return self.wait_until(
+            lambda signal: signal["member"] == member and path in (*map(str, signal["body"]), signal["path"], "")
+        )
+
+    def wait_until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first signal that is WANTED since the recording began."""
         at = 0
         while True:
             if at == len(self._heard):
                 self._heard.append(self._next())
-            signal = self._heard[at]
-            if signal["member"] == member and path in (*map(str, signal["body"]), signal["path"], ""):
-                return signal
+            if wanted(self._heard[at]):
+                return self._heard[at]
             at += 1
+
+    def forget(self) -> None:
+        """What was heard so far is over."""
+        self._heard.clear()
 
     def members(self) -> list[str]:
         """The names of the signals read so far, in order."""

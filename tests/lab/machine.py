@@ -2,8 +2,9 @@
 
 What is plugged in, by its place on the PCI root (see DEVICES): a display, the root disk and the uplink, which the host
 itself needs; a lone NIC and an SR-IOV NIC behind root ports of their own; three empty root ports; a conventional bridge
-with a NIC and a sound card; a graphics card with its sound function; an NVMe disk; a random generator; a USB controller
-with a hub, a tablet and a serial port behind it, and a stick; a SCSI controller with a disk and a CD drive. Everything listens on unix sockets or on loopback, and dies with the process that booted it.
+with a NIC and a sound card; a graphics card with its sound function; an NVMe disk; a random generator; a USB
+controller with a hub, a tablet and a serial port behind it, and a stick; a SCSI controller with a disk and a CD drive.
+Everything listens on unix sockets or on loopback, and dies with the process that booted it.
 """
 
 from __future__ import annotations
