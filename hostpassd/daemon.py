@@ -86,7 +86,7 @@ class Daemon:
         self._uses.start()
         await self._uses.read_now()
         for hypervisor in self._hypervisors.values():
-            self._spawn(hypervisor.run())
+            self._keep(hypervisor.run())
             if folder := folder_of(hypervisor.uri):
                 StoredWatch(hypervisor, folder)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -96,7 +96,7 @@ class Daemon:
         self._publisher.announce_running()
         self._publisher.flush()
         notify("READY=1\n" + self._status())
-        self._spawn(self._watchdog())
+        self._keep(self._watchdog())
         self._spawn(self._router.warm())
 
     async def _until_over(self, stop: asyncio.Event) -> None:
@@ -206,10 +206,19 @@ class Daemon:
         if "handle" in context and not self._failed.done():
             self._failed.set_result(None)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def _keep(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Runs what nothing works without: if it fails, the daemon ends, to be started afresh."""
+        self._spawn(coroutine).add_done_callback(self._lost)
+
+    def _lost(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() and not self._failed.done():
+            self._failed.set_result(None)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

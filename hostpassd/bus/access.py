@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from hostpassd.bus.router import BusCallError, Call, Router, Variant
-from hostpassd.errors import Cancelled, InteractiveAuthorizationRequired, NotAuthorized
+from hostpassd.errors import Cancelled, InteractiveAuthorizationRequired, LimitExceeded, NotAuthorized
 from hostpassd.host.device import clean
 
 POLKIT = "org.freedesktop.PolicyKit1"
@@ -20,8 +22,10 @@ AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 # Seconds for an answer that needs no person.
 TIMEOUT = 25.0
 
-# The bus lets us wait for 128 answers. Prompts can stay open for long, so they have places of their own.
-PLACES = 32
+# The bus lets us wait for 128 answers. Prompts can stay open for long, so they have places of their own, by
+# whether the caller allows a prompt, and one user has only some of them.
+PLACES = {False: 24, True: 96}
+PLACES_PER_USER = 16
 
 # What the bus says when polkit is not there and cannot be started.
 ABSENT = (
@@ -41,17 +45,32 @@ class Access:
     def __init__(self, router: Router, *, log: logging.Logger) -> None:
         self._router = router
         self._log = log
-        self._places = {interactive: asyncio.Semaphore(PLACES) for interactive in (False, True)}
+        self._places = {interactive: asyncio.Semaphore(count) for interactive, count in PLACES.items()}
+        self._asking: Counter[int] = Counter()  # by user id
         self._numbers = itertools.count(1)
 
     async def check(self, call: Call, action: str, details: Mapping[str, str]) -> None:
         """Returns if the caller may do ACTION; DETAILS are for the prompt and the administrator's rules.
 
         Raises NotAuthorized if not, InteractiveAuthorizationRequired if a prompt would be needed that the caller did
-        not allow, Cancelled if the caller vanishes meanwhile.
+        not allow, Cancelled if the caller vanishes meanwhile, LimitExceeded if its user asks too often at once.
         """
-        async with self._places[call.interactive], self._router.vanished(call.sender) as gone:
+        async with self._turn(call), self._router.vanished(call.sender) as gone, self._places[call.interactive]:
             await self._check(call, action, {key: clean(value) for key, value in details.items()}, gone)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, call: Call) -> AsyncIterator[None]:
+        """Keeps one user from taking all places for prompts."""
+        uid = await self._router.uid_of(call.sender) if call.interactive else -1
+        if self._asking[uid] >= PLACES_PER_USER:
+            raise LimitExceeded(f"You have {PLACES_PER_USER} prompts open: answer some of them first.")
+        self._asking[uid] += call.interactive
+        try:
+            yield
+        finally:
+            self._asking[uid] -= call.interactive
+            if not self._asking[uid]:
+                del self._asking[uid]
 
     async def _check(self, call: Call, action: str, details: Mapping[str, str], gone: asyncio.Event) -> None:
         try:

@@ -70,9 +70,10 @@ class ManagerMethods:
         machine, device, given = call.args
         wish = Wish(operation, machine, device, options.read(given, known, self._default), 0)
         plan = self._operations.plan(wish)
-        details = self._operations.details(plan, plan.device, wish.options)
-        answer = await self._access.would(call, action_of(plan, wish.options), details)
-        return [plan_row(plan, wish.options, answer)]
+        action = action_of(plan, wish.options)
+        asked = self._operations.asked(plan, wish.options)
+        answers = [await self._access.would(call, action, details) for details in asked]
+        return [plan_row(plan, wish.options, max(answers, key=_WORSE.index))]
 
     async def _operate(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
         machine, device, given = call.args
@@ -109,9 +110,16 @@ class ManagerMethods:
     async def _cancel(self, call: Call) -> Sequence[Any]:
         control = self._operations.control(int(call.path.rpartition("/")[2]))
         if await self._router.uid_of(call.sender) != control.job.started_by_uid:
-            details = {"operation": control.job.operation, "device.name": control.job.device}
-            await self._access.check(call, names.ACTION_CANCEL_OTHERS, details)
+            await self._access.check(call, names.ACTION_CANCEL_OTHERS, control.details)
         control.cancelled.set()
         await control.ended.wait()
         self._publisher.flush()
+        if control.job.state != "cancelled":
+            why = f": {control.job.error_message}" if control.job.error_message else ""
+            raise errors.Failed(
+                f"job {control.job.number} could not be cancelled any more, it is {control.job.state}{why}"
+            )
         return []
+
+
+_WORSE = ("yes", "challenge", "no")

@@ -250,7 +250,13 @@ class Publisher:
         changes, self._pending = self._pending, Changes()
         if changes:
             self.generation += 1
-            self._router.publish(self._batch(changes))
+            try:
+                self._router.publish(self._batch(changes))
+            except Exception as error:
+                # What was told and what is are apart from now on: for the loop's handler, whoever called.
+                context = {"message": "a batch could not be published", "exception": error, "handle": None}
+                asyncio.get_running_loop().call_exception_handler(context)
+                raise
 
     def announce_running(self) -> None:
         """The daemon is ready: State is no longer starting."""

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dbus_next import BusType, Message, MessageFlag, MessageType, Variant
+from dbus_next._private.constants import LITTLE_ENDIAN
 from dbus_next._private.marshaller import Marshaller
+from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.aio import MessageBus
 from dbus_next.signature import SignatureTree
 
@@ -48,6 +50,12 @@ CALLS = 512
 # What a stock bus takes (dbus-daemon's max_message_size); it closes the connection of who sends more.
 MESSAGE_LIMIT = 32 * 1024 * 1024
 BODY_LIMIT = MESSAGE_LIMIT - 1024  # a reply's header has two names and a signature of 255 bytes at most
+
+# Bytes; no call of ours is longer. dbus-next makes Python objects of all that a message holds, many times its size.
+CALL_LIMIT = 64 * 1024
+
+# Characters of an error's message. A Blocked names every blocker, what is unknown is the caller's own words.
+TEXT_LIMIT = 64 * 1024
 
 # dbus-next keeps every signature it ever saw; strangers choose those of their calls.
 SIGNATURES_KEPT = 1024
@@ -233,7 +241,7 @@ def _pad(data: bytes) -> bytes:
 
 def _join(entries: Sequence[bytes]) -> bytes:
     """The elements of an array of dictionary entries or structs, each marshalled from offset 0: they are 8-aligned."""
-    parts = []
+    parts: list[bytes] = []
     for entry in entries:
         parts += (entry, _PADDING[len(entry) % 8])
     return b"".join(parts[:-1])  # no padding after the last one
@@ -298,6 +306,29 @@ class _PatientSocket:
             return 0
 
 
+class _Unmarshaller(Unmarshaller):  # type: ignore[misc]
+    """dbus-next's, but what is over CALL_LIMIT is dropped unread.
+
+    A message without its body still has its signature. One whose header is as long (a path may be) becomes a signal
+    that nobody waits for: to read a path of 32 MB takes minutes.
+    """
+
+    def _unmarshall(self) -> None:
+        self.offset = 0
+        self.read(16, prefetch=True)
+        order = "<" if self.buf[0] == LITTLE_ENDIAN else ">"
+        body, header = struct.unpack_from(f"{order}I4xI", self.buf, 4)
+        length = 16 + header + -header % 8
+        if max(body, header) > CALL_LIMIT:
+            self.read(length + body, prefetch=True)
+            del self.buf[length:]
+            struct.pack_into(f"{order}I", self.buf, 4, 0)
+        if header > CALL_LIMIT:
+            self.message = Message(message_type=MessageType.SIGNAL, path="/", interface="too.large", member="Dropped")
+        else:
+            super()._unmarshall()
+
+
 class _Connection(MessageBus):  # type: ignore[misc]
     """dbus-next's connection, cured of what would kill or hang the daemon."""
 
@@ -315,6 +346,9 @@ class _Connection(MessageBus):  # type: ignore[misc]
         await super().connect()
         self._writer.sock = _PatientSocket(self._writer.sock)
         return self
+
+    def _create_unmarshaller(self) -> _Unmarshaller:
+        return _Unmarshaller(self._stream)
 
     def queue(self, data: bytes) -> None:
         """Sends DATA, a finished message, after all that was queued before."""
@@ -770,6 +804,8 @@ class Router:
         interface, method = self._method(message.path, message.interface, message.member)
         if message.signature != method.in_signature:
             raise errors.InvalidArgs(_mismatch(interface, method, message.signature))
+        if message.signature and not message.body:
+            raise errors.LimitExceeded(f"A call here has at most {CALL_LIMIT} bytes: ask for less at a time.")
         if interface in spec.STANDARD.interfaces:
             self._answer(message, method.out_signature, self._answer_standard(message, method.name))
         else:
@@ -833,7 +869,7 @@ class Router:
             self._log.error("%s.%s failed", message.interface, message.member, exc_info=error)
             error = errors.Failed(FAULT)
         prefix = names.STANDARD_ERROR_PREFIX if error.standard else names.ERROR_PREFIX
-        body = self._wire.marshal("s", [str(error)])
+        body = self._wire.marshal("s", [str(error)[:TEXT_LIMIT]])
         self._reply(MessageType.ERROR, message, error_name=prefix + error.name, signature="s", body=body)
 
     def _reply(self, kind: MessageType, message: Message, **fields: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from hostpassd import errors
@@ -37,8 +37,9 @@ class Effects(Protocol):
 class Control:
     """One job as it runs: its row in the state, its deadline, and the wish to cancel it."""
 
-    def __init__(self, job: Job, emit: Callable[[Event], None], seconds: float) -> None:
+    def __init__(self, job: Job, emit: Callable[[Event], None], seconds: float, details: Mapping[str, str]) -> None:
         self.job = job
+        self.details = details  # what polkit was told of its device and machine
         self.cancelled = asyncio.Event()
         self.ended = asyncio.Event()
         self._emit = emit

@@ -53,11 +53,11 @@ class Operations:
     async def start(self, wish: Wish, authorise: Authorise) -> Control:
         """Authorises WISH and starts its job. Raises what keeps it from being started; nothing is changed then."""
         plan = self._allowed_plan(wish)
-        asked = self._asked(plan, wish.options)
+        asked = self.asked(plan, wish.options)
         for details in asked:
             await authorise(action_of(plan, wish.options), details)
         again = self._allowed_plan(wish)
-        if again.token != plan.token or self._asked(again, wish.options) != asked:
+        if again.token != plan.token or self.asked(again, wish.options) != asked:
             raise errors.StalePlan("the device or the machine changed while authorisation was asked for: look again")
         self._check_limit(wish.uid)
         return self._begin(wish, again)
@@ -137,7 +137,8 @@ class Operations:
             "override": " ".join(plan.overridden(options.override)),
         }
 
-    def _asked(self, plan: Plan, options: Options) -> list[dict[str, str]]:
+    def asked(self, plan: Plan, options: Options) -> list[dict[str, str]]:
+        """The details of each device of PLAN: each is authorised by itself."""
         return [self.details(plan, device, options) for device in plan.devices]
 
     def _check_limit(self, uid: int) -> None:
@@ -148,7 +149,7 @@ class Operations:
     def _begin(self, wish: Wish, plan: Plan) -> Control:
         self._last += 1
         job = Job(self._last, plan.operation, plan.machine, plan.device, wish.uid)
-        control = Control(job, self._emit, wish.options.timeout)
+        control = Control(job, self._emit, wish.options.timeout, self.details(plan, plan.device, wish.options))
         self._controls[job.number] = control
         task = asyncio.get_running_loop().create_task(self._run(wish, plan, control))
         self._tasks.add(task)

@@ -164,11 +164,16 @@ async def test_a_cancelled_check_cancels_its_prompt(
 async def test_open_prompts_do_not_hold_others_up(
     checks: Checks, polkit: Polkit, client: Client, agent: Client, new_client: NewClient
 ) -> None:
-    for _ in range(access_module.PLACES):
+    for _ in range(access_module.PLACES_PER_USER):
         assign(client, interactive=True)
     await prompt(agent)
+    assert (await refusal(assign(client, interactive=True)))[0] == "org.hostpassd1.Error.LimitExceeded"
+    assert (await refusal(assign(client)))[0] == INTERACTIVE_REQUIRED
     other = await new_client(DAEMON)
-    assert (await refusal(assign(other)))[0] == INTERACTIVE_REQUIRED
+    assert (await refusal(assign(other, interactive=True)))[0] == NOT_AUTHORIZED
+    await client.stop()
+    again = await new_client(client.uid)
+    assert (await refusal(assign(again, interactive=True)))[0] == NOT_AUTHORIZED
 
 
 async def test_more_checks_than_places(checks: Checks, polkit: Polkit, client: Client, new_client: NewClient) -> None:

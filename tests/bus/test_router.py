@@ -524,6 +524,18 @@ async def test_the_longest_answer_arrives(served: Router, client: Client) -> Non
     assert len(value["v"][1]) == len(label)
 
 
+async def test_a_huge_call_is_refused_unread_and_costs_nothing(served: Router, client: Client) -> None:
+    words = {"plan": {"v": ["as", ["x"] * 100_000]}}
+    name, message = await refusal(client, ROOT, MANAGER, "Assign", "ssa{sv}", "", "", words)
+    assert name == ERROR + "LimitExceeded" and len(message) < 200
+    name, message = await refusal(client, ROOT, PROPERTIES, "Get", "ss", MANAGER, "x" * (31 << 20))
+    assert name == ERROR + "LimitExceeded" and len(message) < 200
+    client.begin("/" + "a" * (31 << 20), MANAGER, "Rescan", no_reply=True)
+    name, message = await refusal(client, "/" + "a" * 60_000, MANAGER, "Rescan")
+    assert name == STANDARD_ERROR + "UnknownObject" and len(message) < 64 * 1024
+    assert set(await managed(client)) == {ONE, TWO}
+
+
 # --- hostile strings ---
 
 
