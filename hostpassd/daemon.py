@@ -25,6 +25,7 @@ from hostpassd.events import Event, HypervisorChanged, MachinesListed
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines.machine import Hold
 from hostpassd.machines.stored import StoredWatch, folder_of
 from hostpassd.passthrough.execute import Executor
 from hostpassd.passthrough.journal import Journal
@@ -139,24 +140,32 @@ class Daemon:
         return any(h.connected and not h.listed for h in self._state.hypervisors.values())
 
     def _tell_foreign(self, changes: Changes) -> None:
-        """Into the journal: the holds that came and went without a job of ours."""
+        """Into the journal: what became of holds without a job of ours at work on them."""
         if not self._publisher.running:
             return
-        ours = {(job.machine, job.device) for job in self._state.jobs.values()}
-        moved = [("added", hold) for hold in changes.holds_added] + [
-            ("removed", hold) for hold in changes.holds_removed
-        ]
-        for operation, hold in moved:
-            if (hold.machine, hold.device) not in ours:
-                name = self._state.machine_name(hold.machine)
-                audit(
-                    names.MESSAGE_FOREIGN_CHANGE,
-                    f"hold {operation} by others: {name} and {hold.device}",
-                    device=hold.device,
-                    machine=hold.machine,
-                    machine_name=name,
-                    operation=operation,
-                )
+        moved = [("added", "added by others", hold) for hold in changes.holds_added]
+        for hold in changes.holds_removed:
+            late = hold.releasing  # a job asked the guest, and did not wait until it answered
+            moved.append(("released", "released late", hold) if late else ("removed", "removed by others", hold))
+        for before, hold in changes.holds_changed:
+            added = (hold.live and not before.live) or (hold.config and not before.config)
+            half = "live" if hold.live != before.live else "stored"
+            word = "added" if added else "removed"
+            moved.append((word, f"{word} by others in its {half} half", hold))
+        for operation, text, hold in moved:
+            if not self._operations.moves(hold.machine, hold.device):
+                self._audit_hold(operation, text, hold)
+
+    def _audit_hold(self, operation: str, text: str, hold: Hold) -> None:
+        name = self._state.machine_name(hold.machine)
+        audit(
+            names.MESSAGE_FOREIGN_CHANGE,
+            f"hold {text}: {name} and {hold.device}",
+            device=hold.device,
+            machine=hold.machine,
+            machine_name=name,
+            operation=operation,
+        )
 
     async def _settle(self) -> None:
         """Lets the state catch up with udev; a failure is udev's own to tell."""

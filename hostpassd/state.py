@@ -64,6 +64,7 @@ class Changes:
     removed: dict[Entity, None] = dataclasses.field(default_factory=dict)
     holds_added: list[Hold] = dataclasses.field(default_factory=list)
     holds_removed: list[Hold] = dataclasses.field(default_factory=list)
+    holds_changed: list[tuple[Hold, Hold]] = dataclasses.field(default_factory=list)  # a half came or went: from, to
     jobs_ended: list[Job] = dataclasses.field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -85,6 +86,7 @@ class Changes:
             self.remove_hold(hold)
         for hold in later.holds_added:
             self.add_hold(hold)
+        self.holds_changed += later.holds_changed
         self.jobs_ended += later.jobs_ended
 
     def add_hold(self, hold: Hold) -> None:
@@ -632,6 +634,11 @@ class State:
                 del self._holds_on[device]
             self._touch(device)
             self._spread_again(device)
+            here = self.devices.get(device)
+            if here and here.pci and here.pci.physical_function:
+                self._spread_again(here.pci.physical_function)
+            if before and after and (before.live, before.config) != (after.live, after.config):
+                self._changes.holds_changed.append((before, after))
 
     # --- jobs ---
 

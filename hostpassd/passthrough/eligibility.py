@@ -220,6 +220,13 @@ def _host_blockers(view: View, device: Device) -> Iterable[Blocker]:
 
 
 def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
+    """Of holds on DEVICE, and of live ones on its virtual functions, which go with it."""
+    for name in view.virtual_functions(device.name):
+        for hold in view.holds_on(name):
+            if hold.live:
+                machine = view.machine_name(hold.machine)
+                text = f"the running machine {machine} has {name}, a virtual function of {device.label}"
+                yield Blocker("held-live", NEVER, f"{text}: dismiss it there first", device.name, hold.machine)
     for hold in view.holds_on(device.name):
         machine = view.machine_name(hold.machine)
         if hold.live:

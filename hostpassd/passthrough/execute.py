@@ -48,8 +48,16 @@ class Effects(Protocol):
 class Control:
     """One job as it runs: its row in the state, its deadline, and the wish to cancel it."""
 
-    def __init__(self, job: Job, emit: Callable[[Event], None], seconds: float, details: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        emit: Callable[[Event], None],
+        seconds: float,
+        devices: tuple[str, ...],
+        details: Mapping[str, str],
+    ) -> None:
         self.job = job
+        self.devices = devices  # all that move
         self.details = details  # what polkit was told of its device and machine
         self.cancelled = asyncio.Event()
         self.ended = asyncio.Event()
@@ -162,6 +170,11 @@ class Executor:
             raise await self._wind_up(plan, begun, error, control) from None
         self._journal.end(number)
 
+    async def _drivers_back(self, devices: list[str]) -> None:
+        """libvirt gives a managed device back by itself, a moment after its removal."""
+        here = [name for name in devices if (device := self._state.device(name)) and device.pci]
+        await self._until(lambda: all(self._has_host_driver(n) or not self._group_is_free(n) for n in here), None, 2.0)
+
     def _owe(self, plan: Plan, uri: str) -> None:
         """From the first asking on the drivers are owed to the host: the last guest can let go when no job waits."""
         for step in plan.steps:
@@ -194,6 +207,7 @@ class Executor:
         control.tell(state="undoing")
         self._forgive(plan)
         failures = await self.undo(plan.machine, begun, control)
+        await self._drivers_back([step.device for step in begun if isinstance(step, Attach)])
         if _is_over(failures):
             self._journal.end(number)
         else:
@@ -267,7 +281,7 @@ class Executor:
         for device in list(self._journal.lent):
             here = self._state.device(device)
             group = (lock_of(here) if here else device,)
-            if self.busy(group):
+            if self.busy(group) or self._journal.lent[device][0] not in self._state.hypervisors:
                 continue
             async with self.alone(group):
                 if device in self._journal.lent and self._group_is_free(device):
@@ -348,15 +362,15 @@ class Executor:
         effects = self._effects(uri)
         await effects.reattach_host(device)
         await self._settle()
+        here = self._state.device(device)
+        if here and here.driver in _STUBS:
+            return  # where the administrator has it (driverctl, vfio-pci.ids)
         if not self._has_host_driver(device):
             # VFIO lets go of the group a moment after libvirt's event: then the first probe finds it still owned.
             await self._until(lambda: self._has_host_driver(device), None, 2.0)
         if not self._has_host_driver(device):
             await effects.reattach_host(device)
             await self._settle()
-        here = self._state.device(device)
-        if here and here.driver in _STUBS:
-            raise errors.Failed(f"{device} is still bound to {here.driver}: give it back with virsh nodedev-reattach")
 
     def _has_host_driver(self, device: str) -> bool:
         here = self._state.device(device)
@@ -375,7 +389,7 @@ class Executor:
         match step:
             case Store(_, claim):
                 stored = machine.stored if machine else ()
-                return any(c.id == claim.id and c.alias in (claim.alias, "") for c in stored)
+                return any(c.id == claim.id and c.alias == claim.alias for c in stored)
             case Unstore(_, claim):
                 return machine is not None and all(c.id != claim.id for c in machine.stored)
             case Attach(_, alias, _):

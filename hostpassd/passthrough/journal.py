@@ -90,7 +90,7 @@ class Journal:
         begun: dict[int, dict[str, Any]] = {}
         lent: dict[str, tuple[str, str]] = {}
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return {}, {}
         for line in lines:

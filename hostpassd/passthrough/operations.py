@@ -56,6 +56,13 @@ class Operations:
 
     async def start(self, wish: Wish, authorise: Authorise) -> Control:
         """Authorises WISH and starts its job. Raises what keeps it from being started; nothing is changed then."""
+        try:
+            return await self._start(wish, authorise)
+        except errors.HostpassError as error:
+            self._audit_refusal(wish, error)
+            raise
+
+    async def _start(self, wish: Wish, authorise: Authorise) -> Control:
         plan = self._allowed_plan(wish)
         asked = self.asked(plan, wish.options)
         for details in asked:
@@ -72,6 +79,10 @@ class Operations:
         if not control:
             raise errors.Failed(f"job {number} has ended: there is nothing to cancel")
         return control
+
+    def moves(self, machine: str, device: str) -> bool:
+        """Whether a running job moves DEVICE to or from MACHINE (a UUID)."""
+        return any(c.job.machine == machine and device in c.devices for c in self._controls.values())
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
@@ -188,7 +199,8 @@ class Operations:
     def _begin(self, wish: Wish, plan: Plan) -> Control:
         self._last += 1
         job = Job(self._last, plan.operation, plan.machine, plan.device, wish.uid)
-        control = Control(job, self._emit, wish.options.timeout, self.details(plan, plan.device, wish.options))
+        details = self.details(plan, plan.device, wish.options)
+        control = Control(job, self._emit, wish.options.timeout, plan.devices, details)
         self._controls[job.number] = control
         task = asyncio.get_running_loop().create_task(self._run(wish, plan, control))
         self._tasks.add(task)
@@ -210,7 +222,8 @@ class Operations:
         finally:
             del self._controls[control.job.number]
         control.tell(**result)
-        self._audit(control.job)
+        for device in control.devices:
+            self._audit(control.job, device)
         control.ended.set()
         self._tidy_soon(retry=True)
         asyncio.get_running_loop().call_later(JOB_STAYS, self._emit, JobForgotten(control.job.number))
@@ -247,18 +260,36 @@ class Operations:
             if self._reachable(other.uri):
                 await self._executor.recover(other)
 
-    def _audit(self, job: Job) -> None:
+    def _audit(self, job: Job, device: str) -> None:
         why = f" ({job.error_message})" if job.error_message else ""
+        along = "" if device == job.device else f", along with {job.device}"
         audit(
             names.MESSAGE_OPERATION,
-            f"{job.operation} of {job.device}: {job.state}{why}",
-            device=job.device,
+            f"{job.operation} of {device}{along}: {job.state}{why}",
+            device=device,
             machine=job.machine,
             machine_name=self._state.machine_name(job.machine),
             operation=job.operation,
             job=str(job.number),
             result=job.error_name or job.state,
             uid=str(job.started_by_uid),
+        )
+
+    def _audit_refusal(self, wish: Wish, error: errors.HostpassError) -> None:
+        device, machine = wish.device, None
+        with contextlib.suppress(errors.HostpassError):
+            device = find.one_device(self._state, wish.device).name
+        with contextlib.suppress(errors.HostpassError):
+            machine = find.one_machine(self._state, wish.machine)
+        audit(
+            names.MESSAGE_OPERATION,
+            f"{wish.operation} of {device} refused ({error})",
+            device=device,
+            machine=machine.uuid if machine else "",
+            machine_name=machine.name if machine else wish.machine,
+            operation=wish.operation,
+            result=(names.STANDARD_ERROR_PREFIX if error.standard else names.ERROR_PREFIX) + error.name,
+            uid=str(wish.uid),
         )
 
 

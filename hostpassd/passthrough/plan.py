@@ -158,8 +158,12 @@ def undo(step: Step) -> Step | None:
 
 
 def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocker, ...]:
-    """The device's blockers without the target machine's own holds."""
-    return tuple(b for b in eligibility.blockers(state, device) if b.machine != machine.uuid)
+    """The device's blockers without the target machine's own holds of the kinds that an assign makes.
+
+    A disk that the machine has by its node is in use, by the machine itself.
+    """
+    own = {hold.device for hold in state.holds_of(machine.uuid) if hold.kind in DETACHABLE_KINDS}
+    return tuple(b for b in eligibility.blockers(state, device) if b.machine != machine.uuid or b.device not in own)
 
 
 def plan_assign(state: State, machine: Machine, device: Device, options: Options) -> Plan:
@@ -172,8 +176,9 @@ def plan_assign(state: State, machine: Machine, device: Device, options: Options
     live, config = _halves(machine, options)
     if device.kind not in ASSIGNABLE_KINDS:
         return dataclasses.replace(
-            _plan("assign", machine, device, [device], []), blockers=blockers_for(state, device, machine)
+            _plan(state, "assign", machine, device, [device], []), blockers=blockers_for(state, device, machine)
         )
+    _check_fits(device, options)
     devices = [device, *(state.devices[name] for name in eligibility.companions(state, device))]
     held = {d.name: _hold_of(state, machine, d.name) for d in devices}
     to_store = [d for d in devices if config and not (held[d.name] and _half(held[d.name], live=False))]
@@ -192,7 +197,7 @@ def plan_assign(state: State, machine: Machine, device: Device, options: Options
         of_card = len(_functions_beside(d, to_attach)) > 1
         steps.append(Attach(d.name, alias_of(d), _xml(state, d, options, device, "", stored=False), of_card))
     found = (*blockers_for(state, device, machine), *_port_blockers(machine, to_attach))
-    plan = _plan("assign", machine, device, devices, steps)
+    plan = _plan(state, "assign", machine, device, devices, steps)
     return dataclasses.replace(
         plan, blockers=found, loses=_loses(state, devices), consequences=tuple(_consequences(devices, to_attach))
     )
@@ -226,7 +231,7 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
         raise errors.NotAssigned(f"{machine.name} does not have {device.name} in the half asked for")
     # Only when the last member is out can a host driver bind: the group is VFIO's as long as one is in.
     steps += [GiveBack(d.name) for d in released if d.pci]
-    return _plan("dismiss", machine, device, devices, steps)
+    return _plan(state, "dismiss", machine, device, devices, steps)
 
 
 def plan_dismiss_missing(machine: Machine, missing: Missing, place: str, options: Options) -> Plan:
@@ -257,10 +262,21 @@ def lock_of(device: Device) -> str:
     return f"group {device.pci.iommu_group}" if device.pci and device.pci.iommu_group >= 0 else device.name
 
 
-def _plan(operation: str, machine: Machine, device: Device, devices: list[Device], steps: list[Step]) -> Plan:
-    groups = tuple(sorted({lock_of(d) for d in devices}))
+def _plan(
+    state: State, operation: str, machine: Machine, device: Device, devices: list[Device], steps: list[Step]
+) -> Plan:
+    # With those above: a controller and what is plugged into it are not handed out at once.
+    locks = {lock_of(d) for d in devices}
+    locks |= {lock_of(above) for d in devices for above in state.ancestors(d.name) if _is_device(above)}
+    groups = tuple(sorted(locks))
     names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
     return Plan(operation, machine.uuid, device.name, names, instances, tuple(steps), groups)
+
+
+def _is_device(device: Device) -> bool:
+    """Whether an operation could be about it: a bridge or a hub is what others share."""
+    bridge = device.pci and eligibility.is_bridge(device.pci)
+    return device.kind in ASSIGNABLE_KINDS and not bridge and not eligibility.is_hub(device)
 
 
 def _check_reachable(machine: Machine) -> None:
@@ -275,6 +291,15 @@ def _check_instance(device: Device, options: Options) -> None:
         raise errors.StalePlan(
             f"another thing is plugged in at {device.name} now (instance {device.instance}): look again"
         )
+
+
+def _check_fits(device: Device, options: Options) -> None:
+    if options.guest_address and device.kind not in ("pci", "mdev"):
+        raise errors.InvalidOption(
+            f"guest-address: {device.name} is {device.kind}, a PCI address is not for it; leave it out"
+        )
+    if options.rom_bar is not None and not device.pci:
+        raise errors.InvalidOption(f"rom-bar: {device.name} is {device.kind} and has no ROM to show; leave it out")
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
