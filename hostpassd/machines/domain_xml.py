@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 from lxml import etree
@@ -66,27 +66,34 @@ def claim_of(element_xml: str) -> Claim:
     return claims[0]
 
 
-# Controllers whose bus takes a PCI Express device while the machine runs, and those whose slots take conventional ones.
+# Controllers whose bus takes one PCI Express device, at slot 0.
 _EXPRESS_PORTS = frozenset({"pcie-root-port", "pcie-switch-downstream-port"})
-_CONVENTIONAL_BUSES = frozenset({"pci-root", "pci-bridge", "pcie-to-pci-bridge"})
-_SLOTS = 31  # of a conventional bus; slot 0 is the bus's own
+# Controllers whose bus takes conventional devices, and their first slot for these. Slot 0 is the bus's own; of
+# pci-root libvirt keeps 1 for the chipset and 2 for the display.
+_FIRST_SLOTS = {"pci-root": 3, "pci-bridge": 1, "pcie-to-pci-bridge": 1}
+_SLOTS = 32
 
 
 def read_ports(xml: str) -> Ports:
-    """The free places for PCI devices in a machine's live half. ValueError: XML cannot be read."""
-    devices = _parse(xml).find("devices")
+    """The free places for PCI devices in XML, one half of a domain. ValueError: XML cannot be read."""
     models: dict[int, str] = {}
     used: set[tuple[int, int]] = set()
-    for element in devices if devices is not None else ():
+    for element in _parse(xml).iterfind("devices/*"):
         if element.tag == "controller" and element.get("type") == "pci":
-            models[int(element.get("index", "0"), 0)] = element.get("model", "")
-        address = element.find("address")
-        if address is not None and address.get("type") == "pci":
-            used.add((int(address.get("bus", "0"), 0), int(address.get("slot", "0"), 0)))
-    taken = Counter(bus for bus, slot in used)
-    express = sum(1 for index, model in models.items() if model in _EXPRESS_PORTS and not taken[index])
-    slots = (_SLOTS - taken[index] for index, model in models.items() if model in _CONVENTIONAL_BUSES)
-    return Ports(express, sum(slots))
+            with contextlib.suppress(_Broken):
+                models[_number(element, "index")] = element.get("model", "")
+        if address := _guest_address(element):
+            _, bus, place = address.split(":")
+            used.add((int(bus, 16), int(place.partition(".")[0], 16)))
+    taken = {bus for bus, _ in used}
+    express = (bus for bus, model in models.items() if model in _EXPRESS_PORTS and bus not in taken)
+    slots = (
+        (bus, slot)
+        for bus, model in models.items()
+        if model in _FIRST_SLOTS
+        for slot in range(_FIRST_SLOTS[model], _SLOTS)
+    )
+    return Ports(tuple(express), tuple(place for place in slots if place not in used))
 
 
 def hostdev_xml(

@@ -454,6 +454,7 @@ class _Link:
             live=self._claims(name, live),
             stored=self._claims(name, stored),
             ports=read_ports(live) if live is not None else Ports(),
+            stored_ports=read_ports(stored) if stored is not None else Ports(),
         )
 
     def _claims(self, name: str, xml: str | None) -> tuple[Claim, ...]:

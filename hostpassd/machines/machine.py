@@ -72,10 +72,10 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ports:
-    """Places where a PCI device can be plugged into a running machine."""
+    """The free places for PCI devices in one half of a machine."""
 
-    express: int = 0  # empty PCI Express root and downstream ports
-    conventional: int = 0  # free slots of conventional buses that take hot-plug
+    express: tuple[int, ...] = ()  # buses of the empty PCI Express root and downstream ports
+    conventional: tuple[tuple[int, int], ...] = ()  # bus and slot, of conventional buses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ class Machine:
     live: tuple[Claim, ...] = ()
     stored: tuple[Claim, ...] = ()
     stale: bool = False  # as last known: its hypervisor cannot be reached
-    ports: Ports = Ports()
+    ports: Ports = Ports()  # of the live half
+    stored_ports: Ports = Ports()
 
     @property
     def active(self) -> bool:

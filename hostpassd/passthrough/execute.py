@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from hostpassd import errors
 from hostpassd.events import DeviceAdded, DeviceRemoved, Event, Job, JobChanged, Releasing, RemovalFailed
 from hostpassd.machines.machine import Claim
 from hostpassd.passthrough.journal import Journal, Unfinished
-from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, undo
+from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, lock_of, undo
 from hostpassd.state import State
 
 log = logging.getLogger(__name__)
@@ -89,9 +90,13 @@ class Executor:
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
-    def lock(self, group: str) -> asyncio.Lock:
-        """The lock of one IOMMU group, or of one device that is in none."""
-        return self._locks.setdefault(group, asyncio.Lock())
+    @contextlib.asynccontextmanager
+    async def alone(self, groups: tuple[str, ...]) -> AsyncIterator[None]:
+        """While no other operation runs on one of GROUPS (a plan's, sorted)."""
+        async with contextlib.AsyncExitStack() as locks:
+            for group in groups:
+                await locks.enter_async_context(self._locks.setdefault(group, asyncio.Lock()))
+            yield
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
@@ -162,8 +167,8 @@ class Executor:
     async def give_back_idle(self) -> None:
         """Gives back what was lent to groups that no machine has any more (a machine that was shut down, say)."""
         for device in list(self._journal.lent):
-            group = self._group_of(device)
-            async with self.lock(group):
+            here = self._state.device(device)
+            async with self.alone((lock_of(here) if here else device,)):
                 if device in self._journal.lent and self._group_is_free(device):
                     try:
                         await self._give_back(device)
@@ -208,9 +213,9 @@ class Executor:
                 await effects.detach_live(uuid, alias)
             except errors.HypervisorRefused as error:
                 # Asked before and not answered yet: libvirt does not ask twice, the answer still comes.
-                if "unplug" not in str(error):
+                if "unplug" not in str(error) or _MULTIFUNCTION in str(error):
                     self._emit(Releasing(uuid, alias, asked=False))
-                    raise
+                    raise _explained(error) from None
             if not await self._until(lambda: self._answered(uuid, alias), control):
                 raise errors.GuestDidNotRelease(
                     f"{self._state.machine_name(uuid)} has not let {alias} go in time: {_STILL}"
@@ -259,10 +264,6 @@ class Executor:
         )
         return not any(hold.live for name in group for hold in self._state.holds_on(name))
 
-    def _group_of(self, device: str) -> str:
-        here = self._state.device(device)
-        return f"group {here.pci.iommu_group}" if here and here.pci and here.pci.iommu_group >= 0 else device
-
     def _shows(self, uuid: str, step: Step) -> bool:
         """Whether the effect of STEP is there. The alias tells ours from what others did."""
         machine = self._state.machines.get(uuid)
@@ -308,6 +309,11 @@ class Executor:
                 cancel.cancel()
 
 
+def _explained(error: errors.HypervisorRefused) -> errors.HypervisorRefused:
+    """With what to do, where libvirt's words do not say it."""
+    return errors.HypervisorRefused(f"{error} {_WHOLE_CARD}") if _MULTIFUNCTION in str(error) else error
+
+
 async def _attached(effects: Effects, uuid: str, xml: str) -> None:
     """Attaches; libvirt's words for a full machine do not say of what."""
     try:
@@ -330,6 +336,11 @@ def _with(error: Exception, failures: list[str]) -> Exception:
     return error
 
 
+_MULTIFUNCTION = "multifunction"  # "cannot hot unplug multifunction PCI device"
+_WHOLE_CARD = (
+    "A card of several functions in one slot stays with a machine while it runs: shut the machine down and dismiss it "
+    "then, or dismiss it with live=false, so that the machine's next start is without it."
+)
 _NO_SLOT = (
     "The machine has no free place for it: give it an empty pcie-root-port for a PCI Express device, "
     "or a pcie-to-pci-bridge with a free slot for a conventional one."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections import Counter
@@ -177,8 +178,8 @@ class Operations:
 
     async def _run_alone(self, wish: Wish, plan: Plan, control: Control) -> None:
         """Waits for its turn; plans afresh then, because the job before may have changed everything."""
-        lock = self._executor.lock(plan.group)
-        turn = asyncio.ensure_future(lock.acquire())
+        alone = contextlib.AsyncExitStack()
+        turn = asyncio.ensure_future(alone.enter_async_context(self._executor.alone(plan.groups)))
         cancel = asyncio.ensure_future(control.cancelled.wait())
         try:
             await asyncio.wait({turn, cancel}, timeout=control.left, return_when=asyncio.FIRST_COMPLETED)
@@ -193,8 +194,7 @@ class Operations:
             await self._executor.run(again, control)
         finally:
             cancel.cancel()
-            if turn.done() and not turn.cancelled():
-                lock.release()
+            await alone.aclose()
 
     def _audit(self, job: Job) -> None:
         why = f" ({job.error_message})" if job.error_message else ""

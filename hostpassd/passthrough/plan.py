@@ -75,10 +75,12 @@ class Attach:
     device: str
     alias: str
     xml: str
+    of_card: bool = False  # one of several functions of a card: libvirt takes only function 0 of a slot while it runs
 
     @property
     def text(self) -> str:
-        return f"attach {self.device} to the running machine"
+        place = ", at a port of its own" if self.of_card else ""
+        return f"attach {self.device} to the running machine{place}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class Plan:
     devices: tuple[str, ...]  # all that move, the asked one first
     instances: tuple[int, ...]  # of `devices`, to see a replug between prompt and execution
     steps: tuple[Step, ...]
-    group: str  # two plans of one group never run together
+    groups: tuple[str, ...]  # two plans that share one never run together; sorted
     blockers: tuple[Blocker, ...] = ()  # without the machine's own holds
     loses: tuple[str, ...] = ()  # the functions that the host loses
     consequences: tuple[str, ...] = ()  # for people
@@ -178,14 +180,17 @@ def plan_assign(state: State, machine: Machine, device: Device, options: Options
     to_attach = [d for d in devices if live and not (held[d.name] and _half(held[d.name], live=True))]
     if not to_store and not to_attach:
         raise errors.AlreadyAssigned(f"{machine.name} already has {device.name}: there is nothing to do")
+    places = _card_places(machine, device, to_store, options)
     steps: list[Step] = []
-    for d in to_store:
-        steps.append(Store(d.name, claim_of(_xml(state, d, options, d is device, stored=True))))
+    # Those with a place first: for the others libvirt takes what is free.
+    for d in sorted(to_store, key=lambda d: (d.name not in places, places.get(d.name, ""))):
+        steps.append(Store(d.name, claim_of(_xml(state, d, options, device, places.get(d.name, ""), stored=True))))
     if len(devices) > 1:
         # libvirt frees a managed device as it attaches it, but the group must be free before the first attach.
         steps += [Free(d.name, d.driver) for d in to_attach if d.pci and d.driver not in ("", "vfio-pci")]
     for d in to_attach:
-        steps.append(Attach(d.name, alias_of(d), _xml(state, d, options, d is device, stored=False)))
+        of_card = len(_functions_beside(d, to_attach)) > 1
+        steps.append(Attach(d.name, alias_of(d), _xml(state, d, options, device, "", stored=False), of_card))
     found = (*blockers_for(state, device, machine), *_port_blockers(machine, to_attach))
     plan = _plan("assign", machine, device, devices, steps)
     return dataclasses.replace(
@@ -205,7 +210,7 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
         _refuse_other_kinds(state, machine, device)
         raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing")
     live, config = _halves_held(hold, options, device, machine)
-    devices = [device, *(d for d in _group_of(state, device) if _hold_of(state, machine, d.name))]
+    devices = _held_with(state, machine, device, live, config)
     steps: list[Step] = []
     for d in devices:
         claim = _claim_on(state, machine, d.name, live=False) if config else None
@@ -239,7 +244,7 @@ def plan_dismiss_missing(machine: Machine, missing: Missing, place: str, options
             steps.append(Release(name, claim.alias))
     if not steps:
         raise errors.NotAssigned(f"{machine.name} does not have {missing.id} in the half asked for")
-    return Plan("dismiss", machine.uuid, name, (name,), (0,), tuple(steps), name)
+    return Plan("dismiss", machine.uuid, name, (name,), (0,), tuple(steps), (name,))
 
 
 def alias_of(device: Device) -> str:
@@ -247,10 +252,15 @@ def alias_of(device: Device) -> str:
     return f"ua-hostpassd-{device.name.replace('_', '-')}-{device.instance}"
 
 
+def lock_of(device: Device) -> str:
+    """What two operations on DEVICE share: its IOMMU group, or itself if it is in none."""
+    return f"group {device.pci.iommu_group}" if device.pci and device.pci.iommu_group >= 0 else device.name
+
+
 def _plan(operation: str, machine: Machine, device: Device, devices: list[Device], steps: list[Step]) -> Plan:
-    group = f"group {device.pci.iommu_group}" if device.pci and device.pci.iommu_group >= 0 else device.name
+    groups = tuple(sorted({lock_of(d) for d in devices}))
     names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
-    return Plan(operation, machine.uuid, device.name, names, instances, tuple(steps), group)
+    return Plan(operation, machine.uuid, device.name, names, instances, tuple(steps), groups)
 
 
 def _check_reachable(machine: Machine) -> None:
@@ -303,8 +313,8 @@ def check_allowed(plan: Plan, override: frozenset[str]) -> None:
 def _port_blockers(machine: Machine, to_attach: list[Device]) -> Iterable[Blocker]:
     """Whether the running machine has a free place for each PCI device: libvirt's own refusal is cryptic."""
     for express, free, what in (
-        (True, machine.ports.express, "an empty pcie-root-port"),
-        (False, machine.ports.conventional, "a pcie-to-pci-bridge with a free slot"),
+        (True, len(machine.ports.express), "an empty pcie-root-port"),
+        (False, len(machine.ports.conventional), "a pcie-to-pci-bridge with a free slot"),
     ):
         needed = [d for d in to_attach if d.pci and d.pci.express is express]
         if len(needed) > free:
@@ -331,7 +341,7 @@ def _consequences(devices: list[Device], to_attach: list[Device]) -> Iterable[st
     for d in pci:
         if d.pci and not d.pci.reset_methods:
             yield f"{d.name} cannot be reset: what one user leaves in it, the next one finds"
-    if len(pci) > 1 and to_attach:
+    if any(len(_functions_beside(d, to_attach)) > 1 for d in to_attach):
         yield "in the running machine each function has a port of its own, not one slot for the card"
 
 
@@ -363,13 +373,76 @@ def _group_of(state: State, device: Device) -> Iterable[Device]:
     return [state.devices[name] for name in sorted(state.group(device.pci.iommu_group)) if name != device.name]
 
 
-def _xml(state: State, device: Device, options: Options, asked: bool, *, stored: bool) -> str:
+def _held_with(state: State, machine: Machine, device: Device, live: bool, config: bool) -> list[Device]:
+    """DEVICE and what MACHINE gives up with it: the IOMMU group, and of a card what is in one guest slot with it."""
+    found = [device]
+    for d in found:  # which grows meanwhile: a function of the card can have a group of its own
+        mates = [*_group_of(state, d), *_slot_mates(state, machine, d, live, config)]
+        found += [mate for mate in mates if mate not in found and _hold_of(state, machine, mate.name)]
+    return found
+
+
+def _slot_mates(state: State, machine: Machine, device: Device, live: bool, config: bool) -> Iterable[Device]:
+    """The functions of DEVICE's host slot that are in its guest slot too, in one of the halves asked for."""
+    for half, claims in ((True, machine.live if live else ()), (False, machine.stored if config else ())):
+        own = _claim_on(state, machine, device.name, live=half)
+        if not device.pci or not own or not own.guest_address:
+            continue
+        for claim in claims:
+            mate = state.device(state.find_claim(machine.uuid, claim, live=half) or "")
+            same_guest_slot = _slot(claim.guest_address) == _slot(own.guest_address)
+            if same_guest_slot and mate and mate.pci and _slot(mate.pci.address) == _slot(device.pci.address):
+                yield mate
+
+
+def _functions_beside(device: Device, devices: list[Device]) -> list[Device]:
+    """Of DEVICES the functions of the host slot that DEVICE is in, in order; none for what is no PCI function."""
+    slot = _slot(device.pci.address) if device.pci else None
+    found = [d for d in devices if d.pci and _slot(d.pci.address) == slot]
+    return sorted(found, key=lambda d: d.pci.address if d.pci else "")
+
+
+def _slot(address: str) -> str:
+    """0000:01:00 of 0000:01:00.0"""
+    return address[:-2]
+
+
+def _card_places(machine: Machine, asked: Device, to_store: list[Device], options: Options) -> dict[str, str]:
+    """The guest addresses in the stored half of those that stay one card there, by device name.
+
+    Host and guest function numbers are the same. Without function 0 a guest sees no card, and where no slot is free
+    libvirt adds one for each device by itself: then there is no address here.
+    """
+    ports, given = machine.stored_ports, _slot(options.guest_address)
+    free = {
+        True: [f"0000:{bus:02x}:00" for bus in ports.express],
+        False: [f"0000:{bus:02x}:{slot:02x}" for bus, slot in ports.conventional],
+    }
+    taken = {given}
+    places: dict[str, str] = {}
+    for first in to_store:
+        card = _functions_beside(first, to_store)
+        if not first.pci or len(card) < 2 or first.pci.address[-1] != "0":
+            continue
+        if given and asked in card:
+            slot = given if asked is first and options.guest_address[-1] == "0" else ""
+        else:
+            slot = next((slot for slot in free[first.pci.express] if slot not in taken), "")
+        if slot:
+            taken.add(slot)
+            places |= {d.name: f"{slot}.{d.pci.address[-1]}" for d in card if d.pci}
+    return places
+
+
+def _xml(state: State, device: Device, options: Options, asked: Device, place: str, *, stored: bool) -> str:
+    """PLACE: the guest address as a function of a card, '' for none."""
     unique = not device.usb or len(state.keyed(("usb-id", device.usb.vendor_id, device.usb.product_id))) == 1
     return hostdev_xml(
         device,
         alias=alias_of(device),
         stored=stored,
         unique=unique,
-        guest_address=options.guest_address if asked else "",
-        rom_bar=options.rom_bar if asked else None,
+        guest_address=place or (options.guest_address if device is asked else ""),
+        multifunction=place.endswith(".0"),
+        rom_bar=options.rom_bar if device is asked else None,
     )

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from hostpassd.host.device import Block, Device, Facts, Mdev, Pci, Scsi, Usb
-from hostpassd.machines.domain_xml import hostdev_xml, read_claims, with_claim, without_claim
+from hostpassd.machines.domain_xml import hostdev_xml, read_claims, read_ports, with_claim, without_claim
 from hostpassd.machines.machine import (
     Claim,
     InterfaceSource,
     MdevSource,
     NodeSource,
     PciSource,
+    Ports,
     ScsiSource,
     Source,
     UsbSource,
@@ -408,6 +409,47 @@ def test_with_and_without_a_claim() -> None:
     with pytest.raises(LookupError):
         without_claim(before, claims[1])
     assert len(read_claims(with_claim("<domain/>", hostdev("usb", IDS)))[0]) == 1
+
+
+# Free places.
+
+
+def controller(index: str, model: str, address: str = "") -> str:
+    return f"<controller type='pci' index='{index}' model='{model}'>{address}</controller>"
+
+
+def guest(bus: str, slot: str, function: str = "0x0", more: str = "") -> str:
+    return f"<address type='pci' domain='0x0000' bus='{bus}' slot='{slot}' function='{function}' {more}/>"
+
+
+def test_the_free_places_of_a_machine_are_known_by_address() -> None:
+    found = read_ports(
+        domain(
+            controller("0", "pcie-root"),
+            controller("1", "pcie-root-port", guest("0x00", "0x02", more="multifunction='on'")),
+            controller("2", "pcie-root-port", guest("0x00", "0x02", "0x1")),
+            controller("3", "pcie-to-pci-bridge", guest("0x01", "0x00")),
+            controller("010", "pcie-root-port", guest("0x00", "0x02", "0x2")),
+            controller("0x11", "pcie-switch-downstream-port"),
+            controller("18", "pcie-root-port"),
+            "<controller type='usb' index='2'/>",
+            hostdev("pci", "<address bus='2' slot='0'/>", guest("18", "0")),
+            "<memballoon model='virtio'>" + guest("010", "0x0") + "</memballoon>",
+            "<video>" + guest("3", "0x01") + "</video>",
+            "<sound>" + guest("3", "037") + "</sound>",
+            "<sound>" + guest("3", "10", "0x7") + "</sound>",
+            "<interface type='user'><address type='pci'/></interface>",
+        )
+    )
+    slots = [slot for slot in range(2, 31) if slot != 10]
+    assert found == Ports(express=(2, 17), conventional=tuple((3, slot) for slot in slots))
+
+
+def test_the_slots_that_libvirt_keeps_on_the_root_bus_are_not_free() -> None:
+    ports = read_ports(domain(controller("0", "pci-root"), "<sound>" + guest("0x00", "0x04") + "</sound>"))
+    assert ports.conventional[:2] == ((0, 3), (0, 5)) and ports.conventional[-1] == (0, 31)
+    with pytest.raises(ValueError):
+        read_ports("<domain")
 
 
 # Anything at all.

@@ -22,6 +22,10 @@ from tests.unit.world import OTHER, URI, UUID, Libvirt, bridge, machine, pci, sc
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
 PAIR = (pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5, driver="snd", code=0x040100))
+GPU = (
+    pci("0000:0a:00.0", group=9, driver="nouveau", code=0x030000, express=True),
+    pci("0000:0a:00.1", group=9, driver="snd_hda_intel", code=0x040300, express=True),
+)
 STICK = usb("1-1", number=3)
 LUN = scsi(2, 0, 1, 0)
 MACHINES = {"running": machine(), "stopped": machine(running=False), "transient": machine(persistent=False)}
@@ -37,7 +41,7 @@ class World:
     def __init__(
         self, folder: Path, given: str = "running", state: State | None = None, libvirt: Libvirt | None = None
     ) -> None:
-        self.state = state or state_of(PORT, NIC, *PAIR, STICK, LUN)
+        self.state = state or state_of(PORT, NIC, *PAIR, *GPU, STICK, LUN)
         self.events: list[Event] = []
         self.libvirt = libvirt or Libvirt(self.state, self.emit_early, MACHINES[given])
         self.libvirt.emit = self.emit
@@ -77,19 +81,33 @@ class World:
 
 
 @pytest.mark.parametrize("given", MACHINES)
-@pytest.mark.parametrize("device", [NIC, PAIR[0], STICK, LUN], ids=lambda d: d.name)
+@pytest.mark.parametrize("device", [NIC, PAIR[0], GPU[1], STICK, LUN], ids=lambda d: d.name)
 async def test_there_and_back(tmp_path: Path, given: str, device: Device) -> None:
     world = World(tmp_path, given)
     before = world.truth()
     assert (await world.do("assign", device)).state == "done"
     m = world.state.machines[UUID]
-    moved = len(PAIR) if device in PAIR else 1
+    moved = next((len(group) for group in (PAIR, GPU) if device in group), 1)
     assert len(m.live) == (moved if given != "stopped" else 0)
     assert len(m.stored) == (moved if given != "transient" else 0)
     if device.pci and given != "stopped":
         assert world.state.devices[device.name].driver == "vfio-pci"
     assert (await world.do("dismiss", device)).state == "done"
     assert world.truth() == before
+
+
+async def test_a_graphics_card_goes_with_its_sound_as_one_card_and_both_drivers_come_back(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    assert (await world.do("assign", GPU[0])).state == "done"
+    m = world.state.machines[UUID]
+    assert [c.guest_address for c in m.stored] == ["0000:01:00.0", "0000:01:00.1"]
+    assert ["multifunction" in c.xml for c in m.stored] == [True, False]
+    assert [world.state.devices[d.name].driver for d in GPU] == ["vfio-pci", "vfio-pci"]
+    job = await world.do("dismiss", GPU[1])
+    assert job.state == "done"
+    assert [world.state.devices[d.name].driver for d in GPU] == ["nouveau", "snd_hda_intel"]
+    m = world.state.machines[UUID]
+    assert m.live == m.stored == ()
 
 
 async def test_the_last_attach_of_a_group_fails_and_everything_is_as_before(tmp_path: Path) -> None:
@@ -116,6 +134,19 @@ async def test_every_call_that_fails_is_undone(tmp_path: Path, device: Device) -
         job = await world.do("assign", device)
         assert job.state == "failed", works.libvirt.calls[at]
         assert world.truth() == before, works.libvirt.calls[at]
+
+
+async def test_a_card_that_is_in_one_slot_of_the_running_machine_stays_and_the_answer_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    await world.do("assign", NIC)
+    words = "operation failed: cannot hot unplug multifunction PCI device: hostdev0"
+    world.libvirt.refuse = {"detach_live": words}
+    job = await world.do("dismiss", NIC)
+    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused")
+    assert words in job.error_message and "live=false" in job.error_message
+    assert not next(iter(world.state.holds_on(NIC.name))).releasing
 
 
 async def test_assign_waits_for_the_added_event(tmp_path: Path) -> None:

@@ -132,6 +132,9 @@ def hostdev(device: Device, alias: str = "hostdev0") -> Claim:
     return claim_of(hostdev_xml(device, alias=alias, stored=False, unique=True))
 
 
+_PORTS = Ports((1, 2, 3, 4, 5), tuple((6, slot) for slot in range(1, 32)))
+
+
 def machine(
     name: str = "vm",
     uuid: str = UUID,
@@ -143,7 +146,9 @@ def machine(
 ) -> Machine:
     """A machine of URI."""
     state = "running" if running else "shut off"
-    return Machine(uuid, name, URI, state, persistent, live, stored, ports=Ports(5, 31) if running else Ports())
+    return Machine(
+        uuid, name, URI, state, persistent, live, stored, ports=_PORTS if running else Ports(), stored_ports=_PORTS
+    )
 
 
 class Libvirt:
@@ -160,6 +165,7 @@ class Libvirt:
         self.home = {d.name: d.driver for d in state.devices.values()}
         self.detached: set[str] = set()
         self.calls: list[str] = []
+        self.refuse: dict[str, str] = {}
         self.fail: Callable[[str], bool] = lambda call: False
         self.before: Callable[[str], None] = lambda call: None
         self.after: Callable[[str], None] = lambda call: None
@@ -239,6 +245,8 @@ class Libvirt:
     def _called(self, call: str) -> str:
         self.calls.append(call)
         self.before(call)
+        if call in self.refuse:
+            raise errors.HypervisorRefused(f"libvirt refused: {self.refuse[call]}.")
         if self.fail(call):
             raise errors.HypervisorRefused(f"internal error: {call} failed as it was told to")
         return call
