@@ -21,7 +21,7 @@ from hostpassd.bus.objects import Publisher
 from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from hostpassd.config import Config
-from hostpassd.events import Event, HypervisorChanged, MachineGone, MachineRead, MachinesListed
+from hostpassd.events import Event, HypervisorChanged, MachinesListed
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
@@ -50,12 +50,12 @@ class Daemon:
         self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
         self._router = Router(Specification.load(), log=logging.getLogger("hostpassd.bus"))
         self._publisher = Publisher(self._state, self._router)
-        self._journal = Journal(state_folder / "journal")
+        journal = Journal(state_folder / "journal")
         self._udev = Udev(self.emit, self._refresh_uses)
         self._uses = HostUses(self.emit, self._udev.node_of, self._udev.blocks, str(state_folder))
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
-        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._journal)
-        self._operations = Operations(self._state, self._executor, self.emit)
+        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, journal)
+        self._operations = Operations(self._state, self._executor, self.emit, journal)
         access = Access(self._router, log=logging.getLogger("hostpassd.access"))
         default = Options(timeout=config.timeout)
         ManagerMethods(
@@ -122,6 +122,7 @@ class Daemon:
         batches = self._state.apply(event)
         self._publisher.note(batches)
         self._executor.notice(event)
+        self._operations.notice(event)
         for changes in batches:
             self._tell_foreign(changes)
         match event:
@@ -132,9 +133,6 @@ class Daemon:
             case MachinesListed():
                 if not self._awaiting_lists():
                     self._told.set()
-                self._spawn(self._operations.recover(self._journal))
-            case MachineRead() | MachineGone() if self._journal.lent:
-                self._spawn(self._executor.give_back_idle())
 
     def _awaiting_lists(self) -> bool:
         """Whether a connected hypervisor has not told its machines yet."""

@@ -165,6 +165,15 @@ class Hypervisor:
         """Give the PCI function with libvirt's node device NAME back to its host driver. NoSuchDevice after 5 s."""
         await self._change_node(name, lambda link: link.reattach_host(name))
 
+    async def wait_until_idle(self, uuid: str) -> None:
+        """Returns when libvirt works on no earlier change of the machine any more, and it has been read after that.
+
+        An earlier run of this program, or a connection that was lost, can have left such a change behind.
+        """
+        while not await self._call(lambda link: link.wait_for_idle(uuid)):
+            pass
+        await self._reread(uuid)
+
     # Connecting and losing.
 
     def _pause(self, attempt: int) -> float:
@@ -527,6 +536,20 @@ class _Link:
     def reattach_host(self, name: str) -> None:
         with self._translated():
             self._connection.nodeDeviceLookupByName(name).reAttach()
+
+    def wait_for_idle(self, uuid: str) -> bool:
+        """Waits, as long as libvirt does, until it works on no change of the machine; whether it is so."""
+        domain = self._domain(uuid)
+        try:
+            # Of the calls that wait for the machine's job lock the one that does nothing; it waits for up to 30 s.
+            domain.memoryStats()
+        except libvirt.libvirtError as error:
+            ours = self._ours(error)
+            if isinstance(ours, HypervisorUnavailable | NoSuchMachine):
+                raise ours from None
+            # Any other answer comes after the wait (the machine does not run), or of a driver that has no such lock.
+            return bool(error.get_error_code() != libvirt.VIR_ERR_OPERATION_TIMEOUT)
+        return True
 
     def _domain(self, uuid: str) -> Any:
         with self._translated():

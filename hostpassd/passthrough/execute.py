@@ -10,7 +10,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from hostpassd import errors
-from hostpassd.events import DeviceAdded, DeviceRemoved, Event, Job, JobChanged, Releasing, RemovalFailed
+from hostpassd.events import (
+    DeviceAdded,
+    DeviceRemoved,
+    Event,
+    Job,
+    JobChanged,
+    MachinesListed,
+    Releasing,
+    RemovalFailed,
+)
 from hostpassd.machines.machine import Claim
 from hostpassd.passthrough.journal import Journal, Unfinished
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, lock_of, undo
@@ -33,6 +42,7 @@ class Effects(Protocol):
     async def detach_stored(self, uuid: str, claim: Claim) -> None: ...
     async def detach_host(self, name: str) -> None: ...
     async def reattach_host(self, name: str) -> None: ...
+    async def wait_until_idle(self, uuid: str) -> None: ...
 
 
 class Control:
@@ -70,6 +80,17 @@ def _replace(job: Job, **what: object) -> Job:
     return dataclasses.replace(job, **what)  # type: ignore[arg-type]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failure:
+    """A step that could not be done, and why."""
+
+    step: Step
+    error: errors.HostpassError
+
+    def __str__(self) -> str:
+        return f"{self.step.text} ({self.error})"
+
+
 class Executor:
     """Runs plans. Learns what became of an effect from events only, like everybody else."""
 
@@ -98,39 +119,97 @@ class Executor:
                 await locks.enter_async_context(self._locks.setdefault(group, asyncio.Lock()))
             yield
 
+    def busy(self, groups: tuple[str, ...]) -> bool:
+        """Whether an operation runs on one of GROUPS."""
+        return any(group in self._locks and self._locks[group].locked() for group in groups)
+
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
         if isinstance(event, DeviceAdded | DeviceRemoved | RemovalFailed) and (event.uuid, event.alias) in self._heard:
             self._heard[(event.uuid, event.alias)] = type(event)
+        if isinstance(event, MachinesListed):
+            self._catch_up()
         for future, predicate in list(self._waiting.items()):
             if not future.done() and predicate():
                 future.set_result(None)
 
+    def _catch_up(self) -> None:
+        """An event that libvirt sent while it was not connected is lost: a list of all machines stands for it."""
+        for uuid, alias in self._heard:
+            machine = self._state.machines.get(uuid)
+            there = machine is not None and any(claim.alias == alias for claim in machine.live)
+            if self._heard[(uuid, alias)] is not RemovalFailed:
+                self._heard[(uuid, alias)] = DeviceAdded if there else DeviceRemoved
+
     async def run(self, plan: Plan, control: Control) -> None:
-        """Runs PLAN to its end, or raises after everything that can be undone is undone."""
-        number = control.job.number
-        self._journal.begin(number, plan)
+        """Runs PLAN to its end, or raises after what can be undone is undone; the rest is left in the journal."""
+        number, uri = control.job.number, self._uri(plan.machine)
+        self._journal.begin(number, plan, uri)
         begun: list[Step] = []
         try:
             for at, step in enumerate(plan.steps):
-                control.check()
+                if not isinstance(step, GiveBack):  # of use to nobody any more, and owed to the host
+                    control.check()
                 control.tell(state="running", step=step.text, progress=at / len(plan.steps))
+                if isinstance(step, Release):
+                    self._owe(plan, uri)
                 self._journal.step(number, at)
                 begun.append(step)
                 await self._perform(plan.machine, step, control)
             await self._settle()
         except Exception as error:
             await self._settle()
-            failures = []
-            if not _asked_a_guest(begun):
-                control.tell(state="undoing")
-                failures = await self.undo(plan.machine, begun, control)
-            self._journal.end(number)
-            raise _with(error, failures) from None
+            raise await self._wind_up(plan, begun, error, control) from None
         self._journal.end(number)
 
-    async def undo(self, uuid: str, begun: list[Step], control: Control | None) -> list[str]:
-        """Takes steps back, last first, as far as they show in the truth; returns what failed."""
+    def _owe(self, plan: Plan, uri: str) -> None:
+        """From the first asking on the drivers are owed to the host: the last guest can let go when no job waits."""
+        for step in plan.steps:
+            if isinstance(step, GiveBack) and step.device not in self._journal.lent:
+                self._journal.lend(step.device, uri, "")
+
+    def _forgive(self, plan: Plan) -> None:
+        """No guest was asked after all."""
+        for step in plan.steps:
+            if isinstance(step, GiveBack) and self._journal.lent.get(step.device, ("", "known"))[1] == "":
+                self._journal.give_back(step.device)
+
+    async def _wind_up(self, plan: Plan, begun: list[Step], error: Exception, control: Control) -> Exception:
+        """After ERROR: undoes what was begun, or leaves it in the journal. The error to tell, with what is left."""
+        number = control.job.number
+        if begun and isinstance(begun[-1], Release) and isinstance(error, _REFUSALS):
+            begun.pop()  # so no guest was asked
+        asked = _asked_a_guest(begun)
+        if asked and isinstance(error, _GIVEN_UP):
+            self._journal.end(number)
+            return self._given_up(plan, begun, error)
+        if isinstance(error, errors.HypervisorUnavailable) or self._is_away(plan.machine):
+            self._journal.leave(number, len(begun))
+            what = "the rest is done" if asked else "what was begun is undone"
+            return _with(error, f"{what} when libvirt is back")
+        if asked:
+            self._journal.leave(number, len(begun))
+            left = "; ".join(step.text for step in plan.steps if not self._shows(plan.machine, step))
+            return _with(error, f"not done yet, and tried again: {left}")
+        control.tell(state="undoing")
+        self._forgive(plan)
+        failures = await self.undo(plan.machine, begun, control)
+        if _is_over(failures):
+            self._journal.end(number)
+        else:
+            self._journal.leave(number, len(begun))
+        return _with(error, f"not undone: {'; '.join(map(str, failures))}") if failures else error
+
+    def _given_up(self, plan: Plan, begun: list[Step], error: Exception) -> Exception:
+        """ERROR, and what becomes of the devices now that nobody waits for the guest any more."""
+        asked = [s.device for s in begun if isinstance(s, Release) and not self._shows(plan.machine, s)]
+        if asked and not isinstance(error, errors.GuestDidNotRelease):
+            error = _with(error, f"the guest was asked for {', '.join(asked)} and can still let go")
+        rest = [s.device for s in plan.steps[len(begun) :] if isinstance(s, Release)]
+        return _with(error, f"{', '.join(rest)} was not asked for and stays with the machine") if rest else error
+
+    async def undo(self, uuid: str, begun: list[Step], control: Control | None) -> list[Failure]:
+        """Takes steps back, last first, as far as they show in the truth."""
         failures = []
         for step in reversed(begun):
             back = undo(step)
@@ -138,37 +217,60 @@ class Executor:
                 continue
             if control:
                 control.tell(step="undo: " + back.text)
-            try:
-                await self._perform(uuid, back, None)
-            except errors.HostpassError as error:
-                log.error("could not undo: %s: %s", back.text, error)
-                failures.append(f"{back.text} ({error})")
+            failures += await self._try(uuid, back)
         return failures
 
-    async def recover(self, unfinished: Unfinished) -> None:
-        """Undoes an operation of an earlier run that did not get to its end, or finishes it where a guest was asked."""
-        uuid, begun = unfinished.machine, list(unfinished.steps[: unfinished.begun])
-        left = [step for step in unfinished.steps if not self._shows(uuid, step)]
-        if left and _asked_a_guest(begun):
-            log.warning("an earlier %s was not finished: going on with it", unfinished.operation)
-            await self._finish(uuid, left)
-        elif left:
-            log.warning("an earlier %s was not finished: undoing it", unfinished.operation)
-            await self.undo(uuid, begun, None)
+    async def _finish(self, uuid: str, steps: tuple[Step, ...]) -> list[Failure]:
+        """Does what does not show in the truth yet."""
+        failures = []
+        for step in steps:
+            if not self._shows(uuid, step):
+                failures += await self._try(uuid, step)
+        return failures
 
-    async def _finish(self, uuid: str, left: list[Step]) -> None:
-        for step in left:
-            try:
-                await self._perform(uuid, step, None)
-            except errors.HostpassError as error:
-                log.error("could not finish: %s: %s", step.text, error)
-                return
+    async def _try(self, uuid: str, step: Step) -> list[Failure]:
+        try:
+            await self._perform(uuid, step, None)
+        except errors.HostpassError as error:
+            return [Failure(step, error)]
+        return []
+
+    async def recover(self, left: Unfinished) -> None:
+        """Undoes an operation that was left, or finishes it where a guest was asked; else it stays left."""
+        begun = list(left.steps[: left.begun])
+        asked = _asked_a_guest(begun)
+        log.warning("an earlier %s was not finished: %s it", left.operation, "going on with" if asked else "undoing")
+        try:
+            await self._wait_out(left, begun)
+        except errors.NoSuchMachine:
+            self._journal.end(left.number)
+            return
+        except errors.HostpassError as error:
+            log.error("what the earlier %s did cannot be seen yet: %s", left.operation, error)
+            return
+        failures = await (self._finish(left.machine, left.steps) if asked else self.undo(left.machine, begun, None))
+        for failure in failures:
+            log.error("of the earlier %s this could not be done: %s", left.operation, failure)
+        if _is_over(failures):
+            self._journal.end(left.number)
+
+    async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
+        """Returns when libvirt works on the last step no more, and the truth is in the state."""
+        await self._effects(left.uri).wait_until_idle(left.machine)
+        last = begun[-1] if begun else None
+        if isinstance(last, Free) and last.device in self._state.devices and self._group_is_free(last.device):
+            # Nothing tells that a device is still being freed, but libvirt gives it back only after that.
+            await self._reattach(last.device, left.uri)
+        await self._settle()
 
     async def give_back_idle(self) -> None:
         """Gives back what was lent to groups that no machine has any more (a machine that was shut down, say)."""
         for device in list(self._journal.lent):
             here = self._state.device(device)
-            async with self.alone((lock_of(here) if here else device,)):
+            group = (lock_of(here) if here else device,)
+            if self.busy(group):
+                continue
+            async with self.alone(group):
                 if device in self._journal.lent and self._group_is_free(device):
                     try:
                         await self._give_back(device)
@@ -178,6 +280,9 @@ class Executor:
     # --- steps ---
 
     async def _perform(self, uuid: str, step: Step, control: Control | None) -> None:
+        if isinstance(step, GiveBack):
+            await self._give_back(step.device)
+            return
         effects = self._effects(self._uri(uuid))
         match step:
             case Store(_, claim):
@@ -187,8 +292,6 @@ class Executor:
             case Free(device, driver):
                 self._journal.lend(device, self._uri(uuid), driver)
                 await effects.detach_host(device)
-            case GiveBack(device):
-                await self._give_back(device, self._uri(uuid))
             case Attach(_, alias, xml):
                 await self._attach(effects, uuid, alias, xml, control)
             case Release(_, alias):
@@ -211,6 +314,8 @@ class Executor:
                 control.tell(state="waiting-for-guest")
             try:
                 await effects.detach_live(uuid, alias)
+            except errors.NotAssigned:
+                return
             except errors.HypervisorRefused as error:
                 # Asked before and not answered yet: libvirt does not ask twice, the answer still comes.
                 if "unplug" not in str(error) or _MULTIFUNCTION in str(error):
@@ -227,14 +332,15 @@ class Executor:
 
     def _answered(self, uuid: str, alias: str) -> bool:
         machine = self._state.machines.get(uuid)
-        return self._heard[(uuid, alias)] is not None or machine is None or not (machine.active or machine.live)
+        heard = self._heard[(uuid, alias)]
+        return heard in (DeviceRemoved, RemovalFailed) or machine is None or not (machine.active or machine.live)
 
-    async def _give_back(self, device: str, uri: str = "") -> None:
-        """Gives DEVICE back to its host driver and waits until udev shows one."""
-        uri = self._journal.lent.get(device, (uri, ""))[0]
+    async def _give_back(self, device: str) -> None:
+        """Gives DEVICE back to its host driver, if that is owed and can be, and waits until udev shows one."""
         await self._settle()
-        if device in self._state.devices and not self._group_is_free(device):
+        if device not in self._journal.lent or not self._group_is_free(device):
             return
+        uri, _ = self._journal.lent[device]
         if not self._has_host_driver(device):
             await self._reattach(device, uri)
         self._journal.give_back(device)
@@ -281,6 +387,11 @@ class Executor:
                 return device not in self._journal.lent
             case Release(_, alias):
                 return machine is None or all(c.alias != alias for c in machine.live)
+
+    def _is_away(self, uuid: str) -> bool:
+        """Whether its hypervisor cannot be reached: then the state does not show the truth."""
+        machine = self._state.machines.get(uuid)
+        return machine is not None and machine.stale
 
     def _uri(self, uuid: str) -> str:
         machine = self._state.machines.get(uuid)
@@ -329,13 +440,20 @@ def _asked_a_guest(begun: list[Step]) -> bool:
     return any(isinstance(step, Release) for step in begun)
 
 
-def _with(error: Exception, failures: list[str]) -> Exception:
-    """The error to tell, with what could not be undone."""
-    if isinstance(error, errors.HostpassError) and failures:
-        return type(error)(f"{error}; not undone: {'; '.join(failures)}")
-    return error
+def _is_over(failures: list[Failure]) -> bool:
+    """Whether nothing is left that could be tried again: what a guest keeps, only the guest can give."""
+    return all(isinstance(failure.error, errors.GuestDidNotRelease) for failure in failures)
 
 
+def _with(error: Exception, more: str) -> Exception:
+    """ERROR with MORE in its message; a fault of our own keeps its own."""
+    return type(error)(f"{error}; {more}") if isinstance(error, errors.HostpassError) else error
+
+
+# With these libvirt says that it has not done what it was asked for.
+_REFUSALS = (errors.HypervisorRefused, errors.NotSupported, errors.NoSuchMachine)
+# After these nobody goes on asking.
+_GIVEN_UP = (errors.GuestDidNotRelease, errors.Cancelled, errors.TimedOut)
 _MULTIFUNCTION = "multifunction"  # "cannot hot unplug multifunction PCI device"
 _WHOLE_CARD = (
     "A card of several functions in one slot stays with a machine while it runs: shut the machine down and dismiss it "

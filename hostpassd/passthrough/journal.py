@@ -23,45 +23,61 @@ _STEPS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unfinished:
-    """An operation that the last run of the daemon began and did not end."""
+    """An operation that was begun and not ended."""
 
+    number: int  # of the job; below 0 if an earlier run of the daemon began it
     operation: str
     machine: str
+    uri: str  # the machine's hypervisor
+    groups: tuple[str, ...]  # the plan's
     steps: tuple[Step, ...]  # of the whole plan
     begun: int  # how many of them had begun, the first ones
 
 
 class Journal:
-    """Append-only while operations run; empty when none does. Lines: begin, step (begun), end; lend, return."""
+    """Append-only while operations run; then rewritten. Lines: begin, step (how many have begun), end; lend, return.
+
+    `lent`: what is owed to its host driver, by device name: the hypervisor's URI and the driver, '' if not known.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._open: set[int] = set()
-        self.unfinished, self.lent = self._read()
+        self._running: dict[int, Unfinished] = {}
+        self._left, self.lent = self._read()
         self._rewrite()
 
-    def begin(self, number: int, plan: Plan) -> None:
-        """An operation starts."""
-        self._open.add(number)
-        steps = [_encode(step) for step in plan.steps]
-        self._append(
-            {"begin": number, "operation": plan.operation, "machine": plan.machine, "steps": steps, "begun": 0}
-        )
+    @property
+    def unfinished(self) -> tuple[Unfinished, ...]:
+        """What no job works on any more, and is still to be finished or undone."""
+        return tuple(self._left.values())
+
+    def begin(self, number: int, plan: Plan, uri: str) -> None:
+        """The job NUMBER starts on a machine of the hypervisor URI."""
+        begun = Unfinished(number, plan.operation, plan.machine, uri, plan.groups, plan.steps, 0)
+        self._append(_row(begun))
+        self._running[number] = begun
 
     def step(self, number: int, at: int) -> None:
         """The effect of the step AT (from 0) is about to begin."""
+        self._running[number] = dataclasses.replace(self._running[number], begun=at + 1)
         self._append({"step": number, "begun": at + 1})
 
+    def leave(self, number: int, begun: int) -> None:
+        """The job is over, not what it did: the first BEGUN steps are still to be undone, or the rest to be done."""
+        self._left[number] = dataclasses.replace(self._running.pop(number), begun=begun)
+        self._append({"step": number, "begun": begun})
+
     def end(self, number: int) -> None:
-        """An operation is over: done, or undone as far as could be."""
-        self._open.discard(number)
-        if self._open:
+        """An operation is over: done, or undone."""
+        self._running.pop(number, None)
+        self._left.pop(number, None)
+        if self._running:
             self._append({"end": number})
         else:
             self._rewrite()
 
     def lend(self, device: str, uri: str, driver: str) -> None:
-        """A device is taken from its host driver as a node device of the hypervisor URI."""
+        """A device is about to be taken from its host DRIVER by the hypervisor URI, or is to go back to one ('')."""
         self.lent[device] = (uri, driver)
         self._append({"lend": device, "uri": uri, "driver": driver})
 
@@ -70,26 +86,22 @@ class Journal:
         if self.lent.pop(device, None):
             self._append({"return": device})
 
-    def recovered(self, unfinished: Unfinished) -> None:
-        """What was unfinished has been finished or undone."""
-        self.unfinished = tuple(u for u in self.unfinished if u is not unfinished)
-        if not self._open:
-            self._rewrite()
-
-    def _read(self) -> tuple[tuple[Unfinished, ...], dict[str, tuple[str, str]]]:
+    def _read(self) -> tuple[dict[int, Unfinished], dict[str, tuple[str, str]]]:
         begun: dict[int, dict[str, Any]] = {}
         lent: dict[str, tuple[str, str]] = {}
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
-            return (), {}
+            return {}, {}
         for line in lines:
             try:
                 _take(json.loads(line), begun, lent)
             except (ValueError, KeyError, TypeError) as error:
                 # A crash can leave the last line half written: its effect had not begun.
                 log.warning("the journal %s has a line that cannot be read, it is left out: %s", self._path, error)
-        return tuple(_unfinished(row) for row in begun.values()), lent
+        # Below 0: the numbers of this run's jobs start at 1 again.
+        left = (_unfinished(row | {"begin": -1 - at}) for at, row in enumerate(begun.values()))
+        return {operation.number: operation for operation in left}, lent
 
     def _append(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -99,11 +111,7 @@ class Journal:
 
     def _rewrite(self) -> None:
         """Leaves only what is still to be known: nothing, when nothing is unfinished or lent."""
-        rows: list[dict[str, Any]] = []
-        for number, left in enumerate(self.unfinished):
-            steps = [_encode(step) for step in left.steps]
-            row = {"operation": left.operation, "machine": left.machine, "steps": steps, "begun": left.begun}
-            rows.append({"begin": -1 - number, **row})
+        rows = [_row(left) for left in self._left.values()]
         rows += [{"lend": device, "uri": uri, "driver": driver} for device, (uri, driver) in self.lent.items()]
         temporary = self._path.with_suffix(".new")
         with temporary.open("w", encoding="utf-8") as file:
@@ -127,8 +135,28 @@ def _take(row: dict[str, Any], begun: dict[int, dict[str, Any]], lent: dict[str,
         lent.pop(row["return"], None)
 
 
+def _row(operation: Unfinished) -> dict[str, Any]:
+    return {
+        "begin": operation.number,
+        "operation": operation.operation,
+        "machine": operation.machine,
+        "uri": operation.uri,
+        "groups": operation.groups,
+        "steps": [_encode(step) for step in operation.steps],
+        "begun": operation.begun,
+    }
+
+
 def _unfinished(row: dict[str, Any]) -> Unfinished:
-    return Unfinished(row["operation"], row["machine"], tuple(_decode(step) for step in row["steps"]), row["begun"])
+    return Unfinished(
+        row["begin"],
+        row["operation"],
+        row["machine"],
+        row["uri"],
+        tuple(row["groups"]),
+        tuple(_decode(step) for step in row["steps"]),
+        row["begun"],
+    )
 
 
 def _encode(step: Step) -> dict[str, str]:

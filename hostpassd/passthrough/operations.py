@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from hostpassd import errors, find, names
 from hostpassd.audit import audit
-from hostpassd.events import Event, Job, JobForgotten
+from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.execute import Control, Executor
-from hostpassd.passthrough.journal import Journal
+from hostpassd.passthrough.journal import Journal, Unfinished
 from hostpassd.passthrough.plan import Options, Plan
 from hostpassd.state import State
 
@@ -42,13 +42,16 @@ class Wish:
 class Operations:
     """All jobs."""
 
-    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None]) -> None:
+    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None], journal: Journal) -> None:
         self._state = state
         self._executor = executor
         self._emit = emit
+        self._journal = journal
         self._controls: dict[int, Control] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._recovering = asyncio.Lock()
+        self._tidying: asyncio.Task[None] | None = None
+        self._untidy = False
+        self._retry = False
         self._last = 0
 
     async def start(self, wish: Wish, authorise: Authorise) -> Control:
@@ -70,15 +73,23 @@ class Operations:
             raise errors.Failed(f"job {number} has ended: there is nothing to cancel")
         return control
 
-    async def recover(self, journal: Journal) -> None:
-        """Finishes or undoes what an earlier run of the daemon began, as soon as its machine is known again."""
-        async with self._recovering:
-            for unfinished in journal.unfinished:
-                machine = self._state.machines.get(unfinished.machine)
-                if machine and not machine.stale:
-                    await self._executor.recover(unfinished)
-                    journal.recovered(unfinished)
-            await self._executor.give_back_idle()
+    def notice(self, event: Event) -> None:
+        """Called for each event after the state has taken it in."""
+        if isinstance(event, MachinesListed | MachineRead | MachineGone):
+            # Not at each reading: a retry has its machine read.
+            self._tidy_soon(retry=isinstance(event, MachinesListed))
+
+    async def recover(self) -> None:
+        """Finishes or undoes what was left of earlier operations, and gives back what is idle.
+
+        What a job works on, or what is on a hypervisor that cannot be reached, is for another time.
+        """
+        for left in self._journal.unfinished:
+            if self._reachable(left.uri) and not self._executor.busy(left.groups):
+                async with self._executor.alone(left.groups):
+                    if left in self._journal.unfinished:
+                        await self._executor.recover(left)
+        await self._executor.give_back_idle()
 
     async def stop(self) -> None:
         """Cancels all jobs and waits until each is undone."""
@@ -86,6 +97,33 @@ class Operations:
             control.cancelled.set()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if self._tidying:
+            self._tidying.cancel()
+            await asyncio.wait({self._tidying})
+
+    def _tidy_soon(self, *, retry: bool) -> None:
+        """Gives back what is idle, soon; RETRY: and tries again what was left."""
+        if not (self._journal.lent or (retry and self._journal.unfinished)):
+            return
+        self._untidy, self._retry = True, self._retry or retry
+        if self._tidying is None or self._tidying.done():
+            self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+
+    async def _tidy(self) -> None:
+        while self._untidy:
+            retry, self._untidy, self._retry = self._retry, False, False
+            try:
+                await (self.recover() if retry else self._executor.give_back_idle())
+            except Exception:
+                log.exception("what was left of earlier operations could not be put in order")
+
+    def _reachable(self, uri: str) -> bool:
+        hypervisor = self._state.hypervisors.get(uri)
+        return hypervisor is not None and hypervisor.connected and hypervisor.listed
+
+    def _left_on(self, groups: tuple[str, ...]) -> list[Unfinished]:
+        """What was left of earlier operations on one of GROUPS."""
+        return [left for left in self._journal.unfinished if not set(left.groups).isdisjoint(groups)]
 
     def _allowed_plan(self, wish: Wish) -> Plan:
         """The plan of WISH as it may be executed. Errors: those of `plan`, Blocked, StalePlan."""
@@ -174,27 +212,40 @@ class Operations:
         control.tell(**result)
         self._audit(control.job)
         control.ended.set()
+        self._tidy_soon(retry=True)
         asyncio.get_running_loop().call_later(JOB_STAYS, self._emit, JobForgotten(control.job.number))
 
     async def _run_alone(self, wish: Wish, plan: Plan, control: Control) -> None:
         """Waits for its turn; plans afresh then, because the job before may have changed everything."""
         alone = contextlib.AsyncExitStack()
-        turn = asyncio.ensure_future(alone.enter_async_context(self._executor.alone(plan.groups)))
+        turn = asyncio.ensure_future(self._turn(alone, plan.groups))
         cancel = asyncio.ensure_future(control.cancelled.wait())
         try:
             await asyncio.wait({turn, cancel}, timeout=control.left, return_when=asyncio.FIRST_COMPLETED)
             if not turn.done():
-                turn.cancel()
                 control.check()
                 raise errors.TimedOut("another job on the same device or group did not end in time: try again")
+            turn.result()
             control.check()
             again = self._allowed_plan(wish)
             if not _is_authorised(again, plan, wish.options):
                 raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
+            for left in self._left_on(plan.groups):
+                self._journal.end(left.number)  # what this job makes of the devices is what counts from here on
             await self._executor.run(again, control)
         finally:
-            cancel.cancel()
+            for waiting in (turn, cancel):
+                waiting.cancel()
+            await asyncio.wait({turn, cancel})
             await alone.aclose()
+
+    async def _turn(self, alone: contextlib.AsyncExitStack, groups: tuple[str, ...]) -> None:
+        """Takes the locks into ALONE, and tries once more what was left of earlier operations on GROUPS."""
+        left = [group for other in self._left_on(groups) for group in other.groups]
+        await alone.enter_async_context(self._executor.alone(tuple(sorted({*groups, *left}))))
+        for other in self._left_on(groups):
+            if self._reachable(other.uri):
+                await self._executor.recover(other)
 
     def _audit(self, job: Job) -> None:
         why = f" ({job.error_message})" if job.error_message else ""

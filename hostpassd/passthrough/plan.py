@@ -377,8 +377,9 @@ def _held_with(state: State, machine: Machine, device: Device, live: bool, confi
     """DEVICE and what MACHINE gives up with it: the IOMMU group, and of a card what is in one guest slot with it."""
     found = [device]
     for d in found:  # which grows meanwhile: a function of the card can have a group of its own
-        mates = [*_group_of(state, d), *_slot_mates(state, machine, d, live, config)]
-        found += [mate for mate in mates if mate not in found and _hold_of(state, machine, mate.name)]
+        for mate in (*_group_of(state, d), *_slot_mates(state, machine, d, live, config)):
+            if mate not in found and _hold_of(state, machine, mate.name):
+                found.append(mate)
     return found
 
 

@@ -10,14 +10,25 @@ from pathlib import Path
 import pytest
 
 from hostpassd import errors
-from hostpassd.events import DeviceAdded, DeviceSeen, Event, HostUse, HostUsesRead, Job, MachineGone, MachineRead
+from hostpassd.events import (
+    DeviceAdded,
+    DeviceGone,
+    DeviceSeen,
+    DevicesScanned,
+    Event,
+    HostUse,
+    HostUsesRead,
+    Job,
+    MachineGone,
+    MachineRead,
+)
 from hostpassd.host.device import Device
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.journal import Journal
 from hostpassd.passthrough.operations import Operations, Wish
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
-from tests.unit.world import OTHER, URI, UUID, Libvirt, bridge, machine, pci, scsi, state_of, usb
+from tests.unit.world import OTHER, URI, UUID, Libvirt, bridge, hostdev, machine, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -38,16 +49,18 @@ class Died(BaseException):
 class World:
     """State, simulated libvirt, executor and operations, wired as the daemon wires them."""
 
-    def __init__(
-        self, folder: Path, given: str = "running", state: State | None = None, libvirt: Libvirt | None = None
-    ) -> None:
-        self.state = state or state_of(PORT, NIC, *PAIR, *GPU, STICK, LUN)
+    def __init__(self, folder: Path, given: str = "running", libvirt: Libvirt | None = None) -> None:
+        self.state = state_of(PORT, NIC, *PAIR, *GPU, STICK, LUN)
+        if libvirt:  # the host and the machines are as they were; the daemon is new, and so are its instances
+            self.state = State(first_instance=1 + max(d.instance for d in libvirt.state.devices.values()))
+            self.state.apply(DevicesScanned(tuple(libvirt.state.devices.values())))
+            libvirt.state = self.state
         self.events: list[Event] = []
         self.libvirt = libvirt or Libvirt(self.state, self.emit_early, MACHINES[given])
         self.libvirt.emit = self.emit
         self.journal = Journal(folder / "journal")
         self.executor = Executor(self.state, lambda uri: self.libvirt, self.settle, self.emit, self.journal)
-        self.operations = Operations(self.state, self.executor, self.emit)
+        self.operations = Operations(self.state, self.executor, self.emit, self.journal)
 
     def emit_early(self, event: Event) -> None:
         self.state.apply(event)
@@ -56,6 +69,7 @@ class World:
         self.events.append(event)
         self.state.apply(event)
         self.executor.notice(event)
+        self.operations.notice(event)
 
     async def settle(self) -> None:
         await asyncio.sleep(0)
@@ -72,9 +86,17 @@ class World:
         wish = Wish(operation, "vm", device.name, Options(timeout=timeout), 0)
         return await self.operations.start(wish, authorise)
 
+    async def quiet(self) -> None:
+        """Waits until what is put in order after jobs is; nothing must be left waiting then."""
+        while self.operations._tidying and not self.operations._tidying.done():
+            await asyncio.wait({self.operations._tidying})
+        self.libvirt.finish()
+        assert not (self.executor._waiting or self.executor._heard or self.operations._controls)
+        assert not any(lock.locked() for lock in self.executor._locks.values())
+
     def truth(self) -> tuple[object, ...]:
         """Drivers, the two halves, what is kept as a detached node device, what the journal says is lent."""
-        m = self.state.machines[UUID]
+        m = self.libvirt.machines[UUID]
         drivers = tuple(sorted((d.name, d.driver) for d in self.state.devices.values()))
         halves = tuple(tuple(sorted(c.id for c in half)) for half in (m.live, m.stored))
         return drivers, halves, tuple(sorted(self.libvirt.detached)), tuple(sorted(self.journal.lent))
@@ -120,33 +142,19 @@ async def test_the_last_attach_of_a_group_fails_and_everything_is_as_before(tmp_
     assert world.truth() == before
 
 
-@pytest.mark.parametrize("device", [NIC, PAIR[0], STICK], ids=lambda d: d.name)
-async def test_every_call_that_fails_is_undone(tmp_path: Path, device: Device) -> None:
-    """Each libvirt call in turn; they are counted in a run that works, so a new one joins by itself."""
-    works = World(tmp_path)
-    await works.do("assign", device)
-    for at in range(len(works.libvirt.calls)):
-        folder = tmp_path / str(at)
-        folder.mkdir()
-        world = World(folder)
-        before = world.truth()
-        world.libvirt.fail = lambda call, at=at, w=world: len(w.libvirt.calls) == at + 1  # type: ignore[misc]
-        job = await world.do("assign", device)
-        assert job.state == "failed", works.libvirt.calls[at]
-        assert world.truth() == before, works.libvirt.calls[at]
-
-
 async def test_a_card_that_is_in_one_slot_of_the_running_machine_stays_and_the_answer_says_what_to_do(
     tmp_path: Path,
 ) -> None:
     world = World(tmp_path)
     await world.do("assign", NIC)
+    before = world.truth()
     words = "operation failed: cannot hot unplug multifunction PCI device: hostdev0"
     world.libvirt.refuse = {"detach_live": words}
     job = await world.do("dismiss", NIC)
     assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused")
     assert words in job.error_message and "live=false" in job.error_message
     assert not next(iter(world.state.holds_on(NIC.name))).releasing
+    assert world.truth() == before
 
 
 async def test_assign_waits_for_the_added_event(tmp_path: Path) -> None:
@@ -187,6 +195,192 @@ async def test_a_guest_that_keeps_a_device_is_told_of_and_the_drivers_come_back_
     world.libvirt.destroy(UUID)
     await world.executor.give_back_idle()
     assert world.truth()[0] == before[0] and world.truth()[3] == ()
+
+
+def held_by_others(world: World) -> None:
+    """The pair is in the machine, in both halves, and hostpassd has not put it there."""
+    held = tuple(hostdev(device, f"hostdev{n}") for n, device in enumerate(PAIR))
+    for device in PAIR:
+        world.emit(DeviceSeen(dataclasses.replace(device, driver="vfio-pci")))
+    world.libvirt.machines[UUID] = machine(live=held, stored=held)
+    world.libvirt.come_back()
+
+
+@pytest.mark.parametrize("given_up", ["timed out", "cancelled"])
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_guest_that_lets_go_late_ends_the_hold_and_the_drivers_come_back_with_the_last(
+    tmp_path: Path, given_up: str, restarted: bool
+) -> None:
+    world = World(tmp_path)
+    home = world.truth()
+    held_by_others(world)
+    world.libvirt.stubborn = True
+    control = await world.start("dismiss", PAIR[0], timeout=1 if given_up == "timed out" else 20)
+    while control.job.state != "waiting-for-guest":
+        await asyncio.sleep(0)
+    if given_up == "cancelled":
+        control.cancelled.set()
+    await control.ended.wait()
+    assert f"{PAIR[1].name} was not asked for and stays" in control.job.error_message
+    await world.quiet()
+    if restarted:
+        world = await reborn(world, tmp_path)
+    first, second = (next(iter(world.state.holds_on(device.name))) for device in PAIR)
+    assert (first.live, first.config, first.releasing) == (True, False, not restarted)
+    assert (second.live, second.config, second.releasing) == (True, False, False)
+    world.libvirt.guest_releases(UUID, "hostdev0")
+    await world.quiet()
+    assert not list(world.state.holds_on(PAIR[0].name))
+    assert list(world.state.holds_on(PAIR[1].name)) == [second]
+    assert world.state.devices[PAIR[0].name].driver == ""  # its group is still the machine's
+    world.libvirt.stubborn = False
+    assert (await world.do("dismiss", PAIR[1])).state == "done"
+    await world.quiet()
+    assert world.truth() == home
+
+
+async def test_a_guest_asked_before_is_waited_for_when_it_is_asked_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    home = world.truth()
+    await world.do("assign", NIC)
+    world.libvirt.stubborn = True
+    first = await world.start("dismiss", NIC)
+    while first.job.state != "waiting-for-guest":
+        await asyncio.sleep(0)
+    first.cancelled.set()
+    await first.ended.wait()
+    assert "can still let go" in first.job.error_message
+    second = await world.start("dismiss", NIC)
+    while second.job.state != "waiting-for-guest":
+        await asyncio.sleep(0)
+    world.libvirt.guest_releases(UUID, world.state.machines[UUID].live[0].alias)
+    await second.ended.wait()
+    assert second.job.state == "done"
+    assert world.truth() == home
+
+
+async def test_when_the_guest_has_let_go_a_cancel_comes_too_late_to_keep_the_driver_from_the_host(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    home = world.truth()
+    await world.do("assign", NIC)
+    control = await world.start("dismiss", NIC)
+    world.libvirt.after = lambda call: control.cancelled.set() if call == "detach_live" else None
+    await control.ended.wait()
+    assert control.job.state == "done"
+    assert world.truth() == home
+
+
+@pytest.mark.parametrize("operation", ["assign", "dismiss"])
+async def test_an_event_that_is_lost_with_the_connection_is_made_up_for_by_the_list(
+    tmp_path: Path, operation: str
+) -> None:
+    world = World(tmp_path)
+    if operation == "dismiss":
+        await world.do("assign", STICK)
+    world.libvirt.withhold = world.libvirt.stubborn = True
+    control = await world.start(operation, STICK)
+    call = "attach_live" if operation == "assign" else "detach_live"
+    while world.libvirt.calls[-1:] != [call]:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    world.libvirt.lose()
+    if operation == "dismiss":
+        world.libvirt.guest_releases(UUID, world.libvirt.machines[UUID].live[0].alias)
+    await asyncio.sleep(0)
+    assert not control.ended.is_set()
+    world.libvirt.come_back()
+    await control.ended.wait()
+    assert control.job.state == "done"
+
+
+async def test_a_dismissal_given_up_while_libvirt_is_away_is_not_gone_on_with(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    held_by_others(world)
+    world.libvirt.stubborn = True
+    control = await world.start("dismiss", PAIR[0])
+    while not world.executor._waiting:  # for the guest
+        await asyncio.sleep(0)
+    world.libvirt.lose()
+    control.cancelled.set()
+    await control.ended.wait()
+    assert control.job.state == "cancelled"
+    world.libvirt.calls.clear()
+    world.libvirt.come_back()
+    await world.quiet()
+    assert world.libvirt.calls == [] and world.journal.unfinished == ()
+
+
+# What could not be undone.
+
+
+async def left_with_a_stored_half(folder: Path) -> World:
+    """An assign whose attach was refused, and the undoing of what it had stored, too."""
+    world = World(folder)
+    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    job = await world.do("assign", NIC)
+    assert "not undone: remove pci_0000_01_00_0" in job.error_message and "never" in job.error_message
+    await world.quiet()
+    assert len(world.journal.unfinished) == 1 and world.libvirt.machines[UUID].stored
+    return world
+
+
+@pytest.mark.parametrize("undone", [True, False])
+async def test_the_next_job_on_the_device_tries_once_more_and_then_its_own_word_counts(
+    tmp_path: Path, undone: bool
+) -> None:
+    world = await left_with_a_stored_half(tmp_path)
+    world.libvirt.refuse = {} if undone else {"detach_stored": "never"}
+    world.libvirt.calls.clear()
+    assert (await world.do("assign", NIC)).state == "done"
+    expected = ["attach_stored", "attach_live"] if undone else ["attach_live"]
+    assert world.libvirt.calls == ["wait_until_idle", "detach_stored", *expected]
+    assert world.journal.unfinished == ()
+    assigned = world.truth()
+    world.libvirt.calm()
+    world.libvirt.come_back()
+    await world.quiet()
+    assert world.truth() == assigned
+
+
+async def test_what_is_left_outlives_other_jobs_and_daemons_whose_jobs_have_the_same_numbers(tmp_path: Path) -> None:
+    world = await left_with_a_stored_half(tmp_path)
+    for _ in range(2):
+        world.libvirt.refuse = {"detach_stored": "never"}
+        world = World(tmp_path, libvirt=world.libvirt)
+        world.libvirt.come_back()
+        job = await world.do("assign" if not world.libvirt.machines[UUID].live else "dismiss", STICK)
+        assert job.number == 1
+        await world.quiet()
+        (left,) = world.journal.unfinished
+        assert [step.device for step in left.steps] == [NIC.name, NIC.name]
+    world = await reborn(world, tmp_path)
+    assert world.journal.unfinished == () and not [c for c in world.libvirt.machines[UUID].stored if "pci" in c.id]
+
+
+async def test_what_was_freed_and_then_pulled_out_is_owed_to_nobody(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    def lose() -> None:
+        world.libvirt.lose()
+        world.emit(DeviceGone(PAIR[0].sysfs_path))
+
+    at_call(world, 2, "before", lose)
+    await world.do("assign", PAIR[0])
+    assert world.libvirt.calls[2:] == ["detach_host"] and PAIR[0].name in world.journal.lent
+    world.libvirt.calm()
+    world.libvirt.come_back()
+    await world.quiet()
+    assert world.journal.unfinished == () and world.journal.lent == {}
+    assert "reattach_host" not in world.libvirt.calls
+
+
+async def test_what_is_left_on_a_machine_that_is_gone_is_over(tmp_path: Path) -> None:
+    world = await left_with_a_stored_half(tmp_path)
+    del world.libvirt.machines[UUID]
+    world = await reborn(world, tmp_path)
+    assert world.journal.unfinished == ()
 
 
 async def test_cancel_while_queued_and_while_waiting_for_the_guest(tmp_path: Path) -> None:
@@ -253,7 +447,7 @@ async def test_whatever_changes_during_the_prompt_is_not_what_was_authorised(tmp
 
 async def test_a_queued_job_does_not_go_to_another_machine_of_that_name(tmp_path: Path) -> None:
     world = World(tmp_path)
-    async with world.executor.lock("group 2"):
+    async with world.executor.alone(("group 2",)):
         control = await world.start("assign", NIC)
         world.emit(MachineGone(UUID))
         world.emit(MachineRead(machine("vm", OTHER)))
@@ -267,7 +461,7 @@ async def test_a_queued_job_does_not_go_past_a_blocker_that_nobody_authorised(tm
     async def authorise(action: str, details: Mapping[str, str]) -> None:
         assert action == "org.hostpassd1.assign"
 
-    async with world.executor.lock(LUN.name):
+    async with world.executor.alone((LUN.name,)):
         options = Options(override=frozenset({"mounted"}))
         control = await world.operations.start(Wish("assign", "vm", LUN.name, options, 0), authorise)
         world.emit(HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}))
@@ -275,47 +469,167 @@ async def test_a_queued_job_does_not_go_past_a_blocker_that_nobody_authorised(tm
     assert control.job.error_name == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
 
 
-def _die(world: World, at: int, when: str) -> Callable[[str], None]:
-    def kill(call: str) -> None:
-        if len(world.libvirt.calls) == at + 1:
-            raise Died(f"{when} {call}")
+# The matrices: something dies, is lost or is refused at each call in turn. The calls are counted in a run that works,
+# so that a new step joins by itself.
 
-    return kill
+every_operation = pytest.mark.parametrize("operation", ["assign", "dismiss"])
+every_device = pytest.mark.parametrize("device", [NIC, PAIR[0], GPU[0], STICK], ids=lambda d: d.name)
 
 
-@pytest.mark.parametrize("operation", ["assign", "dismiss"])
-@pytest.mark.parametrize("device", [NIC, PAIR[0], STICK], ids=lambda d: d.name)
-@pytest.mark.parametrize("when", ["before", "after"])
-async def test_killed_at_every_step_it_recovers_to_a_clean_state(
-    tmp_path: Path, operation: str, device: Device, when: str
-) -> None:
-    """The kill matrix: dies before and after each libvirt call, a new daemon on the same truth recovers."""
+async def prepared(folder: Path, operation: str, device: Device) -> World:
+    folder.mkdir()
+    world = World(folder)
+    if operation == "dismiss":
+        await world.do("assign", device)
+    world.libvirt.calls.clear()
+    return world
 
-    async def prepared(name: str) -> World:
-        folder = tmp_path / name
-        folder.mkdir()
-        world = World(folder)
-        if operation == "dismiss":
-            await world.do("assign", device)
-        world.libvirt.calls.clear()
-        return world
 
-    works = await prepared("works")
+async def clean_states(folder: Path, operation: str, device: Device) -> tuple[list[str], list[tuple[object, ...]]]:
+    """The calls of an operation that works, and the truth before and after it."""
+    works = await prepared(folder / "works", operation, device)
     before = works.truth()
     await works.do(operation, device)
-    after = works.truth()
     assert works.libvirt.calls
-    for at in range(len(works.libvirt.calls)):
-        world = await prepared(str(at))
-        setattr(world.libvirt, when, _die(world, at, when))
+    return works.libvirt.calls, [before, works.truth()]
+
+
+def at_call(world: World, at: int, when: str, happens: Callable[[], None]) -> None:
+    """Has HAPPENS happen before the effect of the call AT, after it, or, 'during' it, with the effect still to come."""
+
+    def hook(call: str) -> None:
+        if len(world.libvirt.calls) == at + 1:
+            happens()
+
+    if when == "during":
+        world.libvirt.hang = lambda call: len(world.libvirt.calls) == at + 1
+    setattr(world.libvirt, "after" if when == "after" else "before", hook)
+
+
+async def reborn(world: World, folder: Path) -> World:
+    """A new daemon on the same truth, and what it has done by itself when it is quiet."""
+    world.libvirt.calm()
+    new = World(folder, libvirt=world.libvirt)
+    world.libvirt.come_back()
+    await new.quiet()
+    return new
+
+
+@every_operation
+@every_device
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+async def test_killed_at_every_call_it_recovers_to_a_clean_state(
+    tmp_path: Path, operation: str, device: Device, when: str
+) -> None:
+    calls, clean = await clean_states(tmp_path, operation, device)
+
+    def die() -> None:
+        raise Died
+
+    for at, call in enumerate(calls):
+        world = await prepared(tmp_path / str(at), operation, device)
+        at_call(world, at, when, die)
         await world.start(operation, device)
         ends = await asyncio.gather(*world.operations._tasks, return_exceptions=True)
         assert any(isinstance(end, Died) for end in ends)
-        setattr(world.libvirt, when, lambda call: None)
-        reborn = World(tmp_path / str(at), state=world.state, libvirt=world.libvirt)
-        await reborn.operations.recover(reborn.journal)
-        assert reborn.truth() in (before, after), f"{when} {works.libvirt.calls[at]}"
-        assert reborn.journal.unfinished == ()
+        new = await reborn(world, tmp_path / str(at))
+        assert new.truth() in clean, f"{when} {call}"
+        assert new.journal.unfinished == ()
+
+
+@every_operation
+@every_device
+async def test_killed_while_it_undoes_or_goes_on_it_recovers_too(
+    tmp_path: Path, operation: str, device: Device
+) -> None:
+    calls, clean = await clean_states(tmp_path, operation, device)
+    for refused in range(len(calls)):
+        at, died = refused + 1, True
+        while died:
+            folder = tmp_path / f"{refused} {at}"
+            world = await prepared(folder, operation, device)
+            world.libvirt.fail = lambda call, n=refused + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
+            tasks: list[asyncio.Task[None]] = []
+
+            def die(world: World = world, tasks: list[asyncio.Task[None]] = tasks) -> None:
+                tasks += [*world.operations._tasks, *filter(None, [world.operations._tidying])]
+                raise Died
+
+            at_call(world, at, "after", die)
+            await world.start(operation, device)
+            await asyncio.gather(*world.operations._tasks, return_exceptions=True)
+            if world.operations._tidying:
+                await asyncio.gather(world.operations._tidying, return_exceptions=True)
+            died, at = bool(tasks), at + 1
+            new = await reborn(world, folder)
+            assert new.truth() in clean, f"{calls[refused]} refused, killed at call {at}"
+            assert new.journal.unfinished == ()
+
+
+@every_operation
+@every_device
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("back", ["at once", "later"])
+async def test_libvirt_lost_at_every_call_the_operation_is_undone_or_finished_on_its_return(
+    tmp_path: Path, operation: str, device: Device, when: str, back: str
+) -> None:
+    calls, clean = await clean_states(tmp_path, operation, device)
+    for at, call in enumerate(calls):
+        world = await prepared(tmp_path / str(at), operation, device)
+
+        def lose(world: World = world) -> None:
+            world.libvirt.lose()
+            if back == "at once":
+                world.libvirt.come_back()
+            raise errors.HypervisorUnavailable("the connection to libvirt was lost")
+
+        at_call(world, at, when, lose)
+        job = await world.do(operation, device)
+        assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorUnavailable"), call
+        world.libvirt.calm()
+        if back == "later":
+            await world.quiet()
+            assert all(hold.stale for hold in world.state.holds_of(UUID))
+            assert world.journal.unfinished and "when libvirt is back" in job.error_message
+            world.libvirt.come_back()
+        await world.quiet()
+        assert world.truth() in clean, f"{when} {call}"
+        assert world.journal.unfinished == ()
+
+
+@every_operation
+@every_device
+async def test_every_call_refused_in_turn_ends_in_a_clean_state(tmp_path: Path, operation: str, device: Device) -> None:
+    calls, clean = await clean_states(tmp_path, operation, device)
+    for at, call in enumerate(calls):
+        world = await prepared(tmp_path / str(at), operation, device)
+        world.libvirt.fail = lambda call, n=at + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
+        job = await world.do(operation, device)
+        assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused"), call
+        await world.quiet()
+        assert world.truth() in (clean[:1] if operation == "assign" else clean), call
+        assert world.journal.unfinished == ()
+
+
+@every_operation
+@every_device
+async def test_what_libvirt_refuses_to_undo_too_is_said_and_kept_until_it_can_be(
+    tmp_path: Path, operation: str, device: Device
+) -> None:
+    calls, clean = await clean_states(tmp_path, operation, device)
+    for at, call in enumerate(calls):
+        world = await prepared(tmp_path / str(at), operation, device)
+        world.libvirt.fail = lambda call, n=at, w=world: len(w.libvirt.calls) > n  # type: ignore[misc]
+        job = await world.do(operation, device)
+        await world.quiet()
+        if world.truth() not in clean:
+            assert "not undone" in job.error_message or "not done yet" in job.error_message, call
+            assert [left.number for left in world.journal.unfinished] == [job.number]
+        world.libvirt.calm()
+        world.libvirt.come_back()
+        await world.quiet()
+        assert world.truth() in clean, call
+        assert world.journal.unfinished == ()
 
 
 def test_the_uri_is_the_machines() -> None:

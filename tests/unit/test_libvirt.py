@@ -367,6 +367,74 @@ async def test_a_node_device_that_libvirt_has_not_seen_yet_is_waited_for(uri: st
         assert calls == ["looked", "looked", "looked", "detached"]
 
 
+@pytest.mark.parametrize("uuid", [GAMING, OFF])
+async def test_a_change_that_libvirt_still_works_on_is_waited_out_and_then_the_machine_is_read(
+    uri: str, uuid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As QEMU's driver does it: a query waits for the job lock for a time, and then gives up."""
+    asked, ends = threading.Event(), threading.Event()
+    tried: list[str] = []
+    busy = libvirt.libvirtError("cannot acquire state change lock")
+    busy.err = (libvirt.VIR_ERR_OPERATION_TIMEOUT, 10, "cannot acquire state change lock", 2, None, None, None, -1, -1)
+    stats = libvirt.virDomain.memoryStats
+
+    def query(domain: Any) -> Any:
+        tried.append(domain.name())
+        if len(tried) == 1:
+            raise busy
+        asked.set()
+        ends.wait(10)
+        return stats(domain)
+
+    monkeypatch.setattr(libvirt.virDomain, "memoryStats", query)
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        before = len(tape.events)
+        waiting = asyncio.create_task(hypervisor.wait_until_idle(uuid))
+        assert await asyncio.to_thread(asked.wait, 10)
+        await hypervisor.refresh_machine(GAMING)  # other calls go on
+        assert not waiting.done()
+        ends.set()
+        await waiting
+    assert len(set(tried)) == 1 and len(tried) == 2
+    read = [event.machine.uuid for event in tape.events[before:] if isinstance(event, MachineRead)]
+    assert read == [GAMING, uuid]
+
+
+async def test_a_driver_without_such_a_lock_is_idle_and_a_machine_that_is_gone_is_told(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = libvirt.libvirtError("this function is not supported")
+    unknown.err = (libvirt.VIR_ERR_NO_SUPPORT, 12, "this function is not supported", 2, None, None, None, -1, -1)
+
+    def query(domain: Any) -> Any:
+        raise unknown
+
+    monkeypatch.setattr(libvirt.virDomain, "memoryStats", query)
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.wait_until_idle(GAMING)
+        assert isinstance(tape.events[-1], MachineRead)
+        with pytest.raises(NoSuchMachine):
+            await hypervisor.wait_until_idle("aaaaaaaa-2222-3333-4444-00000000000f")
+
+
+async def test_a_connection_that_is_lost_meanwhile_says_nothing_of_idle(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        connection = opened.connections[-1]
+
+        def query(domain: Any) -> Any:
+            connection.isAlive = lambda: 0
+            raise libvirt.libvirtError("client socket is closed")
+
+        monkeypatch.setattr(libvirt.virDomain, "memoryStats", query)
+        with pytest.raises(HypervisorUnavailable):
+            await hypervisor.wait_until_idle(GAMING)
+
+
 # Losing libvirt and finding it again.
 
 

@@ -239,6 +239,14 @@ def test_of_five_functions_of_one_host_slot_those_in_one_guest_slot_go_together(
     assert plan.groups == tuple(sorted(f"group 2{names[place][-1]}" for place in gone))
 
 
+def test_what_shares_both_the_group_and_the_slot_goes_once() -> None:
+    state = with_ports(*CARD, ports=Ports((3,)))
+    stored = tuple(step.claim for step in assign(state, CARD[0]).steps if isinstance(step, Store))
+    state.apply(MachineRead(machine(running=False, stored=stored)))
+    plan = plan_dismiss(state, state.machines[machine().uuid], state.devices[CARD[1].name], Options())
+    assert kinds(plan) == [f"Unstore {CARD[n].name}" for n in (1, 0, 2)]
+
+
 def test_what_can_be_overridden_is_by_name_and_what_never_can_is_not() -> None:
     state = world(machine(), machine("b", OTHER, running=False, stored=(hostdev(NIC),)))
     plan = assign(state, NIC)

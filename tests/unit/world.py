@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -14,10 +16,11 @@ from hostpassd.events import (
     Event,
     HypervisorChanged,
     MachineRead,
+    MachinesListed,
 )
 from hostpassd.host.device import Block, Device, Input, Net, Pci, Scsi, Usb, device_name
 from hostpassd.machines.domain_xml import claim_of
-from hostpassd.machines.machine import Claim, Machine, Ports
+from hostpassd.machines.machine import Claim, Machine, PciSource, Ports
 from hostpassd.state import State
 
 URI = "qemu:///system"
@@ -156,100 +159,178 @@ class Libvirt:
 
     A managed device goes to vfio-pci as it is attached; an attach while a group member is on a host driver fails; a
     node device that was detached stays on vfio-pci until it is re-attached; a host driver cannot bind while a group
-    member is in a machine. Set `fail` to let a call fail, `withhold` to swallow events, `stubborn` for a deaf guest.
+    member is in a machine. It has its own truth, and tells it as events while the connection is there.
+
+    `before` and `after` are called with each call's name, around its effect. `refuse`: libvirt's words, by call;
+    `fail`: whether a call is refused; `hang`: whether a call is taken, and its effect comes later, when something waits
+    for it. `withhold` swallows DeviceAdded, `stubborn` is a deaf guest.
     """
 
     def __init__(self, state: State, emit: Callable[[Event], None], *machines: Machine) -> None:
-        self.state = state
+        self.state = state  # of it only the devices, which are the host's own truth
         self.emit = emit
+        self.machines = {m.uuid: m for m in machines}
+        self.connected = True
         self.home = {d.name: d.driver for d in state.devices.values()}
         self.detached: set[str] = set()
+        self.asked: set[str] = set()
         self.calls: list[str] = []
         self.refuse: dict[str, str] = {}
         self.fail: Callable[[str], bool] = lambda call: False
+        self.hang: Callable[[str], bool] = lambda call: False
         self.before: Callable[[str], None] = lambda call: None
         self.after: Callable[[str], None] = lambda call: None
         self.withhold = False
         self.stubborn = False
         self.ports = 5
-        emit(HypervisorChanged(URI, True))
-        for m in machines:
-            emit(MachineRead(m))
+        self._hanging: list[tuple[str, Callable[[], None]]] = []
+        self.come_back()
+
+    # The connection.
+
+    def lose(self) -> None:
+        """The connection is lost: nothing is told any more."""
+        self.connected = False
+        self.emit(HypervisorChanged(URI, False, "libvirt has closed the connection"))
+
+    def come_back(self) -> None:
+        """It is there again, and all machines are listed."""
+        self.connected = True
+        self.emit(HypervisorChanged(URI, True))
+        self.emit(MachinesListed(URI, tuple(self.machines.values())))
+
+    def calm(self) -> None:
+        """From here on every call works."""
+        self.refuse, self.fail, self.hang = {}, lambda call: False, lambda call: False
+        self.before, self.after = lambda call: None, lambda call: None
+
+    def finish(self, *locks: str) -> None:
+        """The calls that hang at these locks (none given: all) come to their end."""
+        for lock, effect in list(self._hanging):
+            if not locks or lock in locks:
+                self._hanging.remove((lock, effect))
+                with contextlib.suppress(errors.HostpassError):
+                    effect()
+
+    # What the daemon calls.
 
     async def attach_live(self, uuid: str, xml: str) -> None:
-        with_call = self._called("attach_live")
-        machine, claim = self.state.machines[uuid], claim_of(xml)
-        device = self._device(claim)
-        if device.pci:
-            self._check_group(device)
-            if sum(c.source.__class__.__name__ == "PciSource" for c in machine.live) >= self.ports:
-                raise errors.HypervisorRefused("No more available PCI slots")
-            self._bind(device.name, "vfio-pci")
-        self.emit(MachineRead(dataclasses.replace(machine, live=(*machine.live, claim))))
-        if not self.withhold:
-            self.emit(DeviceAdded(uuid, claim.alias))
-        self.after(with_call)
+        await self._call("attach_live", uuid, lambda: self._attach_live(uuid, claim_of(xml)))
 
     async def attach_stored(self, uuid: str, xml: str) -> None:
-        with_call = self._called("attach_stored")
-        machine, claim = self.state.machines[uuid], claim_of(xml)
-        if any(c.id == claim.id for c in machine.stored):
-            raise errors.AlreadyAssigned("device is already in the domain configuration")
-        self.emit(MachineRead(dataclasses.replace(machine, stored=(*machine.stored, claim))))
-        self.after(with_call)
+        await self._call("attach_stored", uuid, lambda: self._attach_stored(uuid, claim_of(xml)))
 
     async def detach_live(self, uuid: str, alias: str) -> None:
-        with_call = self._called("detach_live")
-        if not self.stubborn:
-            self.guest_releases(uuid, alias)
-        self.after(with_call)
+        await self._call("detach_live", uuid, lambda: self._detach_live(uuid, alias))
 
     async def detach_stored(self, uuid: str, claim: Claim) -> None:
-        with_call = self._called("detach_stored")
-        machine = self.state.machines[uuid]
-        self.emit(
-            MachineRead(dataclasses.replace(machine, stored=tuple(c for c in machine.stored if c.id != claim.id)))
-        )
-        self.after(with_call)
+        await self._call("detach_stored", uuid, lambda: self._detach_stored(uuid, claim))
 
     async def detach_host(self, name: str) -> None:
-        with_call = self._called("detach_host")
-        self.detached.add(name)
-        self._bind(name, "vfio-pci")
-        self.after(with_call)
+        await self._call("detach_host", "host", lambda: self._detach_host(name))
 
     async def reattach_host(self, name: str) -> None:
-        with_call = self._called("reattach_host")
-        self.detached.discard(name)
-        self._bind(name, "" if self._owned(name) else self.home[name])
-        self.after(with_call)
+        await self._call("reattach_host", "host", lambda: self._reattach_host(name))
+
+    async def wait_until_idle(self, uuid: str) -> None:
+        await self._call("wait_until_idle", uuid, lambda: self._read(uuid))
+
+    # What others do.
 
     def guest_releases(self, uuid: str, alias: str) -> None:
         """The guest lets a device go."""
-        machine = self.state.machines[uuid]
+        self.asked.discard(alias)
+        machine = self.machines[uuid]
         gone = [c for c in machine.live if c.alias == alias]
-        self.emit(MachineRead(dataclasses.replace(machine, live=tuple(c for c in machine.live if c.alias != alias))))
+        self._put(dataclasses.replace(machine, live=tuple(c for c in machine.live if c.alias != alias)))
         for claim in gone:
             device = self._device(claim)
             if device.pci and device.name not in self.detached:
                 self._bind(device.name, "" if self._owned(device.name) else self.home[device.name])
-        self.emit(DeviceRemoved(uuid, alias))
+        self._tell(DeviceRemoved(uuid, alias))
 
     def destroy(self, uuid: str) -> None:
         """The machine is powered off."""
-        machine = self.state.machines[uuid]
-        for claim in machine.live:
+        for claim in self.machines[uuid].live:
             self.guest_releases(uuid, claim.alias)
-        self.emit(MachineRead(dataclasses.replace(self.state.machines[uuid], state="shut off", live=())))
+        self._put(dataclasses.replace(self.machines[uuid], state="shut off", live=()))
 
-    def _called(self, call: str) -> str:
+    # Effects.
+
+    def _attach_live(self, uuid: str, claim: Claim) -> None:
+        machine, device = self.machines[uuid], self._device(claim)
+        if device.pci:
+            self._check_group(device)
+            if sum(isinstance(c.source, PciSource) for c in machine.live) >= self.ports:
+                raise errors.HypervisorRefused("No more available PCI slots")
+            self._bind(device.name, "vfio-pci")
+        self._put(dataclasses.replace(machine, live=(*machine.live, claim)))
+        if not self.withhold:
+            self._tell(DeviceAdded(uuid, claim.alias))
+
+    def _attach_stored(self, uuid: str, claim: Claim) -> None:
+        machine = self.machines[uuid]
+        if any(c.id == claim.id for c in machine.stored):
+            raise errors.AlreadyAssigned("device is already in the domain configuration")
+        self._put(dataclasses.replace(machine, stored=(*machine.stored, claim)))
+
+    def _detach_live(self, uuid: str, alias: str) -> None:
+        if all(c.alias != alias for c in self.machines[uuid].live):
+            raise errors.NotAssigned(f"no device {alias}")
+        if alias in self.asked:
+            raise errors.HypervisorRefused(f"libvirt refused: Device {alias} is already in the process of unplug.")
+        if self.stubborn:
+            self.asked.add(alias)
+        else:
+            self.guest_releases(uuid, alias)
+
+    def _detach_stored(self, uuid: str, claim: Claim) -> None:
+        machine = self.machines[uuid]
+        self._put(dataclasses.replace(machine, stored=tuple(c for c in machine.stored if c.id != claim.id)))
+
+    def _detach_host(self, name: str) -> None:
+        self.detached.add(name)
+        self._bind(name, "vfio-pci")
+
+    def _reattach_host(self, name: str) -> None:
+        self.detached.discard(name)
+        self._bind(name, "" if self._owned(name) else self.home[name])
+
+    def _read(self, uuid: str) -> None:
+        if uuid not in self.machines:
+            raise errors.NoSuchMachine("no domain with matching uuid")
+        self._tell(MachineRead(self.machines[uuid]))
+
+    # How a call goes.
+
+    async def _call(self, call: str, lock: str, effect: Callable[[], None]) -> None:
+        """LOCK: what libvirt takes for the call, a machine's job or the list of host devices."""
+        if not self.connected:
+            raise errors.HypervisorUnavailable("libvirt is not connected")
+        self.finish(lock)
         self.calls.append(call)
+        if self.hang(call):
+            self._hanging.append((lock, effect))
         self.before(call)
-        if call in self.refuse:
-            raise errors.HypervisorRefused(f"libvirt refused: {self.refuse[call]}.")
-        if self.fail(call):
-            raise errors.HypervisorRefused(f"internal error: {call} failed as it was told to")
-        return call
+        self._check_connected()
+        if call in self.refuse or self.fail(call):
+            raise errors.HypervisorRefused(f"libvirt refused: {self.refuse.get(call, call + ' was told to fail')}.")
+        effect()
+        self.after(call)
+        await asyncio.sleep(0)  # as every real call does, it lets others go first
+        self._check_connected()
+
+    def _check_connected(self) -> None:
+        if not self.connected:
+            raise errors.HypervisorUnavailable("the connection to libvirt was lost")
+
+    def _put(self, machine: Machine) -> None:
+        self.machines[machine.uuid] = machine
+        self._tell(MachineRead(machine))
+
+    def _tell(self, event: Event) -> None:
+        if self.connected:
+            self.emit(event)
 
     def _device(self, claim: Claim) -> Device:
         from hostpassd.state import _claim_keys
@@ -261,7 +342,8 @@ class Libvirt:
         return [n for n in self.state.group(device.pci.iommu_group) if n != name] if device.pci else []
 
     def _owned(self, name: str) -> bool:
-        return any(hold.live for mate in self._mates(name) for hold in self.state.holds_on(mate))
+        held = {self._device(claim).name for machine in self.machines.values() for claim in machine.live}
+        return not held.isdisjoint(self._mates(name))
 
     def _check_group(self, device: Device) -> None:
         for mate in self._mates(device.name):
