@@ -271,9 +271,10 @@ class Executor:
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""
         await self._effects(left.uri).wait_until_idle(left.machine)
-        if begun and isinstance(begun[-1], Free) and self._group_is_free(begun[-1].device):
+        last = begun[-1] if begun else None
+        if isinstance(last, Free) and last.device in self._state.devices and self._group_is_free(last.device):
             # Nothing tells that a device is still being freed, but libvirt gives it back only after that.
-            await self._reattach(begun[-1].device, left.uri)
+            await self._reattach(last.device, left.uri)
         await self._settle()
 
     async def give_back_idle(self) -> None:

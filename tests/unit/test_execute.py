@@ -12,6 +12,7 @@ import pytest
 from hostpassd import errors
 from hostpassd.events import (
     DeviceAdded,
+    DeviceGone,
     DeviceSeen,
     DevicesScanned,
     Event,
@@ -299,7 +300,7 @@ async def test_a_dismissal_given_up_while_libvirt_is_away_is_not_gone_on_with(tm
     held_by_others(world)
     world.libvirt.stubborn = True
     control = await world.start("dismiss", PAIR[0])
-    while control.job.state != "waiting-for-guest":
+    while not world.executor._waiting:  # for the guest
         await asyncio.sleep(0)
     world.libvirt.lose()
     control.cancelled.set()
@@ -356,6 +357,23 @@ async def test_what_is_left_outlives_other_jobs_and_daemons_whose_jobs_have_the_
         assert [step.device for step in left.steps] == [NIC.name, NIC.name]
     world = await reborn(world, tmp_path)
     assert world.journal.unfinished == () and not [c for c in world.libvirt.machines[UUID].stored if "pci" in c.id]
+
+
+async def test_what_was_freed_and_then_pulled_out_is_owed_to_nobody(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    def lose() -> None:
+        world.libvirt.lose()
+        world.emit(DeviceGone(PAIR[0].sysfs_path))
+
+    at_call(world, 2, "before", lose)
+    await world.do("assign", PAIR[0])
+    assert world.libvirt.calls[2:] == ["detach_host"] and PAIR[0].name in world.journal.lent
+    world.libvirt.calm()
+    world.libvirt.come_back()
+    await world.quiet()
+    assert world.journal.unfinished == () and world.journal.lent == {}
+    assert "reattach_host" not in world.libvirt.calls
 
 
 async def test_what_is_left_on_a_machine_that_is_gone_is_over(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Callable
@@ -214,25 +215,25 @@ class Libvirt:
     # What the daemon calls.
 
     async def attach_live(self, uuid: str, xml: str) -> None:
-        self._call("attach_live", uuid, lambda: self._attach_live(uuid, claim_of(xml)))
+        await self._call("attach_live", uuid, lambda: self._attach_live(uuid, claim_of(xml)))
 
     async def attach_stored(self, uuid: str, xml: str) -> None:
-        self._call("attach_stored", uuid, lambda: self._attach_stored(uuid, claim_of(xml)))
+        await self._call("attach_stored", uuid, lambda: self._attach_stored(uuid, claim_of(xml)))
 
     async def detach_live(self, uuid: str, alias: str) -> None:
-        self._call("detach_live", uuid, lambda: self._detach_live(uuid, alias))
+        await self._call("detach_live", uuid, lambda: self._detach_live(uuid, alias))
 
     async def detach_stored(self, uuid: str, claim: Claim) -> None:
-        self._call("detach_stored", uuid, lambda: self._detach_stored(uuid, claim))
+        await self._call("detach_stored", uuid, lambda: self._detach_stored(uuid, claim))
 
     async def detach_host(self, name: str) -> None:
-        self._call("detach_host", "host", lambda: self._detach_host(name))
+        await self._call("detach_host", "host", lambda: self._detach_host(name))
 
     async def reattach_host(self, name: str) -> None:
-        self._call("reattach_host", "host", lambda: self._reattach_host(name))
+        await self._call("reattach_host", "host", lambda: self._reattach_host(name))
 
     async def wait_until_idle(self, uuid: str) -> None:
-        self._call("wait_until_idle", uuid, lambda: self._read(uuid))
+        await self._call("wait_until_idle", uuid, lambda: self._read(uuid))
 
     # What others do.
 
@@ -302,7 +303,7 @@ class Libvirt:
 
     # How a call goes.
 
-    def _call(self, call: str, lock: str, effect: Callable[[], None]) -> None:
+    async def _call(self, call: str, lock: str, effect: Callable[[], None]) -> None:
         """LOCK: what libvirt takes for the call, a machine's job or the list of host devices."""
         if not self.connected:
             raise errors.HypervisorUnavailable("libvirt is not connected")
@@ -316,6 +317,7 @@ class Libvirt:
             raise errors.HypervisorRefused(f"libvirt refused: {self.refuse.get(call, call + ' was told to fail')}.")
         effect()
         self.after(call)
+        await asyncio.sleep(0)  # as every real call does, it lets others go first
         self._check_connected()
 
     def _check_connected(self) -> None:
