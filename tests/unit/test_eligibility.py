@@ -161,6 +161,16 @@ def test_virtual_functions_stand_on_their_own_and_block_their_physical_one() -> 
     assert codes(state, physical) == {("has-virtual-functions", "override")}
 
 
+def test_a_virtual_function_in_a_running_machine_keeps_its_physical_one() -> None:
+    physical = pci("0000:06:00.0", group=10)
+    virtual = pci("0000:06:10.0", group=11, physical=physical)
+    state = state_of(physical, virtual)
+    [batch] = state.apply(MachineRead(machine(live=(hostdev(virtual),))))
+    assert ("held-live", "never") in codes(state, physical) and ("device", physical.name) in batch.changed
+    state.apply(MachineRead(machine(stored=(hostdev(virtual),))))
+    assert codes(state, physical) == {("has-virtual-functions", "override")}
+
+
 def test_the_configuration_keeps_a_device_for_the_host() -> None:
     state = State(never=frozenset({NIC.name}))
     for device in (PORT, NIC):

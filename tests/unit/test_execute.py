@@ -445,6 +445,71 @@ async def test_whatever_changes_during_the_prompt_is_not_what_was_authorised(tmp
     assert world.libvirt.calls == [] and asked == ["org.hostpassd1.assign"]
 
 
+async def test_what_somebody_else_stores_meanwhile_is_not_undone(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    foreign = hostdev(NIC, alias="")
+
+    def store(call: str) -> None:
+        if call == "attach_stored":
+            m = world.libvirt.machines[UUID]
+            world.libvirt.machines[UUID] = dataclasses.replace(m, stored=(foreign,))
+            world.emit(MachineRead(world.libvirt.machines[UUID]))
+
+    world.libvirt.before = store
+    job = await world.do("assign", NIC)
+    assert job.error_name == "org.hostpassd1.Error.AlreadyAssigned"
+    assert world.libvirt.machines[UUID].stored == (foreign,) and "detach_stored" not in world.libvirt.calls
+
+
+async def test_the_undo_of_a_lone_device_ends_when_its_driver_is_back(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    bind, late = world.libvirt._bind, []
+
+    def bind_later(name: str, driver: str) -> None:
+        late.append(driver)
+        bind(name, driver if driver == "vfio-pci" else "")
+        if driver != "vfio-pci":
+            asyncio.get_running_loop().call_later(0.05, bind, name, driver)
+
+    world.libvirt._bind = bind_later  # type: ignore[method-assign]
+    world.libvirt.withhold = True
+    job = await world.do("assign", NIC, timeout=1)
+    assert job.error_name == "org.hostpassd1.Error.TimedOut" and late == ["vfio-pci", "e1000e"]
+    assert world.state.devices[NIC.name].driver == "e1000e"
+
+
+async def test_a_device_whose_home_is_vfio_goes_back_to_it(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for device in PAIR:
+        world.emit(DeviceSeen(dataclasses.replace(world.state.devices[device.name], driver="vfio-pci")))
+        world.libvirt.home[device.name] = "vfio-pci"
+    assert (await world.do("assign", PAIR[0])).state == "done"
+    job = await world.do("dismiss", PAIR[0])
+    assert job.state == "done", job.error_message
+    assert world.libvirt.machines[UUID].live == () and world.journal.lent == {}
+
+
+async def test_a_stick_and_its_controller_are_not_handed_out_at_once(tmp_path: Path) -> None:
+    controller = pci("0000:0c:00.0", group=20, code=0x0C0330)
+    stick = usb("5-1", usb("usb5", controller, number=1, device_class=9), number=7, vendor=0x1111)
+    world = World(tmp_path)
+    for device in (controller, usb("usb5", controller, number=1, device_class=9), stick):
+        world.emit(DeviceSeen(device))
+        world.libvirt.home[device.name] = device.driver
+
+    async def authorise(action: str, details: Mapping[str, str]) -> None:
+        pass
+
+    other = machine("other", OTHER)
+    world.libvirt.machines[OTHER] = other
+    world.emit(MachineRead(other))
+    one = await world.start("assign", stick)
+    wish = Wish("assign", "other", controller.name, Options(override=frozenset({"not-leaf"})), 0)
+    two = await world.operations.start(wish, authorise)
+    await asyncio.gather(one.ended.wait(), two.ended.wait())
+    assert one.job.state == "done" and two.job.error_name.endswith(".Blocked") and "held-live" in two.job.error_message
+
+
 async def test_a_queued_job_does_not_go_to_another_machine_of_that_name(tmp_path: Path) -> None:
     world = World(tmp_path)
     async with world.executor.alone(("group 2",)):

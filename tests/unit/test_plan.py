@@ -9,7 +9,7 @@ import pytest
 from hostpassd import errors
 from hostpassd.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
 from hostpassd.host.device import Device
-from hostpassd.machines.machine import Machine, Ports
+from hostpassd.machines.machine import Claim, Machine, NodeSource, Ports
 from hostpassd.passthrough.plan import (
     Attach,
     Free,
@@ -24,7 +24,7 @@ from hostpassd.passthrough.plan import (
     plan_dismiss,
 )
 from hostpassd.state import State
-from tests.unit.world import OTHER, bridge, hostdev, machine, net, pci, scsi, state_of, usb
+from tests.unit.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -290,3 +290,21 @@ def test_what_the_host_loses_is_named() -> None:
     state = world(machine())
     state.apply(DeviceSeen(interface))
     assert assign(state, NIC).loses == (interface.name,)
+
+
+def test_what_does_not_fit_the_device_is_no_option_of_it() -> None:
+    state = world(machine())
+    for device in (STICK, LUN):
+        with pytest.raises(errors.InvalidOption, match="guest-address"):
+            assign(state, device, Options(guest_address="0000:04:00.0"))
+        with pytest.raises(errors.InvalidOption, match="rom-bar"):
+            assign(state, device, Options(rom_bar=False))
+    assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[union-attr]
+
+
+def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it() -> None:
+    disk = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
+    state = world(machine(live=(disk,)))
+    state.apply(DeviceSeen(block("sda", LUN)))
+    with pytest.raises(errors.Blocked, match="held-live"):
+        check_allowed(assign(state, LUN), frozenset())
