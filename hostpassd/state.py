@@ -373,7 +373,7 @@ class State:
         if device.pci:
             _index(self._groups, device.pci.iommu_group, device.name)
             _index(self._functions, device.pci.physical_function, device.name)
-            self._touch(device.pci.physical_function)
+            self._touch_functions(device)
         if device.keyboard_of:
             _index(self._keyboards, device.keyboard_of, device.name)
         self._touch(device.parent)
@@ -392,8 +392,13 @@ class State:
         if device.pci:
             _unindex(self._groups, device.pci.iommu_group, device.name)
             _unindex(self._functions, device.pci.physical_function, device.name)
-            self._touch(device.pci.physical_function)
+            self._touch_functions(device)
         self._touch(device.parent)
+
+    def _touch_functions(self, device: Device) -> None:
+        """The physical function and the virtual ones show each other, and only as long as both are here."""
+        for name in (device.pci and device.pci.physical_function, *self._functions.get(device.name, ())):
+            self._touch(name)
 
     def _find_only_keyboards(self) -> None:
         """What all keyboards of a seat are below, as each: a handful of names, whatever the size of the tree."""

@@ -201,6 +201,15 @@ def test_only_what_is_concerned_changes() -> None:
     assert set(batch.changed) == {("device", devices[0].name)}
 
 
+def test_a_virtual_function_changes_when_its_physical_one_goes_or_comes() -> None:
+    physical = pci("0000:02:00.0", group=8)
+    virtual = pci("0000:02:10.0", group=9, physical=physical)
+    state = state_of(physical, virtual)
+    for event in (DeviceGone(physical.sysfs_path), DeviceSeen(physical)):
+        (batch,) = state.apply(event)
+        assert ("device", virtual.name) in batch.changed, event
+
+
 # --- incremental equals from scratch ---
 
 _PORT = bridge("0000:00:01.0", group=1)
