@@ -37,8 +37,8 @@ class ManagerMethods:
         self._sync = sync
         self._rescan = rescan
         self._default = default
-        router.handle(names.MANAGER, "FindDevices", self._find_devices)
-        router.handle(names.MANAGER, "GetMachine", self._get_machine)
+        router.handle(names.MANAGER, "FindDevices", self._find_devices, quick=True)
+        router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
         router.handle(names.MANAGER, "Assign", self._assign)
         router.handle(names.MANAGER, "Dismiss", self._dismiss)
         router.handle(names.MANAGER, "PlanAssign", self._plan_assign)
