@@ -22,6 +22,7 @@ from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from hostpassd.config import Config
 from hostpassd.events import Event, HypervisorChanged, MachinesListed
+from hostpassd.faults import vital
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
@@ -32,8 +33,6 @@ from hostpassd.passthrough.journal import Journal
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import Changes, State
-
-log = logging.getLogger(__name__)
 
 # Seconds: a Sync that takes longer is an error; a start does not wait longer for libvirt than this.
 SYNC_LIMIT = 10.0
@@ -98,7 +97,7 @@ class Daemon:
         self._publisher.flush()
         notify("READY=1\n" + self._status())
         self._keep(self._watchdog())
-        self._spawn(self._router.warm())
+        self._keep(self._router.warm())
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())
@@ -115,11 +114,20 @@ class Daemon:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._publisher.flush()
+        if not self._failed.done():
+            self._publisher.flush()
         await self._router.close()
 
     def emit(self, event: Event) -> None:
         """The one way in: an event to the state, its changes to the bus, the event to whoever waits for it."""
+        try:
+            self._take(event)
+        except Exception:
+            # The state and what was told of it are apart from now on, whoever takes this error.
+            self._end()
+            raise
+
+    def _take(self, event: Event) -> None:
         batches = self._state.apply(event)
         self._publisher.note(batches)
         self._executor.notice(event)
@@ -209,28 +217,20 @@ class Daemon:
 
     def _fail(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
-        # Only a callback of the loop itself: the error of a task is its owner's to take.
-        if "handle" in context and not self._failed.done():
+        # Only a callback of the loop itself, a vital task's among them: other tasks have owners who take their errors.
+        if "handle" in context:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._failed.done():
             self._failed.set_result(None)
 
     def _keep(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Runs what nothing works without: if it fails, the daemon ends, to be started afresh."""
-        self._spawn(coroutine).add_done_callback(self._lost)
-
-    def _lost(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and task.exception() and not self._failed.done():
-            self._failed.set_result(None)
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            log.error("a task of the daemon failed", exc_info=error)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(vital)
 
 
 def notify(text: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from hostpassd import errors, find, names
 from hostpassd.audit import audit
 from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
+from hostpassd.faults import vital
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.journal import Journal, Unfinished
@@ -205,6 +206,7 @@ class Operations:
         task = asyncio.get_running_loop().create_task(self._run(wish, plan, control))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(vital)
         return control
 
     async def _run(self, wish: Wish, plan: Plan, control: Control) -> None:
