@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +152,9 @@ class Daemon:
         if not self._publisher.running:
             return
         moved = [("added", "added by others", hold) for hold in changes.holds_added]
-        for hold in changes.holds_removed:
-            late = hold.releasing  # a job asked the guest, and did not wait until it answered
-            moved.append(("released", "released late", hold) if late else ("removed", "removed by others", hold))
+        moved += [(*_gone(hold), hold) for hold in changes.holds_removed]
         for before, hold in changes.holds_changed:
-            added = (hold.live and not before.live) or (hold.config and not before.config)
-            half = "live" if hold.live != before.live else "stored"
-            word = "added" if added else "removed"
-            moved.append((word, f"{word} by others in its {half} half", hold))
+            moved += [(word, f"{text} in its {half} half", hold) for word, text, half in _halves(before, hold)]
         for operation, text, hold in moved:
             if not self._operations.moves(hold.machine, hold.device):
                 self._audit_hold(operation, text, hold)
@@ -231,6 +226,21 @@ class Daemon:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(vital)
+
+
+def _gone(hold: Hold) -> tuple[str, str]:
+    """How HOLD, or its live half, ended: in a word and in some."""
+    # Releasing: a job asked the guest, and did not wait until it answered.
+    return ("released", "released late") if hold.releasing else ("removed", "removed by others")
+
+
+def _halves(before: Hold, after: Hold) -> Iterator[tuple[str, str, str]]:
+    """What became of each half that came or went: in a word, in some, and which half."""
+    if before.live != after.live:
+        yield *(("added", "added by others") if after.live else _gone(before)), "live"
+    if before.config != after.config:
+        word = "added" if after.config else "removed"
+        yield word, f"{word} by others", "stored"
 
 
 def notify(text: str) -> None:
