@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from hostpassd.config import Config
 from hostpassd.events import Event, HypervisorChanged, MachinesListed
+from hostpassd.faults import vital
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
@@ -32,8 +33,6 @@ from hostpassd.passthrough.journal import Journal
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import Changes, State
-
-log = logging.getLogger(__name__)
 
 # Seconds: a Sync that takes longer is an error; a start does not wait longer for libvirt than this.
 SYNC_LIMIT = 10.0
@@ -98,7 +97,7 @@ class Daemon:
         self._publisher.flush()
         notify("READY=1\n" + self._status())
         self._keep(self._watchdog())
-        self._spawn(self._router.warm())
+        self._keep(self._router.warm())
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())
@@ -115,11 +114,20 @@ class Daemon:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._publisher.flush()
+        if not self._failed.done():
+            self._publisher.flush()
         await self._router.close()
 
     def emit(self, event: Event) -> None:
         """The one way in: an event to the state, its changes to the bus, the event to whoever waits for it."""
+        try:
+            self._take(event)
+        except Exception:
+            # The state and what was told of it are apart from now on, whoever takes this error.
+            self._end()
+            raise
+
+    def _take(self, event: Event) -> None:
         batches = self._state.apply(event)
         self._publisher.note(batches)
         self._executor.notice(event)
@@ -144,14 +152,9 @@ class Daemon:
         if not self._publisher.running:
             return
         moved = [("added", "added by others", hold) for hold in changes.holds_added]
-        for hold in changes.holds_removed:
-            late = hold.releasing  # a job asked the guest, and did not wait until it answered
-            moved.append(("released", "released late", hold) if late else ("removed", "removed by others", hold))
+        moved += [(*_gone(hold), hold) for hold in changes.holds_removed]
         for before, hold in changes.holds_changed:
-            added = (hold.live and not before.live) or (hold.config and not before.config)
-            half = "live" if hold.live != before.live else "stored"
-            word = "added" if added else "removed"
-            moved.append((word, f"{word} by others in its {half} half", hold))
+            moved += [(word, f"{text} in its {half} half", hold) for word, text, half in _halves(before, hold)]
         for operation, text, hold in moved:
             if not self._operations.moves(hold.machine, hold.device):
                 self._audit_hold(operation, text, hold)
@@ -209,28 +212,35 @@ class Daemon:
 
     def _fail(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
-        # Only a callback of the loop itself: the error of a task is its owner's to take.
-        if "handle" in context and not self._failed.done():
+        # Only a callback of the loop itself, a vital task's among them: other tasks have owners who take their errors.
+        if "handle" in context:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._failed.done():
             self._failed.set_result(None)
 
     def _keep(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Runs what nothing works without: if it fails, the daemon ends, to be started afresh."""
-        self._spawn(coroutine).add_done_callback(self._lost)
-
-    def _lost(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and task.exception() and not self._failed.done():
-            self._failed.set_result(None)
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(vital)
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            log.error("a task of the daemon failed", exc_info=error)
+
+def _gone(hold: Hold) -> tuple[str, str]:
+    """How HOLD, or its live half, ended: in a word and in some."""
+    # Releasing: a job asked the guest, and did not wait until it answered.
+    return ("released", "released late") if hold.releasing else ("removed", "removed by others")
+
+
+def _halves(before: Hold, after: Hold) -> Iterator[tuple[str, str, str]]:
+    """What became of each half that came or went: in a word, in some, and which half."""
+    if before.live != after.live:
+        yield *(("added", "added by others") if after.live else _gone(before)), "live"
+    if before.config != after.config:
+        word = "added" if after.config else "removed"
+        yield word, f"{word} by others", "stored"
 
 
 def notify(text: str) -> None:

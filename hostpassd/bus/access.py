@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 from hostpassd.bus.router import BusCallError, Call, Router, Variant
@@ -22,8 +22,8 @@ AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 # Seconds for an answer that needs no person.
 TIMEOUT = 25.0
 
-# The bus lets us wait for 128 answers. Prompts can stay open for long, so they have places of their own, by
-# whether the caller allows a prompt, and one user has only some of them.
+# The bus lets us wait for 128 answers. Prompts can stay open for as long as nobody answers them, so they have places of
+# their own, by whether the caller allows a prompt, and one user has only some of them.
 PLACES = {False: 24, True: 96}
 PLACES_PER_USER = 16
 
@@ -55,8 +55,9 @@ class Access:
         Raises NotAuthorized if not, InteractiveAuthorizationRequired if a prompt would be needed that the caller did
         not allow, Cancelled if the caller vanishes meanwhile, LimitExceeded if its user asks too often at once.
         """
-        async with self._turn(call), self._router.vanished(call.sender) as gone, self._places[call.interactive]:
-            await self._check(call, action, {key: clean(value) for key, value in details.items()}, gone)
+        shown = {key: clean(value) for key, value in details.items()}
+        async with self._turn(call), self._router.vanished(call.sender) as gone:
+            await _unless(gone, self._check(call, action, shown))
 
     @contextlib.asynccontextmanager
     async def _turn(self, call: Call) -> AsyncIterator[None]:
@@ -72,14 +73,15 @@ class Access:
             if not self._asking[uid]:
                 del self._asking[uid]
 
-    async def _check(self, call: Call, action: str, details: Mapping[str, str], gone: asyncio.Event) -> None:
-        try:
-            authorized, challenge, answer = await self._ask(call, action, details, gone)
-        except TimeoutError:
-            raise NotAuthorized("polkit does not answer: ask the administrator to restart it.") from None
-        except BusCallError as error:
-            await self._without_answer(call, action, error)
-            return
+    async def _check(self, call: Call, action: str, details: Mapping[str, str]) -> None:
+        async with self._places[call.interactive]:
+            try:
+                authorized, challenge, answer = await self._ask(call, action, details)
+            except TimeoutError:
+                raise NotAuthorized("polkit does not answer: ask the administrator to restart it.") from None
+            except BusCallError as error:
+                await self._without_answer(call, action, error)
+                return
         if not authorized:
             raise _refusal(call, action, challenge, answer)
 
@@ -94,32 +96,20 @@ class Access:
             return "no"
         return "yes"
 
-    async def _ask(
-        self, call: Call, action: str, details: Mapping[str, str], gone: asyncio.Event
-    ) -> tuple[bool, bool, dict[str, str]]:
+    async def _ask(self, call: Call, action: str, details: Mapping[str, str]) -> tuple[bool, bool, dict[str, str]]:
         """polkit's answer: authorized, a challenge would be needed, more about it."""
         number = f"hostpassd-{next(self._numbers)}"
         subject = ["system-bus-name", {"name": Variant("s", call.sender)}]
         body = [subject, action, details, int(call.interactive), number]
-        asking = asyncio.create_task(self._call(body, None if call.interactive else TIMEOUT))
-        leaving = asyncio.create_task(gone.wait())
+        timeout = None if call.interactive else TIMEOUT
         try:
-            await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.is_set():
-                raise Cancelled("The caller is gone.")
-            [[authorized, challenge, answer]] = asking.result()
-        except (TimeoutError, Cancelled, asyncio.CancelledError):
+            [[authorized, challenge, answer]] = await self._router.call(
+                POLKIT, AUTHORITY_PATH, AUTHORITY, "CheckAuthorization", "(sa{sv})sa{ss}us", body, timeout=timeout
+            )
+        except (TimeoutError, asyncio.CancelledError):
             self._router.tell(POLKIT, AUTHORITY_PATH, AUTHORITY, "CancelCheckAuthorization", "s", [number])
             raise
-        finally:
-            asking.cancel()
-            leaving.cancel()
         return authorized, challenge, answer
-
-    async def _call(self, body: list[object], timeout: float | None) -> list[Any]:
-        return await self._router.call(
-            POLKIT, AUTHORITY_PATH, AUTHORITY, "CheckAuthorization", "(sa{sv})sa{ss}us", body, timeout=timeout
-        )
 
     async def _without_answer(self, call: Call, action: str, error: BusCallError) -> None:
         if error.name.startswith(ABSENT):
@@ -131,6 +121,20 @@ class Access:
         else:
             self._log.error("polkit cannot say who may do %s: %s", action, error)
         raise NotAuthorized("polkit cannot say whether you may do this: the log of hostpassd has the reason.")
+
+
+async def _unless(gone: asyncio.Event, checking: Coroutine[Any, Any, None]) -> None:
+    """Does CHECKING, but no longer than the caller is there: raises Cancelled once it is GONE."""
+    work, leaving = asyncio.create_task(checking), asyncio.create_task(gone.wait())
+    try:
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        work.cancel()
+        await asyncio.wait({work, leaving})
+    if gone.is_set():
+        raise Cancelled("The caller is gone.")
+    work.result()
 
 
 def _refusal(

@@ -10,6 +10,7 @@ from hostpassd.bus import options
 from hostpassd.bus.access import Access
 from hostpassd.bus.objects import Publisher, plan_row
 from hostpassd.bus.router import Call, Router
+from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.operations import Operations, Wish, action_of
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
@@ -37,8 +38,8 @@ class ManagerMethods:
         self._sync = sync
         self._rescan = rescan
         self._default = default
-        router.handle(names.MANAGER, "FindDevices", self._find_devices)
-        router.handle(names.MANAGER, "GetMachine", self._get_machine)
+        router.handle(names.MANAGER, "FindDevices", self._find_devices, quick=True)
+        router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
         router.handle(names.MANAGER, "Assign", self._assign)
         router.handle(names.MANAGER, "Dismiss", self._dismiss)
         router.handle(names.MANAGER, "PlanAssign", self._plan_assign)
@@ -109,7 +110,17 @@ class ManagerMethods:
 
     async def _cancel(self, call: Call) -> Sequence[Any]:
         control = self._operations.control(int(call.path.rpartition("/")[2]))
-        if await self._router.uid_of(call.sender) != control.job.started_by_uid:
+        uid = await self._router.uid_of(call.sender)
+        try:
+            await self._cancel_as(call, control, uid)
+        except errors.HostpassError as error:
+            self._operations.audit_cancel(control.job, uid, error)
+            raise
+        self._operations.audit_cancel(control.job, uid)
+        return []
+
+    async def _cancel_as(self, call: Call, control: Control, uid: int) -> None:
+        if uid != control.job.started_by_uid:
             await self._access.check(call, names.ACTION_CANCEL_OTHERS, control.details)
         control.cancelled.set()
         await control.ended.wait()
@@ -119,7 +130,6 @@ class ManagerMethods:
             raise errors.Failed(
                 f"job {control.job.number} could not be cancelled any more, it is {control.job.state}{why}"
             )
-        return []
 
 
 _WORSE = ("yes", "challenge", "no")

@@ -43,9 +43,13 @@ __all__ = [
 BUS_DRIVER = "org.freedesktop.DBus"
 BUS_DRIVER_PATH = "/org/freedesktop/DBus"
 
-# Calls that handlers are at work on.
+# Calls that handlers are at work on; of those that wait for something also by user, who can have many connections.
 CALLS_PER_SENDER = 32
+CALLS_PER_USER = 128
 CALLS = 512
+
+# Unique names are never given twice, so the user of one needs asking for only once.
+SENDERS_KEPT = 1024
 
 # What a stock bus takes (dbus-daemon's max_message_size); it closes the connection of who sends more.
 MESSAGE_LIMIT = 32 * 1024 * 1024
@@ -54,8 +58,12 @@ BODY_LIMIT = MESSAGE_LIMIT - 1024  # a reply's header has two names and a signat
 # Bytes; no call of ours is longer. dbus-next makes Python objects of all that a message holds, many times its size.
 CALL_LIMIT = 64 * 1024
 
-# Characters of an error's message. A Blocked names every blocker, what is unknown is the caller's own words.
-TEXT_LIMIT = 64 * 1024
+# Bytes that may wait to be sent before more is read: answers to who asks and does not read would fill the memory.
+UNSENT_LIMIT = 8 * 1024 * 1024
+
+# Characters of an error's message, which can hold the caller's own words. A Blocked names every blocker.
+TEXT_LIMIT = 4 * 1024
+BLOCKED_LIMIT = 64 * 1024
 
 # dbus-next keeps every signature it ever saw; strangers choose those of their calls.
 SIGNATURES_KEPT = 1024
@@ -294,16 +302,22 @@ class _Frame:
 
 
 class _PatientSocket:
-    """A socket whose full buffer is no error: on EAGAIN dbus-next (its #153) drops the connection, after 0 it waits."""
+    """A socket whose full buffer is no error: on EAGAIN dbus-next (its #153) drops the connection, after 0 it waits.
 
-    def __init__(self, socket: Any) -> None:
+    SENT is told of the bytes that went out.
+    """
+
+    def __init__(self, socket: Any, sent: Callable[[int], None]) -> None:
         self._socket = socket
+        self._sent = sent
 
     def send(self, data: memoryview) -> int:
         try:
-            return int(self._socket.send(data))
+            count = int(self._socket.send(data))
         except BlockingIOError:
             return 0
+        self._sent(count)
+        return count
 
 
 class _Unmarshaller(Unmarshaller):  # type: ignore[misc]
@@ -332,6 +346,10 @@ class _Unmarshaller(Unmarshaller):  # type: ignore[misc]
 class _Connection(MessageBus):  # type: ignore[misc]
     """dbus-next's connection, cured of what would kill or hang the daemon."""
 
+    _unmarshaller: Any
+    _unsent = 0  # bytes
+    _reads = True
+
     async def _auth_readline(self) -> str:
         # dbus-next reads on after the end of the stream, for ever and without giving way.
         line = b""
@@ -344,7 +362,7 @@ class _Connection(MessageBus):  # type: ignore[misc]
 
     async def connect(self) -> _Connection:
         await super().connect()
-        self._writer.sock = _PatientSocket(self._writer.sock)
+        self._writer.sock = _PatientSocket(self._writer.sock, self._went_out)
         return self
 
     def _create_unmarshaller(self) -> _Unmarshaller:
@@ -352,7 +370,27 @@ class _Connection(MessageBus):  # type: ignore[misc]
 
     def queue(self, data: bytes) -> None:
         """Sends DATA, a finished message, after all that was queued before."""
+        self._unsent += len(data)
         self._writer.schedule_write(_Frame(data))
+
+    def _message_reader(self) -> None:
+        try:
+            while self._unsent < UNSENT_LIMIT:
+                if self._disconnect_future.done() or not self._unmarshaller.unmarshall():
+                    return
+                self._on_message(self._unmarshaller.message)
+                self._unmarshaller = self._create_unmarshaller()
+            self._loop.remove_reader(self._fd)
+            self._reads = False
+        except Exception as error:
+            self._finalize(error)
+
+    def _went_out(self, count: int) -> None:
+        self._unsent = max(0, self._unsent - count)  # dbus-next's own few messages were not counted
+        if not self._reads and self._unsent < UNSENT_LIMIT:
+            self._reads = True
+            self._loop.add_reader(self._fd, self._message_reader)
+            self._loop.call_soon(self._message_reader)  # no event tells of what the stream has taken in already
 
     def release(self) -> None:
         """Gives the descriptor of a lost connection back; dbus-next leaves that to the garbage collector."""
@@ -558,12 +596,15 @@ class Router:
         self._wire = _Wire(specification, log)
         self._table = _Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
+        self._quick: set[tuple[str, str]] = set()
         self._connection: _Connection | None = None
         self._named = False
         self._serial = 0
         self._pending: dict[int, asyncio.Future[list[Any]]] = {}  # our calls by serial
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: collections.Counter[str] = collections.Counter()  # calls at work by sender
+        self._waiting: collections.Counter[int] = collections.Counter()  # those that are not quick, by user id
+        self._uids: dict[str, int] = {}
         self._watched: dict[str, list[asyncio.Event]] = {}  # unique names whose end is waited for
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -651,11 +692,16 @@ class Router:
             body=telling.body,
         )
 
-    def handle(self, interface: str, member: str, handler: Handler) -> None:
-        """Has HANDLER answer the calls of a method. Raises KeyError if the specification has no such method."""
+    def handle(self, interface: str, member: str, handler: Handler, *, quick: bool = False) -> None:
+        """Has HANDLER answer the calls of a method. Raises KeyError if the specification has no such method.
+
+        `quick`: it waits for nothing, so its calls need not be counted by user.
+        """
         if member not in self._spec.interfaces[interface].methods:
             raise KeyError(f"{interface} has no method {member}")
         self._handlers[interface, member] = handler
+        if quick:
+            self._quick.add((interface, member))
 
     # --- calls of ours ---
 
@@ -693,13 +739,21 @@ class Router:
             self._send_call(destination, path, interface, member, signature, body, MessageFlag.NO_REPLY_EXPECTED)
 
     async def uid_of(self, sender: str) -> int:
-        """The user id of the caller SENDER. Raises Cancelled if it is gone, BusCallError if the bus does not know."""
+        """The user id of the caller SENDER, which may be gone if it was asked for before.
+
+        Raises Cancelled if it is gone, BusCallError if the bus does not know.
+        """
+        if sender in self._uids:
+            return self._uids[sender]
         try:
             [uid] = await self._ask_driver("GetConnectionUnixUser", "s", [sender])
         except BusCallError as error:
             if error.name == NAME_HAS_NO_OWNER:
                 raise errors.Cancelled("The caller is gone.") from error
             raise
+        if len(self._uids) >= SENDERS_KEPT:
+            self._uids.clear()
+        self._uids[sender] = int(uid)
         return int(uid)
 
     @contextlib.asynccontextmanager
@@ -779,7 +833,7 @@ class Router:
             return False
         if not future.done():
             if message.message_type is MessageType.ERROR:
-                text = message.body[0] if message.signature.startswith("s") else ""
+                text = message.body[0] if message.signature.startswith("s") and message.body else ""
                 future.set_exception(BusCallError(message.error_name, text))
             else:
                 future.set_result(message.body)
@@ -839,8 +893,6 @@ class Router:
             raise errors.NotSupported(f"This hostpassd cannot do {interface}.{method.name}.")
         if self._running[sender] >= CALLS_PER_SENDER:
             raise errors.LimitExceeded(f"You have {CALLS_PER_SENDER} calls at work: wait for one of them to end.")
-        if self._running.total() >= CALLS:
-            raise errors.LimitExceeded(f"{CALLS} calls are at work here: try again later.")
         interactive = bool(message.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION)
         call = Call(sender, message.path, interface, method.name, message.body, interactive)
         self._running[sender] += 1
@@ -848,16 +900,33 @@ class Router:
 
     async def _run(self, handler: Handler, call: Call, message: Message, signature: str) -> None:
         try:
-            self._answer(message, signature, self._wire.marshal(signature, await handler(call)))
+            async with self._place(call):
+                results = await handler(call)
+            self._answer(message, signature, self._wire.marshal(signature, results))
         except asyncio.CancelledError:
             self._answer_error(message, errors.Cancelled("hostpassd ended before this was done."))
             raise
         except Exception as error:
             self._answer_error(message, error)
         finally:
-            self._running[call.sender] -= 1
-            if not self._running[call.sender]:
-                del self._running[call.sender]
+            _uncount(self._running, call.sender)
+
+    @contextlib.asynccontextmanager
+    async def _place(self, call: Call) -> AsyncIterator[None]:
+        """One of the places for calls that wait, of which no user has all."""
+        if (call.interface, call.member) in self._quick:
+            yield
+            return
+        uid = await self.uid_of(call.sender)
+        if self._waiting[uid] >= CALLS_PER_USER:
+            raise errors.LimitExceeded(f"You have {CALLS_PER_USER} calls at work: wait for one of them to end.")
+        if self._waiting.total() >= CALLS:
+            raise errors.LimitExceeded(f"{CALLS} calls are at work here: try again later.")
+        self._waiting[uid] += 1
+        try:
+            yield
+        finally:
+            _uncount(self._waiting, uid)
 
     def _answer(self, message: Message, signature: str, body: bytes) -> None:
         if len(body) > BODY_LIMIT:
@@ -869,7 +938,9 @@ class Router:
             self._log.error("%s.%s failed", message.interface, message.member, exc_info=error)
             error = errors.Failed(FAULT)
         prefix = names.STANDARD_ERROR_PREFIX if error.standard else names.ERROR_PREFIX
-        body = self._wire.marshal("s", [str(error)[:TEXT_LIMIT]])
+        limit = BLOCKED_LIMIT if isinstance(error, errors.Blocked) else TEXT_LIMIT
+        text = str(error)
+        body = self._wire.marshal("s", [text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"])
         self._reply(MessageType.ERROR, message, error_name=prefix + error.name, signature="s", body=body)
 
     def _reply(self, kind: MessageType, message: Message, **fields: Any) -> None:
@@ -935,6 +1006,13 @@ class Router:
     def _entry(self, path: str, thing: _Object) -> bytes:
         thing.entry = thing.entry or self._wire.entry(path, thing.interfaces)
         return thing.entry
+
+
+def _uncount(counter: collections.Counter[Any], key: Any) -> None:
+    """One less of KEY; what has none is not kept."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 def _mismatch(interface: str, method: MethodSpec, got: str) -> str:

@@ -15,6 +15,7 @@ import pyudev
 
 from hostpassd.errors import TimedOut
 from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
+from hostpassd.faults import vital
 from hostpassd.host.device import Device, clean
 from hostpassd.host.sysfs import (
     KINDS,
@@ -264,6 +265,7 @@ class Udev:
         if self._rescan is None or self._rescan.done():
             log.warning("uevents came faster than they could be read and some were lost: reading all devices again")
             self._rescan = asyncio.get_running_loop().create_task(self.scan())
+            self._rescan.add_done_callback(vital)
         self._pause()
 
     async def _drained(self) -> None:
@@ -358,6 +360,7 @@ class Udev:
             self._gone(old)  # no node of the tree is below a network interface
         elif self._rescan is None or self._rescan.done():
             self._rescan = asyncio.get_running_loop().create_task(self.scan())
+            self._rescan.add_done_callback(vital)
 
     def _show_in_parent(self, source: Source) -> None:
         shows = SHOWS_IN_PARENT.get(source.subsystem)

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from hostpassd.events import Event, HostUse, HostUsesRead
+from hostpassd.faults import vital
 from hostpassd.host import rtnetlink
 from hostpassd.host.device import clean
 from hostpassd.host.rtnetlink import Link, Network
@@ -522,6 +523,7 @@ class HostUses:
         self._timer = None
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
+            self._refreshing.add_done_callback(vital)
         else:
             self.refresh()  # a reading may have begun before the change; look again
 

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from hostpassd.errors import HostpassError
+from hostpassd.faults import vital
 from hostpassd.inotify import Watch
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class StoredWatch:
         task = asyncio.create_task(self._read_again(names, everything))
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
+        task.add_done_callback(vital)
 
     async def _read_again(self, names: set[str], everything: bool) -> None:
         if everything:

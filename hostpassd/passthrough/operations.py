@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from hostpassd import errors, find, names
 from hostpassd.audit import audit
 from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
+from hostpassd.faults import vital
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.journal import Journal, Unfinished
@@ -81,8 +82,10 @@ class Operations:
         return control
 
     def moves(self, machine: str, device: str) -> bool:
-        """Whether a running job moves DEVICE to or from MACHINE (a UUID)."""
-        return any(c.job.machine == machine and device in c.devices for c in self._controls.values())
+        """Whether a job moves DEVICE to or from MACHINE (a UUID), or one that was not finished has done so."""
+        if any(c.job.machine == machine and device in c.devices for c in self._controls.values()):
+            return True
+        return any(left.machine == machine and device in _devices_of(left) for left in self._journal.unfinished)
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
@@ -99,7 +102,7 @@ class Operations:
             if self._reachable(left.uri) and not self._executor.busy(left.groups):
                 async with self._executor.alone(left.groups):
                     if left in self._journal.unfinished:
-                        await self._executor.recover(left)
+                        await self._recover(left)
         await self._executor.give_back_idle()
 
     async def stop(self) -> None:
@@ -127,6 +130,12 @@ class Operations:
                 await (self.recover() if retry else self._executor.give_back_idle())
             except Exception:
                 log.exception("what was left of earlier operations could not be put in order")
+
+    async def _recover(self, left: Unfinished) -> None:
+        await self._executor.recover(left)
+        if left not in self._journal.unfinished:
+            for device in _devices_of(left):
+                self._audit_recovery(left, device)
 
     def _reachable(self, uri: str) -> bool:
         hypervisor = self._state.hypervisors.get(uri)
@@ -205,6 +214,7 @@ class Operations:
         task = asyncio.get_running_loop().create_task(self._run(wish, plan, control))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(vital)
         return control
 
     async def _run(self, wish: Wish, plan: Plan, control: Control) -> None:
@@ -258,7 +268,34 @@ class Operations:
         await alone.enter_async_context(self._executor.alone(tuple(sorted({*groups, *left}))))
         for other in self._left_on(groups):
             if self._reachable(other.uri):
-                await self._executor.recover(other)
+                await self._recover(other)
+
+    def audit_cancel(self, job: Job, uid: int, error: errors.HostpassError | None = None) -> None:
+        """Into the journal: UID cancelled JOB, or was refused with ERROR."""
+        audit(
+            names.MESSAGE_OPERATION,
+            f"cancel of job {job.number}, the {job.operation} of {job.device}"
+            + (f" refused ({error})" if error else ""),
+            device=job.device,
+            machine=job.machine,
+            machine_name=self._state.machine_name(job.machine),
+            operation="cancel",
+            job=str(job.number),
+            result=_full_name(error) if error else "done",
+            uid=str(uid),
+        )
+
+    def _audit_recovery(self, left: Unfinished, device: str) -> None:
+        audit(
+            names.MESSAGE_OPERATION,
+            f"{left.operation} of {device} was not finished, and what it left has been put in order",
+            device=device,
+            machine=left.machine,
+            machine_name=self._state.machine_name(left.machine),
+            operation=left.operation,
+            job=str(left.number) if left.number > 0 else "",
+            result="recovered",
+        )
 
     def _audit(self, job: Job, device: str) -> None:
         why = f" ({job.error_message})" if job.error_message else ""
@@ -288,9 +325,19 @@ class Operations:
             machine=machine.uuid if machine else "",
             machine_name=machine.name if machine else wish.machine,
             operation=wish.operation,
-            result=(names.STANDARD_ERROR_PREFIX if error.standard else names.ERROR_PREFIX) + error.name,
+            result=_full_name(error),
             uid=str(wish.uid),
         )
+
+
+def _devices_of(left: Unfinished) -> list[str]:
+    """The devices that an unfinished operation moves, each once."""
+    return list(dict.fromkeys(step.device for step in left.steps))
+
+
+def _full_name(error: errors.HostpassError) -> str:
+    """The bus name of ERROR."""
+    return (names.STANDARD_ERROR_PREFIX if error.standard else names.ERROR_PREFIX) + error.name
 
 
 def _is_authorised(plan: Plan, authorised: Plan, options: Options) -> bool:

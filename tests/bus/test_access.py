@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -176,9 +177,47 @@ async def test_open_prompts_do_not_hold_others_up(
     assert (await refusal(assign(again, interactive=True)))[0] == NOT_AUTHORIZED
 
 
+async def test_one_user_has_few_prompts_however_many_connections(
+    checks: Checks,
+    polkit: Polkit,
+    client: Client,
+    agent: Client,
+    new_client: NewClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(access_module, "PLACES_PER_USER", 1)
+    assign(client, interactive=True)
+    await prompt(agent)
+    twin = await new_client(client.uid)
+    name, message = await refusal(assign(twin, interactive=True))
+    assert name == "org.hostpassd1.Error.LimitExceeded" and "1 prompts open" in message
+
+
+async def test_who_waits_for_a_place_can_vanish(
+    router: Router, polkit: Polkit, client: Client, agent: Client, new_client: NewClient
+) -> None:
+    """Its turn never comes, for the prompt before it stays open."""
+    access = Access(router, log=logging.getLogger("hostpassd"))
+    access._places[True] = asyncio.Semaphore(1)
+    call = Call(client.name, "/", "", "", [], True)
+    first = asyncio.create_task(access.check(call, names.ACTION_ASSIGN, DETAILS))
+    await prompt(agent)
+    other = await new_client(client.uid)
+    second = asyncio.create_task(access.check(dataclasses.replace(call, sender=other.name), names.ACTION_ASSIGN, {}))
+    await other.call("/", "org.freedesktop.DBus.Peer", "Ping")
+    await other.stop()
+    with pytest.raises(Cancelled):
+        await asyncio.wait_for(second, PATIENCE)
+    assert access._asking == {client.uid: 1} and list(router._watched) == [client.name]
+    first.cancel()
+    await agent.wait_for(CANCEL)
+    await asyncio.wait({first})
+    assert not access._asking and not router._watched and not router._pending
+
+
 async def test_more_checks_than_places(checks: Checks, polkit: Polkit, client: Client, new_client: NewClient) -> None:
     """The bus lets one connection wait for 128 answers; all of these come."""
-    clients = [client, *[await new_client(NOBODY) for _ in range(4)]]
+    clients = [client, *[await new_client(uid) for uid in (NOBODY, NOBODY, DAEMON, DAEMON)]]
     answers = [assign(one) for one in clients for _ in range(32)]
     assert {(await refusal(answer))[0] for answer in answers} == {INTERACTIVE_REQUIRED}
 

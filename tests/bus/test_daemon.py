@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ DEVICES = ROOT + "/devices/"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 PATIENCE = 30
+UNIT = Path(__file__).resolve().parents[2] / "systemd" / "hostpassd.service"
 
 MACHINES = """<node xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>
 <domain type='test'><name>demo</name><uuid>11111111-2222-3333-4444-555555555555</uuid><memory>8192</memory>
@@ -364,6 +366,28 @@ async def test_a_storm_loses_nothing(daemon: Daemon, client: Client, host: MockH
     await manager(client, "Sync")
     assert fold(first, signals(client)) == await objects(client)
     assert set(first) == set(await objects(client))
+
+
+def peak_of(process: asyncio.subprocess.Process) -> int:
+    """The most bytes that it ever had resident."""
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak) * 1024
+
+
+async def test_the_longest_messages_that_the_bus_takes_fit_into_what_the_unit_allows(
+    daemon: Daemon, client: Client, new_client: NewClient
+) -> None:
+    [allowed] = re.findall(r"MemoryMax=(\d+)M", UNIT.read_text(encoding="utf-8"))
+    clients = [client, *[await new_client(1) for _ in range(4)]]
+    long = "x" * (31 << 20)
+    calls = [one.begin(ROOT, PROPERTIES, "Get", "ss", MANAGER, long) for one in clients]
+    clients[0].begin("/" + long, MANAGER, "Rescan", no_reply=True)
+    for refused in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(refused, Refused) and refused.name == "org.hostpassd1.Error.LimitExceeded"
+        assert len(refused.message) < 200
+    await manager(client, "Sync")
+    assert peak_of(daemon.process) < int(allowed) << 20
 
 
 async def test_a_plan_is_told_and_is_what_assign_executes(

@@ -532,8 +532,49 @@ async def test_a_huge_call_is_refused_unread_and_costs_nothing(served: Router, c
     assert name == ERROR + "LimitExceeded" and len(message) < 200
     client.begin("/" + "a" * (31 << 20), MANAGER, "Rescan", no_reply=True)
     name, message = await refusal(client, "/" + "a" * 60_000, MANAGER, "Rescan")
-    assert name == STANDARD_ERROR + "UnknownObject" and len(message) < 64 * 1024
+    assert name == STANDARD_ERROR + "UnknownObject" and message.startswith("There is no object /aaa")
+    assert len(message) == router_module.TEXT_LIMIT
     assert set(await managed(client)) == {ONE, TWO}
+
+
+@pytest.mark.parametrize(
+    ("error", "length"),
+    [(errors.NoSuchDevice, router_module.TEXT_LIMIT), (errors.Blocked, router_module.BLOCKED_LIMIT)],
+)
+async def test_an_error_is_cut_but_a_blocked_names_every_blocker(
+    served: Router, client: Client, error: type[errors.HostpassError], length: int
+) -> None:
+    async def fail(call: Call) -> Sequence[Any]:
+        raise error("\u00e9" * int(call.args[0]))
+
+    served.handle(MANAGER, "GetMachine", fail)
+    _, message = await refusal(client, ROOT, MANAGER, "GetMachine", "s", str(length))
+    assert message == "\u00e9" * length
+    _, message = await refusal(client, ROOT, MANAGER, "GetMachine", "s", str(length + 1))
+    assert message == "\u00e9" * (length - 1) + "\N{HORIZONTAL ELLIPSIS}"
+
+
+async def test_who_asks_and_does_not_read_fills_no_memory(
+    served: Router, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers are made only as fast as they go out, however many calls there are."""
+    monkeypatch.setattr(router_module, "UNSENT_LIMIT", 1 << 20)
+    served.publish(Batch(changed={ONE: {DEVICE: {"Label": "x" * (1 << 20)}}}))
+    connection = served._connection
+    assert connection
+    queue, most = connection.queue, 0
+
+    def spy(data: bytes) -> None:
+        nonlocal most
+        queue(data)
+        most = max(most, connection._unsent)
+
+    monkeypatch.setattr(connection, "queue", spy)
+    asking = [client.begin(ONE, PROPERTIES, "Get", "ss", DEVICE, "Label") for _ in range(60)]
+    answers = await asyncio.gather(*asking)
+    assert [len(value["v"][1]) for [value] in answers] == [1 << 20] * 60
+    assert 1 << 20 <= most < 3 << 20
+    assert connection._unsent == 0 and connection._reads
 
 
 # --- hostile strings ---
@@ -709,7 +750,7 @@ async def test_no_reply_where_none_is_expected(served: Router, client: Client, m
         sent.append(kind)
         return send(kind, **fields)
 
-    served.handle(MANAGER, "Rescan", rescan)
+    served.handle(MANAGER, "Rescan", rescan, quick=True)
     monkeypatch.setattr(served, "_send", spy)
     for interface, member in ((MANAGER, "Rescan"), (MANAGER, "Explode"), (PEER, "Ping")):
         await client.begin(ROOT, interface, member, no_reply=True)
@@ -718,45 +759,115 @@ async def test_no_reply_where_none_is_expected(served: Router, client: Client, m
     assert sent == [MessageType.METHOD_RETURN]
 
 
-async def test_calls_of_one_sender_are_limited(served: Router, client: Client, new_client: NewClient) -> None:
-    go = asyncio.Event()
+class Waiting:
+    """Has Rescan wait until it is let go."""
 
-    async def wait(_: Call) -> Sequence[Any]:
-        await go.wait()
+    def __init__(self, router: Router) -> None:
+        self.go = asyncio.Event()
+        self._begun = asyncio.Semaphore(0)
+        router.handle(MANAGER, "Rescan", self._wait)
+
+    async def _wait(self, _: Call) -> Sequence[Any]:
+        self._begun.release()
+        await self.go.wait()
         return []
 
-    served.handle(MANAGER, "Rescan", wait)
+    async def begun(self, count: int) -> None:
+        """Returns when COUNT more calls are at work."""
+        async with asyncio.timeout(PATIENCE):
+            for _ in range(count):
+                await self._begun.acquire()
+
+
+async def test_calls_of_one_sender_are_limited(served: Router, client: Client, new_client: NewClient) -> None:
+    method = Waiting(served)
     waiting = [client.begin(ROOT, MANAGER, "Rescan") for _ in range(router_module.CALLS_PER_SENDER)]
     name, message = await refusal(client, ROOT, MANAGER, "Rescan")
     assert name == ERROR + "LimitExceeded"
     assert "32 calls" in message
     assert await client.call(ROOT, PEER, "Ping") == []
-    other = await new_client(1)
-    waiting.append(other.begin(ROOT, MANAGER, "Rescan"))
-    await other.call(ROOT, PEER, "Ping")
-    go.set()
+    waiting.append((await new_client(1)).begin(ROOT, MANAGER, "Rescan"))
+    await method.begun(33)
+    method.go.set()
     assert await asyncio.gather(*waiting) == [[]] * 33
     assert await client.call(ROOT, MANAGER, "Rescan") == []
-    assert not served._running
+    assert not served._running and not served._waiting
+
+
+async def test_calls_of_one_user_are_limited_however_many_connections(
+    served: Router, client: Client, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "CALLS_PER_USER", 3)
+    method = Waiting(served)
+    twin, other = await new_client(client.uid), await new_client(1)
+    waiting = [one.begin(ROOT, MANAGER, "Rescan") for one in (client, client, twin)]
+    await method.begun(3)
+    name, message = await refusal(twin, ROOT, MANAGER, "Rescan")
+    assert name == ERROR + "LimitExceeded" and "3 calls" in message
+    waiting.append(other.begin(ROOT, MANAGER, "Rescan"))
+    await method.begun(1)
+    method.go.set()
+    await asyncio.gather(*waiting)
+    assert not served._waiting
+
+
+async def test_a_quick_method_needs_no_place_and_asks_the_bus_nothing(
+    served: Router, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def machine(_: Call) -> Sequence[Any]:
+        return ["/m"]
+
+    monkeypatch.setattr(router_module, "CALLS", 0)
+    served.handle(MANAGER, "GetMachine", machine, quick=True)
+    sent = served._serial
+    assert await client.call(ROOT, MANAGER, "GetMachine", "s", "m") == ["/m"]
+    assert served._serial == sent + 1
 
 
 async def test_calls_of_all_are_limited(
     served: Router, client: Client, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(router_module, "CALLS", 1)
-    go = asyncio.Event()
-
-    async def wait(_: Call) -> Sequence[Any]:
-        await go.wait()
-        return []
-
-    served.handle(MANAGER, "Rescan", wait)
+    method = Waiting(served)
     first = client.begin(ROOT, MANAGER, "Rescan")
-    await client.call(ROOT, PEER, "Ping")
-    name, _ = await refusal(await new_client(1), ROOT, MANAGER, "Rescan")
-    assert name == ERROR + "LimitExceeded"
-    go.set()
+    await method.begun(1)
+    name, message = await refusal(await new_client(1), ROOT, MANAGER, "Rescan")
+    assert name == ERROR + "LimitExceeded" and "1 calls are at work" in message
+    method.go.set()
     await first
+
+
+async def test_a_flood_from_one_who_leaves_leaves_nothing(
+    served: Router, client: Client, new_client: NewClient
+) -> None:
+    """Whatever kind of call it is, and although nobody takes the answers."""
+    method = Waiting(served)
+    idle = len(served._tasks)
+    for _ in range(200):
+        client.begin(ROOT, MANAGER, "Rescan")
+        client.begin(ROOT, OBJECT_MANAGER, "GetManagedObjects")
+        client.begin(ONE, PROPERTIES, "Get", "ss", DEVICE, "Colour")
+        client.begin(ROOT, MANAGER, "Sync")
+    await method.begun(router_module.CALLS_PER_SENDER)
+    assert len(served._tasks) <= idle + router_module.CALLS_PER_SENDER
+    client.process.kill()
+    await client.stop()
+    method.go.set()
+    await asyncio.wait_for(_until_idle(served, idle), PATIENCE)
+    assert not served._running and not served._waiting and not served._watched and not served._pending
+    assert await (await new_client(client.uid)).call(ROOT, PEER, "Ping") == []
+
+
+async def _until_idle(router: Router, tasks: int) -> None:
+    while len(router._tasks) > tasks:
+        await asyncio.wait(router._tasks - {asyncio.current_task()}, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def test_the_user_of_a_connection_is_asked_for_once(served: Router, client: Client) -> None:
+    assert await served.uid_of(client.name) == client.uid
+    sent = served._serial
+    assert await served.uid_of(client.name) == client.uid
+    assert served._serial == sent
 
 
 async def test_a_cancelled_handler_is_answered(served: Router, client: Client) -> None:
@@ -944,6 +1055,6 @@ def test_a_full_socket_is_no_error() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        patient = router_module._PatientSocket(ours)
+        patient = router_module._PatientSocket(ours, lambda count: None)
         while patient.send(memoryview(bytes(65536))):
             pass

@@ -1,0 +1,12 @@
+"""Faults of our own, in tasks that nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+def vital(task: asyncio.Task[Any]) -> None:
+    """A done callback: what TASK raised goes to the loop, whose handler ends the daemon, to be started afresh."""
+    if not task.cancelled():
+        task.result()

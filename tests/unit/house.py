@@ -1,0 +1,84 @@
+"""A whole daemon for the logic's tests, without a bus or a host."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostpassd import audit as audit_module
+from hostpassd import errors, names
+from hostpassd.config import Config
+from hostpassd.daemon import Daemon
+from hostpassd.events import DevicesScanned
+from hostpassd.host.device import Device
+from hostpassd.passthrough.execute import Control
+from hostpassd.passthrough.operations import Wish
+from hostpassd.passthrough.plan import Options
+from tests.unit.world import URI, Libvirt, machine, pci, usb
+
+PAIR = (pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5, driver="snd", code=0x040100))
+STICK = usb("1-1", number=3)
+HUB = usb("1-2", number=4, device_class=9)
+CALLER = 1000
+
+
+async def nothing(*_: Any) -> None:
+    """In the place of a wait for udev."""
+
+
+class House:
+    """A whole daemon without a bus, on a simulated hypervisor, and the journal it writes to."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._journal.bind(str(folder / "socket"))
+        monkeypatch.setattr(audit_module, "_SOCKET", str(folder / "socket"))
+        self.daemon = Daemon(Config(hypervisors=(URI,)), folder, None)
+        self.daemon.emit(DevicesScanned((*PAIR, STICK, HUB)))
+        self.libvirt = Libvirt(self.daemon._state, self.daemon.emit, machine())
+        monkeypatch.setattr(self.daemon._udev, "settled", nothing)
+        hypervisors: dict[str, Any] = {**self.daemon._hypervisors, URI: self.libvirt}
+        monkeypatch.setattr(self.daemon, "_hypervisors", hypervisors)
+        monkeypatch.setattr(self.daemon._executor, "_effects", hypervisors.__getitem__)
+        self.daemon._publisher.announce_running()
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def records(self) -> list[dict[str, str]]:
+        """What was written since the last call, without the prefix and what all records have."""
+        found: list[dict[str, str]] = []
+        while True:
+            try:
+                lines = self._journal.recv(65536).decode().splitlines()
+            except BlockingIOError:
+                return found
+            row = {name.removeprefix("HOSTPASSD_"): value for name, _, value in (line.partition("=") for line in lines)}
+            row["KIND"] = {names.MESSAGE_OPERATION: "operation", names.MESSAGE_FOREIGN_CHANGE: "foreign"}[
+                row.pop("MESSAGE_ID")
+            ]
+            assert (row.pop("PRIORITY"), row.pop("SYSLOG_IDENTIFIER")) == ("5", "hostpassd")
+            found.append(row)
+
+    async def start(self, operation: str, device: Device, denied: bool = False) -> Control:
+        async def authorise(action: str, details: Mapping[str, str]) -> None:
+            if denied:
+                raise errors.NotAuthorized("no")
+
+        wish = Wish(operation, "vm", device.name, Options(timeout=5), CALLER)
+        return await self.daemon._operations.start(wish, authorise)
+
+    async def do(self, operation: str, device: Device) -> Control:
+        control = await self.start(operation, device)
+        await control.ended.wait()
+        return control
+
+    async def put_in_order(self) -> None:
+        """Waits until what jobs left is looked after."""
+        while (tidying := self.daemon._operations._tidying) and not tidying.done():
+            await asyncio.wait({tidying})

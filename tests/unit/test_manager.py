@@ -1,0 +1,164 @@
+"""The Manager's and the Job's methods, on a simulated hypervisor: who may, and what a caller is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostpassd import errors, names
+from hostpassd.bus.access import Access
+from hostpassd.bus.router import Call, Router
+from tests.unit.house import CALLER, PAIR, House
+from tests.unit.world import UUID
+
+OTHER = 1001
+
+
+class Bus:
+    """Calls handlers as the router does, and answers for polkit: `denied`, by device name and then the error."""
+
+    def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._handlers = house.daemon._router._handlers
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.denied: dict[str, type[errors.HostpassError]] = {}
+
+        async def check(_: Access, call: Call, action: str, details: Mapping[str, str]) -> None:
+            self.asked.append((action, dict(details)))
+            if details["device.name"] in self.denied:
+                raise self.denied[details["device.name"]]("no")
+
+        async def uid_of(_: Router, sender: str) -> int:
+            return int(sender.removeprefix(":1."))
+
+        monkeypatch.setattr(Access, "check", check)
+        monkeypatch.setattr(Router, "uid_of", uid_of)
+
+    async def call(self, uid: int, path: str, interface: str, member: str, *args: Any) -> Sequence[Any]:
+        call = Call(f":1.{uid}", path, interface, member, list(args), True)
+        return await self._handlers[interface, member](call)
+
+    async def cancel(self, uid: int, number: int = 1) -> None:
+        assert await self.call(uid, names.job_path(number), names.JOB, "Cancel") == []
+
+
+@pytest.fixture
+async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    made = House(tmp_path, monkeypatch)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bus(house: House, monkeypatch: pytest.MonkeyPatch) -> Bus:
+    return Bus(house, monkeypatch)
+
+
+async def test_ones_own_job_is_cancelled_and_undone(house: House, bus: Bus) -> None:
+    house.libvirt.withhold = True
+    control = await house.start("assign", PAIR[0])
+    await bus.cancel(CALLER)
+    assert control.job.state == "cancelled" and not bus.asked
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
+    record = house.records()[-1]
+    assert (record["OPERATION"], record["JOB"], record["RESULT"], record["UID"]) == ("cancel", "1", "done", str(CALLER))
+
+
+async def test_who_cancels_the_job_of_another_is_asked_with_all_that_the_job_was_asked_with(
+    house: House, bus: Bus
+) -> None:
+    house.libvirt.withhold = True
+    control = await house.start("assign", PAIR[0])
+    bus.denied = {PAIR[0].name: errors.NotAuthorized}
+    with pytest.raises(errors.NotAuthorized):
+        await bus.cancel(OTHER)
+    assert not control.cancelled.is_set()
+    [record] = house.records()
+    assert (record["OPERATION"], record["DEVICE"]) == ("cancel", PAIR[0].name)
+    assert (record["RESULT"], record["UID"]) == ("org.hostpassd1.Error.NotAuthorized", str(OTHER))
+    bus.denied = {}
+    await bus.cancel(OTHER)
+    assert control.job.state == "cancelled"
+    [first, second] = bus.asked
+    assert (
+        first
+        == second
+        == (
+            names.ACTION_CANCEL_OTHERS,
+            {
+                "device.name": PAIR[0].name,
+                "device.kind": "pci",
+                "device.label": PAIR[0].label,
+                "device.vendor-id": "8086",
+                "device.product-id": "10d3",
+                "device.serial": "",
+                "device.driver": "e1000e",
+                "device.companions": PAIR[1].name,
+                "machine.name": "vm",
+                "machine.uuid": UUID,
+                "machine.state": "running",
+                "operation": "assign",
+                "override": "",
+            },
+        )
+    )
+
+
+async def cancelled_at(house: House, bus: Bus, when: str, call: str, count: int = 1) -> str:
+    """What Cancel says when it comes during the COUNT-th CALL of an assign, BEFORE or AFTER its effect."""
+    cancels: list[asyncio.Task[None]] = []
+    calls = 0
+
+    def step(name: str) -> None:
+        nonlocal calls
+        calls += name == call
+        if name == call and calls == count:
+            cancels.append(asyncio.create_task(bus.cancel(CALLER)))
+
+    setattr(house.libvirt, when, step)
+    control = await house.do("assign", PAIR[0])
+    with pytest.raises(errors.Failed) as refused:
+        await cancels[0]
+    assert house.records()[-1]["RESULT"] == "org.hostpassd1.Error.Failed"
+    return f"{control.job.state}: {refused.value}"
+
+
+async def test_a_cancel_that_comes_too_late_says_so(house: House, bus: Bus) -> None:
+    said = await cancelled_at(house, bus, "after", "attach_live", count=2)
+    assert said == "done: job 1 could not be cancelled any more, it is done"
+
+
+async def test_a_cancel_while_a_failed_job_is_undone_says_why_it_failed(house: House, bus: Bus) -> None:
+    house.libvirt.refuse = {"attach_live": "no room"}
+    said = await cancelled_at(house, bus, "before", "detach_stored")
+    assert said.startswith("failed: job 1 could not be cancelled any more, it is failed: ") and "no room" in said
+
+
+async def test_a_cancel_of_what_has_ended_is_refused(house: House, bus: Bus) -> None:
+    await house.do("assign", PAIR[0])
+    with pytest.raises(errors.Failed, match="job 1 has ended"):
+        await bus.cancel(CALLER)
+
+
+@pytest.mark.parametrize("operation", ["Assign", "Dismiss"])
+@pytest.mark.parametrize(
+    ("denied", "answer"),
+    [
+        ({}, "yes"),
+        ({PAIR[1].name: errors.InteractiveAuthorizationRequired}, "challenge"),
+        ({PAIR[1].name: errors.NotAuthorized}, "no"),
+        ({PAIR[0].name: errors.NotAuthorized, PAIR[1].name: errors.InteractiveAuthorizationRequired}, "no"),
+    ],
+)
+async def test_a_plans_authorization_is_the_worst_of_all_that_moves(
+    house: House, bus: Bus, operation: str, denied: dict[str, type[errors.HostpassError]], answer: str
+) -> None:
+    if operation == "Dismiss":
+        await house.do("assign", PAIR[0])
+    bus.denied = denied
+    [plan] = await bus.call(CALLER, names.ROOT, names.MANAGER, f"Plan{operation}", "vm", PAIR[0].name, {})
+    assert plan["authorization"].value == answer
+    assert [details["device.name"] for _, details in bus.asked] == [device.name for device in PAIR]
