@@ -18,7 +18,7 @@ from hostpassd.events import (
     MachineRead,
     MachinesListed,
 )
-from hostpassd.host.device import Block, Device, Input, Net, Pci, Scsi, Usb, device_name
+from hostpassd.host.device import Block, Device, Input, Mdev, Net, Pci, Scsi, Usb, device_name
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.machines.machine import Claim, Machine, PciSource, Ports
 from hostpassd.state import State
@@ -104,11 +104,17 @@ def keyboard(name: str, parent: Device, seat: str = "seat0") -> Device:
     return _device("input", name, parent, Input(seat))
 
 
+def mdev(uuid: str, parent: Device) -> Device:
+    """A mediated device of PARENT."""
+    device = _device("mdev", uuid, parent, Mdev(uuid, "sim-1"))
+    return dataclasses.replace(device, name=device_name("mdev", uuid, parent.sysfs_path.rpartition("/")[2]))
+
+
 def _device(
     kind: str,
     kernel: str,
     parent: Device | None,
-    facts: Pci | Usb | Scsi | Block | Net | Input,
+    facts: Pci | Usb | Scsi | Block | Net | Input | Mdev,
     *,
     driver: str = "",
     label: str = "",

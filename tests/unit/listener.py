@@ -1,0 +1,230 @@
+"""The message bus as the daemon's connection sees it, and a client that folds what it hears and checks its order."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+from typing import Any
+
+from dbus_next import Message, MessageFlag, MessageType, Variant
+from dbus_next._private.unmarshaller import Unmarshaller
+
+from hostpassd import names
+from hostpassd.bus.router import Router
+
+POLKIT = "org.freedesktop.PolicyKit1"
+OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
+
+Tree = dict[str, dict[str, dict[str, Any]]]
+
+
+@dataclasses.dataclass
+class Reply:
+    """A call of the client and, once it is there, its answer."""
+
+    member: str
+    body: list[Any] | None = None
+    error: str = ""
+
+    @property
+    def there(self) -> bool:
+        """Whether the answer has come."""
+        return self.body is not None
+
+
+class Bus:
+    """Takes the place of a router's connection: real bytes go in, and are answered as dbus-daemon and polkit would.
+
+    `prompting`: polkit's answers wait for `answer_prompts`. `client` hears every signal, `replies` are to its calls.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self.client = Client()
+        self.replies: dict[int, Reply] = {}
+        self.prompting = False
+        self._prompts: list[Message] = []
+
+    def queue(self, data: bytes) -> None:
+        """What the daemon sends."""
+        message = Unmarshaller(io.BytesIO(data)).unmarshall()
+        match message.message_type:
+            case MessageType.SIGNAL:
+                self.client.hear(message.path, message.interface, message.member, plain(message.body))
+            case MessageType.METHOD_CALL:
+                self._answer(message)
+            case _:
+                reply = self.replies[message.reply_serial]
+                reply.body, reply.error = plain(message.body), message.error_name or ""
+                self.client.check_reply(reply)
+
+    def disconnect(self) -> None:
+        """The daemon leaves."""
+
+    def call(self, path: str, interface: str, member: str, signature: str = "", *body: Any) -> Reply:
+        """The client calls the daemon."""
+        serial = len(self.replies) + 1
+        reply = self.replies[serial] = Reply(member)
+        how = {"path": path, "interface": interface, "member": member, "signature": signature, "body": list(body)}
+        flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
+        self._router._on_message(Message(sender=":1.7", destination=names.BUS_NAME, serial=serial, flags=flags, **how))
+        return reply
+
+    def answer_prompts(self) -> None:
+        """Whoever is asked for a password gives it."""
+        self.prompting = False
+        prompts, self._prompts = self._prompts, []
+        for message in prompts:
+            self._send(message, "(bba{ss})", [[True, False, {}]])
+
+    def _answer(self, message: Message) -> None:
+        if message.destination == POLKIT and message.member == "CheckAuthorization":
+            if self.prompting and message.body[3]:
+                self._prompts.append(message)
+            else:
+                self._send(message, "(bba{ss})", [[True, False, {}]])
+            return
+        match message.member:
+            case "RequestName":
+                self._send(message, "u", [1])
+            case "GetConnectionUnixUser":
+                self._send(message, "u", [1000])
+            case "NameHasOwner":
+                self._send(message, "b", [True])
+            case "AddMatch":
+                self._send(message, "", [])
+
+    def _send(self, message: Message, signature: str, body: list[Any]) -> None:
+        answer = Message.new_method_return(message, signature, body)
+        asyncio.get_running_loop().call_soon(self._router._on_message, answer)
+
+
+# In one batch: objects added, properties changed, other signals, objects removed, the Generation.
+_ADDED, _CHANGED, _SIGNAL, _REMOVED, _LAST = range(5)
+
+
+class Client:
+    """Folds signals onto what GetManagedObjects said first; what breaks the contract goes to `complaints`."""
+
+    def __init__(self) -> None:
+        self.tree: Tree = {}
+        self.manager: dict[str, Any] = {}
+        self.holds: set[tuple[str, str, str]] = set()  # by HoldAdded and HoldRemoved
+        self.complaints: list[str] = []
+        self.batch: list[tuple[int, str]] = []  # stage and what was said in it, since the last Generation
+        self.listens = False
+
+    def start(self, tree: Tree, manager: dict[str, Any]) -> None:
+        """Forgets what was folded, for what is there now."""
+        self.tree, self.manager, self.batch, self.listens = tree, dict(manager), [], True
+        self.holds = set(rows_of_devices(tree))
+
+    def hear(self, path: str, interface: str, member: str, body: list[Any]) -> None:
+        """Takes one signal in."""
+        if not self.listens:
+            return
+        try:
+            match member:
+                case "InterfacesAdded":
+                    self._stage(_CHANGED if body[0] in self.tree else _ADDED, f"{member} {body[0]} {sorted(body[1])}")
+                    self._add(*body)
+                case "InterfacesRemoved":
+                    whole = set(body[1]) == set(self.tree[body[0]])
+                    self._stage(_REMOVED if whole else _CHANGED, f"{member} {body[0]} {sorted(body[1])}")
+                    self._remove(*body)
+                case "PropertiesChanged":
+                    self._properties(path, *body)
+                case "HoldAdded" | "HoldRemoved":
+                    self._stage(_SIGNAL, f"{member} {body}")
+                    self._hold(member, *body)
+                case "Completed":
+                    self._stage(_SIGNAL, f"{member} {path}")
+                    if self.tree[path][names.JOB]["State"] != body[0]:
+                        self.complaints.append(f"{path} is Completed as {body[0]} before its State says so")
+        except KeyError as error:
+            self.complaints.append(f"{member} of {path} {body}: there is no {error}")
+
+    def check_reply(self, reply: Reply) -> None:
+        """Values before replies: no batch is half told, and a job that is over is told as over."""
+        if self.batch:
+            self.complaints.append(f"the reply of {reply.member} came within a batch: {self.batch}")
+        if "fault of its own" in str(reply.body):
+            self.complaints.append(f"{reply.member} found a fault: {reply.body}")
+        if reply.member in ("Assign-wait", "Dismiss-wait") and not reply.error:
+            assert reply.body
+            state = self.tree[reply.body[0]][names.JOB]["State"]
+            if state != "done":
+                self.complaints.append(f"{reply.member} was answered while the job is {state}")
+
+    def _stage(self, stage: int, what: str) -> None:
+        if self.batch and self.batch[-1][0] > stage:
+            self.complaints.append(f"out of order: {what} after {self.batch[-1][1]}")
+        if stage in (_ADDED, _CHANGED, _REMOVED) and (stage, what) in self.batch:
+            self.complaints.append(f"twice in one batch: {what}")
+        self.batch.append((stage, what))
+
+    def _add(self, path: str, interfaces: dict[str, dict[str, Any]]) -> None:
+        thing = self.tree.setdefault(path, {})
+        if set(thing) & set(interfaces):
+            self.complaints.append(f"{path} was there already: {sorted(interfaces)}")
+        thing.update(interfaces)
+
+    def _remove(self, path: str, interfaces: list[str]) -> None:
+        for name in interfaces:
+            del self.tree[path][name]
+        if not self.tree[path]:
+            del self.tree[path]
+
+    def _properties(self, path: str, interface: str, values: dict[str, Any], invalidated: list[str]) -> None:
+        here = self.manager if path == names.ROOT else self.tree[path][interface]
+        if same := [key for key in values if here.get(key) == values[key]]:
+            self.complaints.append(f"{path} {interface}: told as changed and is not: {same}")
+        if "Generation" in values:
+            if values["Generation"] != here["Generation"] + 1:
+                self.complaints.append(f"Generation {values['Generation']} after {here['Generation']}")
+            self.batch = []
+        else:
+            self._stage(_CHANGED, f"PropertiesChanged {path} {interface}")
+        here.update(values)
+
+    def _hold(self, member: str, device: str, machine: str, hold: dict[str, Any]) -> None:
+        row = (device, machine, hold["kind"])
+        there = row in self.holds
+        if there is (member == "HoldAdded"):
+            self.complaints.append(f"{member} {row}, which is {'there already' if there else 'not there'}")
+        if device not in self.tree or machine not in self.tree:
+            self.complaints.append(f"{member} {row}, which names what is not there")
+        (self.holds.add if member == "HoldAdded" else self.holds.discard)(row)
+
+
+def rows_of_devices(tree: Tree) -> list[tuple[str, str, str]]:
+    """Each hold as the devices tell it: device, machine, kind."""
+    return [
+        (path, machine, hold["kind"])
+        for path, interfaces in tree.items()
+        if names.DEVICE in interfaces
+        for machine, hold in interfaces[names.DEVICE]["Holders"]
+    ]
+
+
+def rows_of_machines(tree: Tree) -> list[tuple[str, str, str]]:
+    """Each hold as the machines tell it: device, machine, kind."""
+    return [
+        (device, path, hold["kind"])
+        for path, interfaces in tree.items()
+        if names.MACHINE in interfaces
+        for device, hold in interfaces[names.MACHINE]["Devices"]
+    ]
+
+
+def plain(value: Any) -> Any:
+    """VALUE without variants and tuples."""
+    match value:
+        case Variant():
+            return plain(value.value)
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case dict():
+            return {key: plain(item) for key, item in value.items()}
+    return value
