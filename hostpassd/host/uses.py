@@ -29,6 +29,14 @@ log = logging.getLogger(__name__)
 # /boot/efi.
 _SYSTEM_FOLDERS = ("/boot", "/efi", "/usr", "/var")
 
+# But not what is mounted below these: users make folders there (/var/home is /home where / is read-only), and have
+# things mounted on them.
+_USERS_FOLDERS = ("/var/home", "/var/tmp")
+
+# File systems over several devices: they have no device's number, and the kernel tells one of the devices, or all with
+# colons, as their source. The source of any other is whatever the one who mounts says, and users may mount FUSE.
+_NAME_THEIR_DEVICES = frozenset({"btrfs", "bcachefs"})
+
 _MASTERS = {"bridge": "bridge", "openvswitch": "bridge", "bond": "bond", "team": "bond"}
 # macvtap is left out: it is a machine's, and shows as its hold.
 _UPPERS = {"vlan": "vlan", "macvlan": "macvlan", "ipvlan": "macvlan"}
@@ -96,6 +104,8 @@ class Mount:
     @property
     def system(self) -> bool:
         """Whether the host cannot live without it."""
+        if any(self.point != folder and _within(self.point, folder) for folder in _USERS_FOLDERS):
+            return False
         return self.point == "/" or any(_within(self.point, folder) for folder in _SYSTEM_FOLDERS)
 
 
@@ -238,7 +248,8 @@ class Storage:
             return self._under(self._sysfs.real(f"dev/block/{mount.number}"), depth)
         if mount.type == "zfs":
             return self._under_pool(mount.source.partition("/")[0], depth)
-        # File systems over several devices have a number of their own, and name one device, or all with colons.
+        if mount.type not in _NAME_THEIR_DEVICES:
+            return []
         devices = [place for source in re.split(":(?=/)", mount.source) if (place := self._named(source))]
         if mount.type == "btrfs":
             devices = self._btrfs(devices)

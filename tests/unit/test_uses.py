@@ -144,7 +144,18 @@ def test_the_mount_that_a_path_is_on() -> None:
 
 @pytest.mark.parametrize(
     ("point", "system"),
-    [("/", True), ("/boot/efi", True), ("/var/lib", True), ("/usr", True), ("/home", False), ("/variety", False)],
+    [
+        ("/", True),
+        ("/boot/efi", True),
+        ("/var", True),
+        ("/var/lib", True),
+        ("/var/home", True),
+        ("/usr", True),
+        ("/home", False),
+        ("/variety", False),
+        ("/var/home/me/disk", False),
+        ("/var/tmp/disk", False),
+    ],
 )
 def test_what_the_host_cannot_live_without(point: str, system: bool) -> None:
     assert Mount("8:1", "/", point, "ext4", "x").system is system
@@ -292,9 +303,29 @@ def test_a_file_system_without_a_number_on_a_mapped_device(disks: Disks) -> None
     assert disks.uses()[SDB][0] == HostUse("mount", "/data on LVM volume vg-data on /dev/sdb")
 
 
-def test_a_tmpfs_that_is_called_like_a_disk(disks: Disks) -> None:
-    disks.mount("0:42", "/tmp", kind="tmpfs", source="sda1")
-    assert disks.uses() == {}
+@pytest.mark.parametrize("source", ["sda1", "/dev/sda1", "/dev/sda1:/dev/sdb", "/dev/mapper/vg-data", "/dev/loop0"])
+@pytest.mark.parametrize("kind", ["fuse", "fuse.sshfs", "fuse.btrfs", "tmpfs", "overlay", "nfs", "9p"])
+def test_what_a_file_system_says_that_it_is_from_leads_nowhere(disks: Disks, kind: str, source: str) -> None:
+    disks.mapped(0, "vg-data", "LVM-1", SDB)
+    disks.add("/sys/devices/virtual/block/loop0", "7:0", loop__backing_file="/home/image")
+    disks.mount("8:16", "/home")
+    before = disks.uses()
+    for point in ("/", "/boot", "/var/tmp/eve", "/home/eve", "/usr/share"):
+        disks.mount("0:42", point, kind=kind, source=source)
+    # Nor does what lies in it: the state folder, a swap file.
+    disks.swaps = [("/var/tmp/eve/swap", True)]
+    assert disks.uses("/var/tmp/eve/state") == before
+
+
+def test_a_fuse_file_system_on_a_block_device_is_told_by_its_number(disks: Disks) -> None:
+    disks.mount("8:16", "/media/me", kind="fuseblk", source="/dev/sda1")
+    assert disks.uses() == {SDB: (HostUse("mount", "/media/me on /dev/sdb"),)}
+
+
+def test_a_source_that_is_no_device_of_a_file_system_that_names_its_own(disks: Disks) -> None:
+    disks.mount("0:40", "/data", kind="btrfs", source="/dev/not-here")
+    disks.mount("0:41", "/more", kind="bcachefs", source="/etc/passwd:/dev/sdb:/dev/../sda")
+    assert disks.uses() == {SDB: (HostUse("mount", "/more on /dev/sdb"),)}
 
 
 def test_swap_partitions_and_files(disks: Disks) -> None:
