@@ -14,6 +14,7 @@ from hostpassd.events import (
     DeviceSeen,
     DevicesScanned,
     Event,
+    FilesHang,
     HostUse,
     HostUsesRead,
     HypervisorChanged,
@@ -139,6 +140,7 @@ class State:
         self.jobs: dict[int, Job] = {}
         self.hypervisors: dict[str, HypervisorState] = {}
         self.missing: dict[str, tuple[Missing, ...]] = {}
+        self.hanging: tuple[str, ...] = ()  # files of the kernel that do not answer
         self.excluded_classes = excluded_classes
         self.never = never
         self._next_instance = first_instance
@@ -260,8 +262,8 @@ class State:
 
     @property
     def degraded(self) -> bool:
-        """Whether a hypervisor cannot be reached."""
-        return any(not h.connected for h in self.hypervisors.values())
+        """Whether a hypervisor cannot be reached, or something of the host cannot be read."""
+        return bool(self.hanging) or any(not h.connected for h in self.hypervisors.values())
 
     # --- writing ---
 
@@ -272,8 +274,11 @@ class State:
                 self._see(device)
             case DeviceGone(path):
                 self._lose(self._by_path.get(path))
-            case DevicesScanned(devices):
-                self._scanned(devices)
+            case DevicesScanned(devices, unread):
+                self._scanned(devices, unread)
+            case FilesHang(files):
+                self.hanging = files
+                self._changes.change(MANAGER)
             case HostUsesRead(uses, nodes):
                 self._read_uses(uses)
                 self._read_nodes(nodes)
@@ -304,8 +309,8 @@ class State:
 
     # --- devices ---
 
-    def _scanned(self, devices: tuple[Device, ...]) -> None:
-        seen = {device.name for device in devices}
+    def _scanned(self, devices: tuple[Device, ...], unread: tuple[str, ...]) -> None:
+        seen = {device.name for device in devices} | {self._by_path.get(path) for path in unread}
         for name in [name for name in self.devices if name not in seen]:
             self._lose(name)
         for device in devices:

@@ -95,6 +95,23 @@ def test_an_identity_that_cannot_be_read_or_is_another_loses_nothing_below() -> 
     assert [b.code for b in blockers(state, state.devices[lun.name])] == ["host-system"]
 
 
+def test_a_device_that_cannot_be_read_now_is_not_gone() -> None:
+    one, two, three = (pci(f"0000:0{n}:00.0", group=n) for n in (1, 2, 3))
+    state = state_of(one, two, three)
+    state.apply(HostUsesRead({two.name: (HostUse("address", "192.0.2.7/24"),)}))
+    state.apply(DevicesScanned((one,), unread=(two.sysfs_path, "/sys/devices/never/seen")))
+    assert set(state.devices) == {one.name, two.name}
+    assert [b.code for b in blockers(state, state.devices[two.name])] == ["network-in-use"]
+
+
+def test_an_interface_in_another_namespace_blocks_its_device() -> None:
+    card = pci("0000:01:00.0", group=1)
+    state = state_of(card)
+    state.apply(HostUsesRead({card.name: (HostUse("namespace", "a network interface in another network namespace"),)}))
+    [blocker] = blockers(state, state.devices[card.name])
+    assert (blocker.code, blocker.severity) == ("network-in-use", "override")
+
+
 def test_a_hold_that_comes_and_goes_in_one_batch_was_never_told() -> None:
     state = state_of(STICK)
     batch = Changes()
