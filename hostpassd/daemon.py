@@ -24,7 +24,7 @@ from hostpassd.config import Config
 from hostpassd.events import Event, FilesHang, HypervisorChanged, MachinesListed
 from hostpassd.faults import vital
 from hostpassd.host.reading import Reader
-from hostpassd.host.udev import Udev
+from hostpassd.host.udev import Armed, Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.machine import Hold
@@ -49,7 +49,7 @@ SETTLE_LIMIT = 5.0
 class Daemon:
     """One hostpassd: everything made here and joined here."""
 
-    def __init__(self, config: Config, state_folder: Path, bus_address: str | None) -> None:
+    def __init__(self, config: Config, state_folder: Path, bus_address: str | None, armed: Armed | None = None) -> None:
         self._bus_address = bus_address
         # Instances must not repeat over a restart: no daemon hands out a million in a second.
         self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
@@ -57,7 +57,7 @@ class Daemon:
         self._publisher = Publisher(self._state, self._router)
         journal = Journal(state_folder / "journal")
         self._reader = Reader(self._files_hang)
-        self._udev = Udev(self.emit, self._refresh_uses, self._reader)
+        self._udev = Udev(self.emit, self._refresh_uses, self._reader, armed)
         self._uses = HostUses(
             self.emit, self._udev.node_of, self._udev.blocks, self._udev.nics, str(state_folder), self._reader
         )

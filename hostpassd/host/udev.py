@@ -42,6 +42,7 @@ _RECEIVE_BUFFER = 128 << 20  # bytes; what udev itself asks for
 _QUIET = 0.5  # seconds between two looks at udevd's queue
 _KNOWN_LIMIT = 100_000  # uevents waited for; past it they are counted as lost
 
+_RUN = "/run/udev"  # udevd's folder
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1
 _SO_RCVBUFFORCE = 33
@@ -126,13 +127,41 @@ class Outstanding:
             self._awaited.remove(awaited)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Armed:
+    """The open sockets that uevents come by."""
+
+    source: str  # udev, kernel
+    context: pyudev.Context
+    monitor: pyudev.Monitor
+    kernel: socket.socket | None  # the kernel's own beside udev's
+    busy: bool  # udevd had a queue by then
+
+
+def arm() -> Armed:
+    """Open the sockets: from now on no uevent is missed. Raises OSError if there is no netlink to be had.
+
+    With CAP_NET_ADMIN, which nothing else needs, they hold storms of uevents.
+    """
+    # Without udevd (containers, tests) there is only the kernel to listen to.
+    source = "udev" if os.path.exists(f"{_RUN}/control") else "kernel"
+    kernel = _kernel_socket() if source == "udev" else None
+    busy = os.path.exists(f"{_RUN}/queue")
+    context = pyudev.Context()
+    monitor = pyudev.Monitor.from_netlink(context, source=source)
+    monitor.start()
+    with socket.socket(fileno=os.dup(monitor.fileno())) as handle:
+        _enlarge(handle)
+    return Armed(source, context, monitor, kernel, busy)
+
+
 class Udev:
     """The live view of the host's devices.
 
-    `arm`, then `scan`: what happens meanwhile is kept by the kernel and follows it. EMIT gets every event, on the
-    loop. USES_CHANGED is called where a block or network device came, changed or went, in the tree or not (device
-    mapper, md). RUN is udevd's folder. BLOCKS: all block devices by sysfs path, in the tree or not. NICS: the devices
-    that network interfaces are or were of.
+    `arm` (ARMED: the sockets are open), then `scan`: what happens meanwhile is kept by the kernel and follows it. EMIT
+    gets every event, on the loop. USES_CHANGED is called where a block or network device came, changed or went, in the
+    tree or not (device mapper, md). BLOCKS: all block devices by sysfs path, in the tree or not. NICS: the devices that
+    network interfaces are or were of.
 
     uevents are received on the loop; the devices are read by READER, one job after the other: a scan where one is
     wanted, else the next uevents.
@@ -143,14 +172,11 @@ class Udev:
         emit: Callable[[Event], None],
         uses_changed: Callable[[], None] = lambda: None,
         reader: Reader | None = None,
-        run: str = "/run/udev",
+        armed: Armed | None = None,
     ) -> None:
         self._emit = emit
         self._uses_changed = uses_changed
-        # Without udevd (containers, tests) there is only the kernel to listen to.
-        self.source = "udev" if os.path.exists(f"{run}/control") else "kernel"
-        self._udevd_queue = f"{run}/queue"
-        self._context = pyudev.Context()
+        self._armed = armed
         self._monitor: pyudev.Monitor | None = None
         self._listening = False
         self._kernel: socket.socket | None = None
@@ -170,15 +196,11 @@ class Udev:
         self._step: asyncio.Future[None] | None = None
 
     def arm(self) -> None:
-        """Open the sockets: from now on no uevent is missed. Raises OSError if there is no netlink to be had."""
-        if self.source == "udev":
-            self._kernel = _kernel_socket()
-            self._lost = os.path.exists(self._udevd_queue)
-        self._monitor = pyudev.Monitor.from_netlink(self._context, source=self.source)
-        self._monitor.start()
-        with socket.socket(fileno=os.dup(self._monitor.fileno())) as handle:
-            _enlarge(handle)
-        log.debug("listening to %s", self.source)
+        """Take the sockets, opened by now: from here on no uevent is missed. Raises OSError."""
+        self._armed = self._armed or arm()
+        self._monitor, self._kernel = self._armed.monitor, self._armed.kernel
+        self._lost = self._kernel is not None and self._armed.busy
+        log.debug("listening to %s", self._armed.source)
 
     async def scan(self) -> DevicesScanned:
         """Read every device afresh, and emit that. One scan, begun after the call, serves all who call until then."""
@@ -196,7 +218,7 @@ class Udev:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._drained()
-                if self.source == "udev":
+                if self._kernel is not None:
                     await self._passed_on()
         except TimeoutError:
             raise TimedOut("udev did not finish its queue in time; try again when the host is calmer.") from None
@@ -309,7 +331,7 @@ class Udev:
         await self._drained()
 
     def _udevd_is_busy(self) -> bool:
-        return os.path.exists(self._udevd_queue)  # udevd keeps this file while it has something queued
+        return os.path.exists(f"{_RUN}/queue")  # udevd keeps this file while it has something queued
 
     # --- reading devices ---
 

@@ -160,6 +160,15 @@ async def test_the_tree_is_told_and_spelt(daemon: Daemon, client: Client) -> Non
     assert (await manager(client, "FindDevices", "s", "no such thing"))[0] == []
 
 
+async def test_the_daemon_keeps_no_capability(daemon: Daemon) -> None:
+    tasks = Path(f"/proc/{daemon.process.pid}/task")
+    for thread in tasks.iterdir():
+        rows = dict(line.split(":\t", 1) for line in (thread / "status").read_text().splitlines())
+        sets = ("CapInh", "CapPrm", "CapEff", "CapAmb", *(() if os.geteuid() else ("CapBnd",)))
+        assert {name: int(rows[name], 16) for name in sets} == dict.fromkeys(sets, 0), rows["Name"]
+    assert len(list(tasks.iterdir())) > 1  # libvirt's, at least
+
+
 async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, client: Client, root: Client) -> None:
     await client.match()
     options = {"config": {"v": ["b", True]}}

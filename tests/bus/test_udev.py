@@ -521,8 +521,8 @@ async def _real() -> None:
     loop = asyncio.get_running_loop()
     events: list[Event] = []
     udev = Udev(events.append)
-    assert udev.source == "udev"
     udev.arm()
+    assert udev._kernel is not None
     scanned = await udev.scan()
     path = next(device.sysfs_path for device in scanned.devices if device.kind == "pci")
     for count in (1, 10, 500):
