@@ -467,11 +467,14 @@ def _mdev(device: Device) -> Mdev:
 
 
 def _write_usb(source: etree._Element, usb: Usb, stored: bool, unique: bool) -> None:
+    """Live always by bus and number, too: that is this very plug-in, and libvirt checks that the rest is so."""
     if stored:
         source.set("startupPolicy", "optional")
-    etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
-    etree.SubElement(source, "product", id=f"{usb.product_id:#06x}")
-    if not unique:
+    named = usb.vendor_id != 0  # libvirt refuses a vendor of 0
+    if named:
+        etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
+        etree.SubElement(source, "product", id=f"{usb.product_id:#06x}")
+    if not (stored and unique and named):
         etree.SubElement(source, "address", bus=str(usb.bus), device=str(usb.number))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 
+import libvirt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -354,8 +355,25 @@ def test_any_usb_device_written_is_read_again(
     bus: int, number: int, vendor: int, product: int, stored: bool, unique: bool
 ) -> None:
     usb = device("usb", Usb(bus, number, "1-4", vendor, product, 0, 480, ()))
-    place = (None, None) if unique else (bus, number)
-    assert only(hostdev_xml(usb, alias="", stored=stored, unique=unique)).source == UsbSource(vendor, product, *place)
+    names = (vendor, product) if vendor else (None, None)
+    place = (None, None) if stored and unique and vendor else (bus, number)
+    assert only(hostdev_xml(usb, alias="", stored=stored, unique=unique)).source == UsbSource(*names, *place)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("ids", [(0x0951, 0x16), (0x0951, 0), (0, 0x16), (0, 0)])
+def test_libvirt_takes_any_usb_device_as_it_is_written(ids: tuple[int, int], stored: bool, unique: bool) -> None:
+    usb = device("usb", Usb(1, 5, "1-4", *ids, 0, 480, ()))
+    written = hostdev_xml(usb, alias="", stored=stored, unique=unique)
+    whole = f"""<domain type='test'><name>x</name><memory>1024</memory><os><type>hvm</type></os>
+    <devices>{written}</devices></domain>"""
+    connection = libvirt.open("test:///default")
+    try:
+        taken = connection.defineXML(whole).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        assert [claim.source for claim in read_claims(taken)[0]] == [only(written).source]
+    finally:
+        connection.close()
 
 
 def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
@@ -365,6 +383,7 @@ def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
     assert stored.find("source/address") is None
     live = etree.fromstring(hostdev_xml(usb, alias="", stored=False, unique=True))
     assert live.find("source").get("startupPolicy") is None
+    assert dict(live.find("source/address").attrib) == {"bus": "1", "device": "10"}
 
 
 def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
