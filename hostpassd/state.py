@@ -404,6 +404,7 @@ class State:
         """The physical function and the virtual ones show each other, and only as long as both are here."""
         for name in (device.pci and device.pci.physical_function, *self._functions.get(device.name, ())):
             self._touch(name)
+        self._spread_physical(device)
 
     def _find_only_keyboards(self) -> None:
         """What all keyboards of a seat are below, as each: a handful of names, whatever the size of the tree."""
@@ -435,6 +436,18 @@ class State:
                 self._leaves[ancestor.name] += by
                 if had != (self._leaves[ancestor.name] > 0):
                     self._touch(ancestor.name)
+
+    def _spread_holds(self, name: str) -> None:
+        """Brings up to date what spreads upward because of the holds on NAME."""
+        self._spread_again(name)
+        device = self.devices.get(name)
+        if device:
+            self._spread_physical(device)
+
+    def _spread_physical(self, device: Device) -> None:
+        """What a virtual function is held by, its physical one spreads, too."""
+        if device.pci and device.pci.physical_function:
+            self._spread_again(device.pci.physical_function)
 
     def _spread_again(self, name: str) -> None:
         """Brings up to date what NAME spreads upward."""
@@ -535,7 +548,7 @@ class State:
         self._resolve(machine.uuid)
         if old and old.name != machine.name:
             for hold in list(self.holds_of(machine.uuid)):
-                self._spread_again(hold.device)
+                self._spread_holds(hold.device)
 
     def _lose_machine(self, uuid: str) -> None:
         machine = self.machines.get(uuid)
@@ -643,10 +656,7 @@ class State:
             if not rows:
                 del self._holds_on[device]
             self._touch(device)
-            self._spread_again(device)
-            here = self.devices.get(device)
-            if here and here.pci and here.pci.physical_function:
-                self._spread_again(here.pci.physical_function)
+            self._spread_holds(device)
             if before and after and (before.live, before.config) != (after.live, after.config):
                 self._changes.holds_changed.append((before, after))
 
