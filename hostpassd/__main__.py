@@ -53,7 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH, help="configuration file (%(default)s)")
     parser.add_argument(
-        "--state-folder", type=Path, default=_state_folder(), help="where the journal is kept (%(default)s)"
+        "--state-folder", type=Path, default=_state_folder(), help="where the intent log is kept (%(default)s)"
     )
     parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")
     parser.add_argument("--uri", action="append", help="hypervisor, instead of the configuration's; can be repeated")

@@ -29,7 +29,7 @@ from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.machine import Hold
 from hostpassd.machines.stored import StoredWatch, folder_of
 from hostpassd.passthrough.execute import Executor
-from hostpassd.passthrough.journal import Journal
+from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import Changes, State
@@ -50,12 +50,12 @@ class Daemon:
         self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
         self._router = Router(Specification.load(), log=logging.getLogger("hostpassd.bus"))
         self._publisher = Publisher(self._state, self._router)
-        journal = Journal(state_folder / "journal")
+        intents = IntentLog(state_folder / "intents")
         self._udev = Udev(self.emit, self._refresh_uses)
         self._uses = HostUses(self.emit, self._udev.node_of, self._udev.blocks, str(state_folder))
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
-        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, journal)
-        self._operations = Operations(self._state, self._executor, self.emit, journal)
+        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, intents)
+        self._operations = Operations(self._state, self._executor, self.emit, intents)
         access = Access(self._router, log=logging.getLogger("hostpassd.access"))
         default = Options(timeout=config.timeout)
         ManagerMethods(

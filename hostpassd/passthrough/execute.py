@@ -1,4 +1,4 @@
-"""Runs a plan, undoes it on failure, keeps the journal."""
+"""Runs a plan, undoes it on failure, keeps the intent log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hostpassd.events import (
     RemovalFailed,
 )
 from hostpassd.machines.machine import Claim
-from hostpassd.passthrough.journal import Journal, Unfinished
+from hostpassd.passthrough.intents import IntentLog, Unfinished
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, lock_of, undo
 from hostpassd.state import State
 
@@ -108,13 +108,13 @@ class Executor:
         effects: Callable[[str], Effects],
         settle: Callable[[], Awaitable[None]],
         emit: Callable[[Event], None],
-        journal: Journal,
+        intents: IntentLog,
     ) -> None:
         self._state = state
         self._effects = effects  # by hypervisor URI
         self._settle = settle
         self._emit = emit
-        self._journal = journal
+        self._intents = intents
         self._heard: dict[tuple[str, str], type[DeviceAdded | DeviceRemoved | RemovalFailed] | None] = {}
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -150,9 +150,9 @@ class Executor:
                 self._heard[(uuid, alias)] = DeviceAdded if there else DeviceRemoved
 
     async def run(self, plan: Plan, control: Control) -> None:
-        """Runs PLAN to its end, or raises after what can be undone is undone; the rest is left in the journal."""
+        """Runs PLAN to its end, or raises after what can be undone is undone; the rest is left in the intent log."""
         number, uri = control.job.number, self._uri(plan.machine)
-        self._journal.begin(number, plan, uri)
+        await self._intents.begin(number, plan, uri)
         begun: list[Step] = []
         try:
             for at, step in enumerate(plan.steps):
@@ -160,58 +160,58 @@ class Executor:
                     control.check()
                 control.tell(state="running", step=step.text, progress=at / len(plan.steps))
                 if isinstance(step, Release):
-                    self._owe(plan, uri)
-                self._journal.step(number, at)
+                    await self._owe(plan, uri)
+                await self._intents.step(number, at)
                 begun.append(step)
                 await self._perform(plan.machine, step, control)
             await self._settle()
         except Exception as error:
             await self._settle()
             raise await self._wind_up(plan, begun, error, control) from None
-        self._journal.end(number)
+        await self._intents.end(number)
 
     async def _drivers_back(self, devices: list[str]) -> None:
         """libvirt gives a managed device back by itself, a moment after its removal."""
         here = [name for name in devices if (device := self._state.device(name)) and device.pci]
         await self._until(lambda: all(self._has_host_driver(n) or not self._group_is_free(n) for n in here), None, 2.0)
 
-    def _owe(self, plan: Plan, uri: str) -> None:
+    async def _owe(self, plan: Plan, uri: str) -> None:
         """From the first asking on the drivers are owed to the host: the last guest can let go when no job waits."""
         for step in plan.steps:
-            if isinstance(step, GiveBack) and step.device not in self._journal.lent:
-                self._journal.lend(step.device, uri, "")
+            if isinstance(step, GiveBack) and step.device not in self._intents.lent:
+                await self._intents.lend(step.device, uri, "")
 
-    def _forgive(self, plan: Plan) -> None:
+    async def _forgive(self, plan: Plan) -> None:
         """No guest was asked after all."""
         for step in plan.steps:
-            if isinstance(step, GiveBack) and self._journal.lent.get(step.device, ("", "known"))[1] == "":
-                self._journal.give_back(step.device)
+            if isinstance(step, GiveBack) and self._intents.lent.get(step.device, ("", "known"))[1] == "":
+                await self._intents.give_back(step.device)
 
     async def _wind_up(self, plan: Plan, begun: list[Step], error: Exception, control: Control) -> Exception:
-        """After ERROR: undoes what was begun, or leaves it in the journal. The error to tell, with what is left."""
+        """After ERROR: undoes what was begun, or leaves it in the intent log. The error to tell, with what is left."""
         number = control.job.number
         if begun and isinstance(begun[-1], Release) and isinstance(error, _REFUSALS):
             begun.pop()  # so no guest was asked
         asked = _asked_a_guest(begun)
         if asked and isinstance(error, _GIVEN_UP):
-            self._journal.end(number)
+            await self._intents.end(number)
             return self._given_up(plan, begun, error)
         if isinstance(error, errors.HypervisorUnavailable) or self._is_away(plan.machine):
-            self._journal.leave(number, len(begun))
+            await self._intents.leave(number, len(begun))
             what = "the rest is done" if asked else "what was begun is undone"
             return _with(error, f"{what} when libvirt is back")
         if asked:
-            self._journal.leave(number, len(begun))
+            await self._intents.leave(number, len(begun))
             left = "; ".join(step.text for step in plan.steps if not self._shows(plan.machine, step))
             return _with(error, f"not done yet, and tried again: {left}")
         control.tell(state="undoing")
-        self._forgive(plan)
+        await self._forgive(plan)
         failures = await self.undo(plan.machine, begun, control)
         await self._drivers_back([step.device for step in begun if isinstance(step, Attach)])
         if _is_over(failures):
-            self._journal.end(number)
+            await self._intents.end(number)
         else:
-            self._journal.leave(number, len(begun))
+            await self._intents.leave(number, len(begun))
         return _with(error, f"not undone: {'; '.join(map(str, failures))}") if failures else error
 
     def _given_up(self, plan: Plan, begun: list[Step], error: Exception) -> Exception:
@@ -257,7 +257,7 @@ class Executor:
         try:
             await self._wait_out(left, begun)
         except errors.NoSuchMachine:
-            self._journal.end(left.number)
+            await self._intents.end(left.number)
             return
         except errors.HostpassError as error:
             log.error("what the earlier %s did cannot be seen yet: %s", left.operation, error)
@@ -266,7 +266,7 @@ class Executor:
         for failure in failures:
             log.error("of the earlier %s this could not be done: %s", left.operation, failure)
         if _is_over(failures):
-            self._journal.end(left.number)
+            await self._intents.end(left.number)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""
@@ -279,13 +279,13 @@ class Executor:
 
     async def give_back_idle(self) -> None:
         """Gives back what was lent to groups that no machine has any more (a machine that was shut down, say)."""
-        for device in list(self._journal.lent):
+        for device in list(self._intents.lent):
             here = self._state.device(device)
             group = (lock_of(here) if here else device,)
-            if self.busy(group) or self._journal.lent[device][0] not in self._state.hypervisors:
+            if self.busy(group) or self._intents.lent[device][0] not in self._state.hypervisors:
                 continue
             async with self.alone(group):
-                if device in self._journal.lent and self._group_is_free(device):
+                if device in self._intents.lent and self._group_is_free(device):
                     try:
                         await self._give_back(device)
                     except errors.HostpassError as error:
@@ -304,7 +304,7 @@ class Executor:
             case Unstore(_, claim):
                 await effects.detach_stored(uuid, claim)
             case Free(device, driver):
-                self._journal.lend(device, self._uri(uuid), driver)
+                await self._intents.lend(device, self._uri(uuid), driver)
                 await effects.detach_host(device)
             case Attach(_, alias, xml):
                 await self._attach(effects, uuid, alias, xml, control)
@@ -352,12 +352,12 @@ class Executor:
     async def _give_back(self, device: str) -> None:
         """Gives DEVICE back to its host driver, if that is owed and can be, and waits until udev shows one."""
         await self._settle()
-        if device not in self._journal.lent or not self._group_is_free(device):
+        if device not in self._intents.lent or not self._group_is_free(device):
             return
-        uri, _ = self._journal.lent[device]
+        uri, _ = self._intents.lent[device]
         if not self._has_host_driver(device):
             await self._reattach(device, uri)
-        self._journal.give_back(device)
+        await self._intents.give_back(device)
 
     async def _reattach(self, device: str, uri: str) -> None:
         effects = self._effects(uri)
@@ -396,9 +396,9 @@ class Executor:
             case Attach(_, alias, _):
                 return machine is not None and any(c.alias == alias for c in machine.live)
             case Free(device, _):
-                return device in self._journal.lent
+                return device in self._intents.lent
             case GiveBack(device):
-                return device not in self._journal.lent
+                return device not in self._intents.lent
             case Release(_, alias):
                 return machine is None or all(c.alias != alias for c in machine.live)
 

@@ -15,7 +15,7 @@ from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead,
 from hostpassd.faults import vital
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.execute import Control, Executor
-from hostpassd.passthrough.journal import Journal, Unfinished
+from hostpassd.passthrough.intents import IntentLog, Unfinished
 from hostpassd.passthrough.plan import Options, Plan
 from hostpassd.state import State
 
@@ -43,11 +43,11 @@ class Wish:
 class Operations:
     """All jobs."""
 
-    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None], journal: Journal) -> None:
+    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None], intents: IntentLog) -> None:
         self._state = state
         self._executor = executor
         self._emit = emit
-        self._journal = journal
+        self._intents = intents
         self._controls: dict[int, Control] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tidying: asyncio.Task[None] | None = None
@@ -85,7 +85,7 @@ class Operations:
         """Whether a job moves DEVICE to or from MACHINE (a UUID), or one that was not finished has done so."""
         if any(c.job.machine == machine and device in c.devices for c in self._controls.values()):
             return True
-        return any(left.machine == machine and device in _devices_of(left) for left in self._journal.unfinished)
+        return any(left.machine == machine and device in _devices_of(left) for left in self._intents.unfinished)
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
@@ -98,10 +98,10 @@ class Operations:
 
         What a job works on, or what is on a hypervisor that cannot be reached, is for another time.
         """
-        for left in self._journal.unfinished:
+        for left in self._intents.unfinished:
             if self._reachable(left.uri) and not self._executor.busy(left.groups):
                 async with self._executor.alone(left.groups):
-                    if left in self._journal.unfinished:
+                    if left in self._intents.unfinished:
                         await self._recover(left)
         await self._executor.give_back_idle()
 
@@ -117,7 +117,7 @@ class Operations:
 
     def _tidy_soon(self, *, retry: bool) -> None:
         """Gives back what is idle, soon; RETRY: and tries again what was left."""
-        if not (self._journal.lent or (retry and self._journal.unfinished)):
+        if not (self._intents.lent or (retry and self._intents.unfinished)):
             return
         self._untidy, self._retry = True, self._retry or retry
         if self._tidying is None or self._tidying.done():
@@ -133,7 +133,7 @@ class Operations:
 
     async def _recover(self, left: Unfinished) -> None:
         await self._executor.recover(left)
-        if left not in self._journal.unfinished:
+        if left not in self._intents.unfinished:
             for device in _devices_of(left):
                 self._audit_recovery(left, device)
 
@@ -143,7 +143,7 @@ class Operations:
 
     def _left_on(self, groups: tuple[str, ...]) -> list[Unfinished]:
         """What was left of earlier operations on one of GROUPS."""
-        return [left for left in self._journal.unfinished if not set(left.groups).isdisjoint(groups)]
+        return [left for left in self._intents.unfinished if not set(left.groups).isdisjoint(groups)]
 
     def _allowed_plan(self, wish: Wish) -> Plan:
         """The plan of WISH as it may be executed. Errors: those of `plan`, Blocked, StalePlan."""
@@ -254,7 +254,7 @@ class Operations:
             if not _is_authorised(again, plan, wish.options):
                 raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
             for left in self._left_on(plan.groups):
-                self._journal.end(left.number)  # what this job makes of the devices is what counts from here on
+                await self._intents.end(left.number)  # what this job makes of the devices is what counts from here on
             await self._executor.run(again, control)
         finally:
             for waiting in (turn, cancel):

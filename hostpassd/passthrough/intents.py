@@ -34,7 +34,7 @@ class Unfinished:
     begun: int  # how many of them had begun, the first ones
 
 
-class Journal:
+class IntentLog:
     """Append-only while operations run; then rewritten. Lines: begin, step (how many have begun), end; lend, return.
 
     `lent`: what is owed to its host driver, by device name: the hypervisor's URI and the driver, '' if not known.
@@ -51,23 +51,23 @@ class Journal:
         """What no job works on any more, and is still to be finished or undone."""
         return tuple(self._left.values())
 
-    def begin(self, number: int, plan: Plan, uri: str) -> None:
+    async def begin(self, number: int, plan: Plan, uri: str) -> None:
         """The job NUMBER starts on a machine of the hypervisor URI."""
         begun = Unfinished(number, plan.operation, plan.machine, uri, plan.groups, plan.steps, 0)
         self._append(_row(begun))
         self._running[number] = begun
 
-    def step(self, number: int, at: int) -> None:
+    async def step(self, number: int, at: int) -> None:
         """The effect of the step AT (from 0) is about to begin."""
         self._running[number] = dataclasses.replace(self._running[number], begun=at + 1)
         self._append({"step": number, "begun": at + 1})
 
-    def leave(self, number: int, begun: int) -> None:
+    async def leave(self, number: int, begun: int) -> None:
         """The job is over, not what it did: the first BEGUN steps are still to be undone, or the rest to be done."""
         self._left[number] = dataclasses.replace(self._running.pop(number), begun=begun)
         self._append({"step": number, "begun": begun})
 
-    def end(self, number: int) -> None:
+    async def end(self, number: int) -> None:
         """An operation is over: done, or undone."""
         self._running.pop(number, None)
         self._left.pop(number, None)
@@ -76,12 +76,12 @@ class Journal:
         else:
             self._rewrite()
 
-    def lend(self, device: str, uri: str, driver: str) -> None:
+    async def lend(self, device: str, uri: str, driver: str) -> None:
         """A device is about to be taken from its host DRIVER by the hypervisor URI, or is to go back to one ('')."""
         self.lent[device] = (uri, driver)
         self._append({"lend": device, "uri": uri, "driver": driver})
 
-    def give_back(self, device: str) -> None:
+    async def give_back(self, device: str) -> None:
         """It is back with its host driver."""
         if self.lent.pop(device, None):
             self._append({"return": device})
@@ -98,7 +98,7 @@ class Journal:
                 _take(json.loads(line), begun, lent)
             except (ValueError, KeyError, TypeError) as error:
                 # A crash can leave the last line half written: its effect had not begun.
-                log.warning("the journal %s has a line that cannot be read, it is left out: %s", self._path, error)
+                log.warning("the intent log %s has a line that cannot be read, it is left out: %s", self._path, error)
         # Below 0: the numbers of this run's jobs start at 1 again.
         left = (_unfinished(row | {"begin": -1 - at}) for at, row in enumerate(begun.values()))
         return {operation.number: operation for operation in left}, lent
