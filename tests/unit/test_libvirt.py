@@ -1,10 +1,9 @@
-"""The connection to libvirt, against its embedded driver in this process; and the watch on stored configuration."""
+"""The connection to libvirt, against its embedded driver in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -31,11 +30,9 @@ from hostpassd.events import (
     MachinesListed,
     RemovalFailed,
 )
-from hostpassd.inotify import Watch
 from hostpassd.machines import libvirt as ours
 from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.machine import Claim, Machine, PciSource, UsbSource
-from hostpassd.machines.stored import StoredWatch, folder_of
 
 GAMING, OFF, TRANSIENT = (f"aaaaaaaa-2222-3333-4444-00000000000{n}" for n in (1, 2, 3))
 PCI = (
@@ -526,70 +523,3 @@ async def test_a_libvirtd_that_does_not_answer_holds_nothing_up(
             await hypervisor.refresh()
         opened.go.set()
         await tape.until_listed()
-
-
-# Stored configuration that others change.
-
-
-class Reads:
-    """Stands for the hypervisor: what it was asked to read."""
-
-    def __init__(self) -> None:
-        self.tape: list[str] = []
-        self.more = asyncio.Event()
-
-    async def refresh(self) -> None:
-        self.tape.append("*")
-        self.more.set()
-
-    async def refresh_machine(self, uuid_or_name: str) -> None:
-        self.tape.append(uuid_or_name)
-        self.more.set()
-        if uuid_or_name == "nobody":
-            raise NoSuchMachine("nobody")
-
-
-async def test_a_changed_file_has_its_machine_read_once(tmp_path: Path) -> None:
-    reads = Reads()
-    watch = StoredWatch(reads, str(tmp_path))
-    for name in ("nobody", "win 10"):
-        for text in ("a", "b"):  # as libvirt does it
-            (tmp_path / f"{name}.xml.new").write_text(text)
-            os.rename(tmp_path / f"{name}.xml.new", tmp_path / f"{name}.xml")
-    async with asyncio.timeout(5):
-        await reads.more.wait()
-    assert reads.tape == ["nobody", "win 10"]
-    reads.more.clear()
-    (tmp_path / "win 10.xml").unlink()
-    async with asyncio.timeout(5):
-        await reads.more.wait()
-    assert reads.tape == ["nobody", "win 10", "win 10"]
-    watch.close()
-
-
-async def test_when_the_folder_goes_everything_is_read(tmp_path: Path) -> None:
-    reads = Reads()
-    (tmp_path / "qemu").mkdir()
-    watch = StoredWatch(reads, str(tmp_path / "qemu"))
-    (tmp_path / "qemu").rmdir()
-    async with asyncio.timeout(5):
-        await reads.more.wait()
-    assert reads.tape == ["*"]
-    watch.close()
-
-
-async def test_a_folder_that_cannot_be_watched_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    StoredWatch(Reads(), str(tmp_path / "none")).close()
-    assert len(caplog.records) == 1
-    assert folder_of("qemu:///system?socket=/x") == "/etc/libvirt/qemu"
-    assert folder_of("test:///default") is None
-
-
-async def test_a_watch_gives_its_descriptor_back(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    watch = Watch(str(tmp_path), lambda names: None)
-    watch.close()
-    watch.close()
-    with pytest.raises(OSError):
-        Watch(str(tmp_path / "none"), lambda names: None)
-    assert len(os.listdir("/proc/self/fd")) == before
