@@ -60,6 +60,11 @@ def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[str]]:
     return tuple(claims), warnings
 
 
+def is_live(xml: str) -> bool:
+    """Whether XML is a running machine's live half, which alone has an id. ValueError: XML cannot be read."""
+    return _parse(xml).get("id") is not None
+
+
 def claim_of(element_xml: str) -> Claim:
     """The claim that one element makes. ValueError: it makes none that can be read."""
     claims, warnings = read_claims(f"<domain><devices>{element_xml}</devices></domain>")
