@@ -34,7 +34,6 @@ def main() -> int:
         settings = dataclasses.replace(settings, hypervisors=tuple(arguments.uri))
     folder = arguments.state_folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         asyncio.run(_run(settings, folder, arguments.bus_address))
     except (OSError, NameTaken, errors.HostpassError) as error:
         log.error("%s", error)

@@ -50,12 +50,12 @@ class Daemon:
         self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
         self._router = Router(Specification.load(), log=logging.getLogger("hostpassd.bus"))
         self._publisher = Publisher(self._state, self._router)
-        intents = IntentLog(state_folder / "intents")
+        self._intents = IntentLog(state_folder / "intents", config.hypervisors)
         self._udev = Udev(self.emit, self._refresh_uses)
         self._uses = HostUses(self.emit, self._udev.node_of, self._udev.blocks, str(state_folder))
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
-        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, intents)
-        self._operations = Operations(self._state, self._executor, self.emit, intents)
+        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._intents)
+        self._operations = Operations(self._state, self._executor, self.emit, self._intents)
         access = Access(self._router, log=logging.getLogger("hostpassd.access"))
         default = Options(timeout=config.timeout)
         ManagerMethods(
@@ -98,6 +98,7 @@ class Daemon:
         notify("READY=1\n" + self._status())
         self._keep(self._watchdog())
         self._keep(self._router.warm())
+        self._keep(self._operations.keep_log())
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())
@@ -201,7 +202,8 @@ class Daemon:
         held = sum(1 for machine in self._state.machines for _ in self._state.holds_of(machine))
         lost = [h.uri for h in self._state.hypervisors.values() if not h.connected]
         text = f"STATUS={len(self._state.devices)} devices, {len(self._state.machines)} machines, {held} held"
-        return text + (f"; no answer from {', '.join(lost)}" if lost else "")
+        text += f"; no answer from {', '.join(lost)}" if lost else ""
+        return text + (f"; no operations: {self._intents.problem}" if self._intents.problem else "")
 
     async def _watchdog(self) -> None:
         """Tells systemd that the loop turns, twice in each period that it allows."""

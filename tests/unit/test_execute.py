@@ -58,7 +58,7 @@ class World:
         self.events: list[Event] = []
         self.libvirt = libvirt or Libvirt(self.state, self.emit_early, MACHINES[given])
         self.libvirt.emit = self.emit
-        self.intents = IntentLog(folder / "intents")
+        self.intents = IntentLog(folder / "intents", (URI,))
         self.executor = Executor(self.state, lambda uri: self.libvirt, self.settle, self.emit, self.intents)
         self.operations = Operations(self.state, self.executor, self.emit, self.intents)
 

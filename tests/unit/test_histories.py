@@ -38,7 +38,8 @@ from hostpassd.events import DevicesScanned, Event, HostUse, HostUsesRead, Hyper
 from hostpassd.host.device import Device, MdevParent
 from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, PciSource, UsbSource
 from hostpassd.passthrough.eligibility import OVERRIDABLE
-from hostpassd.passthrough.intents import IntentLog, Unfinished
+from hostpassd.passthrough.intent_rows import Unfinished
+from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store
 from hostpassd.state import State
 from tests.unit.clockwork import Clockwork
@@ -371,7 +372,7 @@ class Operations(RuleBasedStateMachine):
     def kill(self) -> None:
         """The daemon is killed and started again. An assign that shows as a whole by then counts as done."""
         self.life.kill()
-        for unfinished in IntentLog(self.folder / "intents").unfinished:
+        for unfinished in IntentLog(self.folder / "intents", (URI,)).unfinished:
             self._note_whole(unfinished)
         self.life = Life(self.host, self.libvirt, self.folder)
 
@@ -478,14 +479,10 @@ class Operations(RuleBasedStateMachine):
         self.sound = True
 
     def _intent_log_is_clean(self) -> None:
-        rows = [json.loads(line) for line in (self.folder / "intents").read_text(encoding="utf-8").splitlines()]
-        lent: set[str] = set()
-        for row in rows:
-            if row.get("machine", "?") not in (*self.libvirt.machines, "?"):
-                continue  # unfinished with a machine that is gone
-            assert "lend" in row or "return" in row, row
-            (lent.add if "lend" in row else lent.discard)(row.get("lend") or row["return"])
-        for name in lent:
+        log = IntentLog(self.folder / "intents", (URI,))
+        # What is unfinished with a machine that is gone is found to be over when it is looked at again.
+        assert not [left for left in log.unfinished if left.machine in self.libvirt.machines]
+        for name in log.lent:
             device = self.host.named(name)
             assert device is None or self.libvirt.group_taken(device), f"{name} is lent to nobody"
 
