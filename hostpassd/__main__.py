@@ -41,7 +41,6 @@ def main() -> int:
         settings = dataclasses.replace(settings, hypervisors=tuple(arguments.uri))
     folder = arguments.state_folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         asyncio.run(_run(settings, folder, arguments.bus_address, armed))
     except (OSError, NameTaken, errors.HostpassError) as error:
         log.error("%s", error)
@@ -68,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH, help="configuration file (%(default)s)")
     parser.add_argument(
-        "--state-folder", type=Path, default=_state_folder(), help="where the journal is kept (%(default)s)"
+        "--state-folder", type=Path, default=_state_folder(), help="where the intent log is kept (%(default)s)"
     )
     parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")
     parser.add_argument("--uri", action="append", help="hypervisor, instead of the configuration's; can be repeated")

@@ -30,7 +30,7 @@ from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.machine import Hold
 from hostpassd.machines.stored import StoredWatch, folder_of
 from hostpassd.passthrough.execute import Executor
-from hostpassd.passthrough.journal import Journal
+from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.plan import Options
 from hostpassd.shared import Shared
@@ -55,15 +55,15 @@ class Daemon:
         self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
         self._router = Router(Specification.load(), log=logging.getLogger("hostpassd.bus"))
         self._publisher = Publisher(self._state, self._router)
-        journal = Journal(state_folder / "journal")
+        self._intents = IntentLog(state_folder / "intents", config.hypervisors)
         self._reader = Reader(self._files_hang)
         self._udev = Udev(self.emit, self._refresh_uses, self._reader, armed)
         self._uses = HostUses(
             self.emit, self._udev.node_of, self._udev.blocks, self._udev.nics, str(state_folder), self._reader
         )
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
-        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, journal)
-        self._operations = Operations(self._state, self._executor, self.emit, journal)
+        self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._intents)
+        self._operations = Operations(self._state, self._executor, self.emit, self._intents)
         access = Access(self._router, log=logging.getLogger("hostpassd.access"))
         default = Options(timeout=config.timeout)
         ManagerMethods(
@@ -108,6 +108,7 @@ class Daemon:
         notify("READY=1\n" + self._status())
         self._keep(self._watchdog())
         self._keep(self._router.warm())
+        self._keep(self._operations.keep_log())
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())
@@ -234,7 +235,8 @@ class Daemon:
         lost = [h.uri for h in self._state.hypervisors.values() if not h.connected]
         text = f"STATUS={len(self._state.devices)} devices, {len(self._state.machines)} machines, {held} held"
         silent = [*lost, *self._state.hanging]
-        return text + (f"; no answer from {', '.join(silent)}" if silent else "")
+        text += f"; no answer from {', '.join(silent)}" if silent else ""
+        return text + (f"; no operations: {self._intents.problem}" if self._intents.problem else "")
 
     async def _watchdog(self) -> None:
         """Tells systemd that the loop turns, twice in each period that it allows."""

@@ -14,6 +14,10 @@ class Failed(HostpassError):
     name = "Failed"
 
 
+class StateFolderError(Failed):
+    """What is about to be done cannot be written down first, so it is not done."""
+
+
 class NotAuthorized(HostpassError):
     name = "NotAuthorized"
 

@@ -1,4 +1,4 @@
-"""Runs a plan, undoes it on failure, keeps the journal."""
+"""Runs a plan, undoes it on failure, keeps the intent log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from hostpassd.events import (
     RemovalFailed,
 )
 from hostpassd.machines.machine import Claim
-from hostpassd.passthrough.journal import Journal, Unfinished
+from hostpassd.passthrough.intent_rows import Unfinished
+from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, lock_of, undo
 from hostpassd.state import State
 
@@ -108,13 +109,13 @@ class Executor:
         effects: Callable[[str], Effects],
         settle: Callable[[], Awaitable[None]],
         emit: Callable[[Event], None],
-        journal: Journal,
+        intents: IntentLog,
     ) -> None:
         self._state = state
         self._effects = effects  # by hypervisor URI
         self._settle = settle
         self._emit = emit
-        self._journal = journal
+        self._intents = intents
         self._heard: dict[tuple[str, str], type[DeviceAdded | DeviceRemoved | RemovalFailed] | None] = {}
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -150,9 +151,9 @@ class Executor:
                 self._heard[(uuid, alias)] = DeviceAdded if there else DeviceRemoved
 
     async def run(self, plan: Plan, control: Control) -> None:
-        """Runs PLAN to its end, or raises after what can be undone is undone; the rest is left in the journal."""
+        """Runs PLAN to its end, or raises after what can be undone is undone; the rest is left in the intent log."""
         number, uri = control.job.number, self._uri(plan.machine)
-        self._journal.begin(number, plan, uri)
+        await self._intents.begin(number, plan, uri)
         begun: list[Step] = []
         try:
             for at, step in enumerate(plan.steps):
@@ -160,58 +161,64 @@ class Executor:
                     control.check()
                 control.tell(state="running", step=step.text, progress=at / len(plan.steps))
                 if isinstance(step, Release):
-                    self._owe(plan, uri)
-                self._journal.step(number, at)
+                    await self._owe(plan, uri)
+                await self._intend(number, at, step)
                 begun.append(step)
                 await self._perform(plan.machine, step, control)
             await self._settle()
         except Exception as error:
             await self._settle()
             raise await self._wind_up(plan, begun, error, control) from None
-        self._journal.end(number)
+        await self._intents.end(number)
+
+    async def _intend(self, number: int, at: int, step: Step) -> None:
+        """Before the effect of STEP. What is lent is on disk already: to give it back nothing more has to be."""
+        with contextlib.suppress(*([errors.StateFolderError] if isinstance(step, GiveBack) else [])):
+            await self._intents.step(number, at)
 
     async def _drivers_back(self, devices: list[str]) -> None:
         """libvirt gives a managed device back by itself, a moment after its removal."""
         here = [name for name in devices if (device := self._state.device(name)) and device.pci]
         await self._until(lambda: all(self._has_host_driver(n) or not self._group_is_free(n) for n in here), None, 2.0)
 
-    def _owe(self, plan: Plan, uri: str) -> None:
+    async def _owe(self, plan: Plan, uri: str) -> None:
         """From the first asking on the drivers are owed to the host: the last guest can let go when no job waits."""
         for step in plan.steps:
-            if isinstance(step, GiveBack) and step.device not in self._journal.lent:
-                self._journal.lend(step.device, uri, "")
+            if isinstance(step, GiveBack) and step.device not in self._intents.lent:
+                await self._intents.lend(step.device, uri, "")
 
-    def _forgive(self, plan: Plan) -> None:
+    async def _forgive(self, plan: Plan) -> None:
         """No guest was asked after all."""
         for step in plan.steps:
-            if isinstance(step, GiveBack) and self._journal.lent.get(step.device, ("", "known"))[1] == "":
-                self._journal.give_back(step.device)
+            if isinstance(step, GiveBack) and self._intents.lent.get(step.device, ("", "known"))[1] == "":
+                await self._intents.give_back(step.device)
 
     async def _wind_up(self, plan: Plan, begun: list[Step], error: Exception, control: Control) -> Exception:
-        """After ERROR: undoes what was begun, or leaves it in the journal. The error to tell, with what is left."""
+        """After ERROR: undoes what was begun, or leaves it in the intent log. The error to tell, with what is left."""
         number = control.job.number
         if begun and isinstance(begun[-1], Release) and isinstance(error, _REFUSALS):
             begun.pop()  # so no guest was asked
         asked = _asked_a_guest(begun)
         if asked and isinstance(error, _GIVEN_UP):
-            self._journal.end(number)
+            await self._intents.end(number)
             return self._given_up(plan, begun, error)
         if isinstance(error, errors.HypervisorUnavailable) or self._is_away(plan.machine):
-            self._journal.leave(number, len(begun))
+            await self._intents.leave(number, len(begun))
             what = "the rest is done" if asked else "what was begun is undone"
             return _with(error, f"{what} when libvirt is back")
         if asked:
-            self._journal.leave(number, len(begun))
+            await self._intents.leave(number, len(begun))
             left = "; ".join(step.text for step in plan.steps if not self._shows(plan.machine, step))
             return _with(error, f"not done yet, and tried again: {left}")
         control.tell(state="undoing")
-        self._forgive(plan)
-        failures = await self.undo(plan.machine, begun, control)
+        await self._intents.fail(number, len(begun))
+        await self._forgive(plan)
+        failures = await self._undo(self._intents.running(number), control)
         await self._drivers_back([step.device for step in begun if isinstance(step, Attach)])
         if _is_over(failures):
-            self._journal.end(number)
+            await self._intents.end(number)
         else:
-            self._journal.leave(number, len(begun))
+            await self._intents.leave(number, len(begun))
         return _with(error, f"not undone: {'; '.join(map(str, failures))}") if failures else error
 
     def _given_up(self, plan: Plan, begun: list[Step], error: Exception) -> Exception:
@@ -222,24 +229,31 @@ class Executor:
         rest = [s.device for s in plan.steps[len(begun) :] if isinstance(s, Release)]
         return _with(error, f"{', '.join(rest)} was not asked for and stays with the machine") if rest else error
 
-    async def undo(self, uuid: str, begun: list[Step], control: Control | None) -> list[Failure]:
-        """Takes steps back, last first, as far as they show in the truth."""
+    async def _undo(self, left: Unfinished, control: Control | None) -> list[Failure]:
+        """Takes the begun steps back, last first, as far as they show in the truth, and each only once."""
         failures = []
-        for step in reversed(begun):
+        for at in sorted(set(range(left.begun)) - left.undone, reverse=True):
+            step = left.steps[at]
             back = undo(step)
-            if back is None or not self._shows(uuid, step):
-                continue
-            if control:
-                control.tell(step="undo: " + back.text)
-            failures += await self._try(uuid, back)
+            if back and self._is_to_be_undone(left.machine, step):
+                if control:
+                    control.tell(step="undo: " + back.text)
+                if failed := await self._try(left.machine, back):
+                    failures += failed
+                    continue
+            await self._intents.undone(left.number, at)
         return failures
 
-    async def _finish(self, uuid: str, steps: tuple[Step, ...]) -> list[Failure]:
-        """Does what does not show in the truth yet."""
+    async def _finish(self, left: Unfinished) -> list[Failure]:
+        """Does what does not show in the truth yet, and was never seen done."""
         failures = []
-        for step in steps:
-            if not self._shows(uuid, step):
-                failures += await self._try(uuid, step)
+        for at, step in enumerate(left.steps):
+            if at in left.done:
+                continue
+            if not self._shows(left.machine, step) and (failed := await self._try(left.machine, step)):
+                failures += failed
+                continue
+            await self._intents.done(left.number, at)
         return failures
 
     async def _try(self, uuid: str, step: Step) -> list[Failure]:
@@ -250,23 +264,33 @@ class Executor:
         return []
 
     async def recover(self, left: Unfinished) -> None:
-        """Undoes an operation that was left, or finishes it where a guest was asked; else it stays left."""
+        """Undoes an operation that was left, or finishes it where a guest was asked; else it stays left.
+
+        One that shows as a whole, when nobody was told otherwise, is finished: only its end was not written.
+        """
         begun = list(left.steps[: left.begun])
         asked = _asked_a_guest(begun)
-        log.warning("an earlier %s was not finished: %s it", left.operation, "going on with" if asked else "undoing")
+        log.warning("an earlier %s was not finished: it is put in order", left.operation)
         try:
             await self._wait_out(left, begun)
         except errors.NoSuchMachine:
-            self._journal.end(left.number)
+            await self._intents.end(left.number)
             return
         except errors.HostpassError as error:
             log.error("what the earlier %s did cannot be seen yet: %s", left.operation, error)
             return
-        failures = await (self._finish(left.machine, left.steps) if asked else self.undo(left.machine, begun, None))
+        forward = asked or self._is_whole(left)
+        failures = await (self._finish(left) if forward else self._undo(left, None))
         for failure in failures:
             log.error("of the earlier %s this could not be done: %s", left.operation, failure)
         if _is_over(failures):
-            self._journal.end(left.number)
+            await self._intents.end(left.number)
+
+    def _is_whole(self, left: Unfinished) -> bool:
+        """Whether all that was to be done has been, and who asked for it was not told that it failed."""
+        steps = enumerate(left.steps)
+        begun = left.begun == len(left.steps) and not left.failed
+        return begun and all(at in left.done or self._shows(left.machine, step) for at, step in steps)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""
@@ -279,13 +303,13 @@ class Executor:
 
     async def give_back_idle(self) -> None:
         """Gives back what was lent to groups that no machine has any more (a machine that was shut down, say)."""
-        for device in list(self._journal.lent):
+        for device in list(self._intents.lent):
             here = self._state.device(device)
             group = (lock_of(here) if here else device,)
-            if self.busy(group) or self._journal.lent[device][0] not in self._state.hypervisors:
+            if self.busy(group) or self._intents.lent[device][0] not in self._state.hypervisors:
                 continue
             async with self.alone(group):
-                if device in self._journal.lent and self._group_is_free(device):
+                if device in self._intents.lent and self._group_is_free(device):
                     try:
                         await self._give_back(device)
                     except errors.HostpassError as error:
@@ -304,11 +328,11 @@ class Executor:
             case Unstore(_, claim):
                 await effects.detach_stored(uuid, claim)
             case Free(device, driver):
-                self._journal.lend(device, self._uri(uuid), driver)
+                await self._intents.lend(device, self._uri(uuid), driver)
                 await effects.detach_host(device)
             case Attach(_, alias, xml):
                 await self._attach(effects, uuid, alias, xml, control)
-            case Release(_, alias):
+            case Release(_, alias, _):
                 await self._release(effects, uuid, alias, control)
 
     async def _attach(self, effects: Effects, uuid: str, alias: str, xml: str, control: Control | None) -> None:
@@ -352,12 +376,12 @@ class Executor:
     async def _give_back(self, device: str) -> None:
         """Gives DEVICE back to its host driver, if that is owed and can be, and waits until udev shows one."""
         await self._settle()
-        if device not in self._journal.lent or not self._group_is_free(device):
+        if device not in self._intents.lent or not self._group_is_free(device):
             return
-        uri, _ = self._journal.lent[device]
+        uri, _ = self._intents.lent[device]
         if not self._has_host_driver(device):
             await self._reattach(device, uri)
-        self._journal.give_back(device)
+        await self._intents.give_back(device)
 
     async def _reattach(self, device: str, uri: str) -> None:
         effects = self._effects(uri)
@@ -392,15 +416,23 @@ class Executor:
                 stored = machine.stored if machine else ()
                 return any(c.id == claim.id and c.alias == claim.alias for c in stored)
             case Unstore(_, claim):
-                return machine is not None and all(c.id != claim.id for c in machine.stored)
+                return machine is not None and not any(_same(c, claim) for c in machine.stored)
             case Attach(_, alias, _):
                 return machine is not None and any(c.alias == alias for c in machine.live)
             case Free(device, _):
-                return device in self._journal.lent
+                return device in self._intents.lent
             case GiveBack(device):
-                return device not in self._journal.lent
-            case Release(_, alias):
-                return machine is None or all(c.alias != alias for c in machine.live)
+                return device not in self._intents.lent
+            case Release(_, alias, claim_id):
+                live = machine.live if machine else ()
+                return all(c.alias != alias or claim_id not in ("", c.id) for c in live)
+
+    def _is_to_be_undone(self, uuid: str, step: Step) -> bool:
+        """Whether the effect of STEP is there. What somebody else has stored meanwhile stands in for ours."""
+        machine = self._state.machines.get(uuid)
+        if isinstance(step, Unstore):
+            return machine is not None and all(c.id != step.claim.id for c in machine.stored)
+        return self._shows(uuid, step)
 
     def _is_away(self, uuid: str) -> bool:
         """Whether its hypervisor cannot be reached: then the state does not show the truth."""
@@ -447,6 +479,11 @@ async def _attached(effects: Effects, uuid: str, xml: str) -> None:
         if "PCI slots" not in str(error):
             raise
         raise errors.HypervisorRefused(f"{error} {_NO_SLOT}") from None
+
+
+def _same(claim: Claim, other: Claim) -> bool:
+    """Whether both are one element, and not the same device stored again by somebody else."""
+    return (claim.id, claim.alias, claim.xml) == (other.id, other.alias, other.xml)
 
 
 def _asked_a_guest(begun: list[Step]) -> bool:

@@ -15,7 +15,8 @@ from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead,
 from hostpassd.faults import vital
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.execute import Control, Executor
-from hostpassd.passthrough.journal import Journal, Unfinished
+from hostpassd.passthrough.intent_rows import Unfinished
+from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Options, Plan
 from hostpassd.state import State
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 # How long an ended job stays, in seconds, so that a caller that did not wait cannot miss its end.
 JOB_STAYS = 30.0
 JOBS_PER_USER = 16
+# Seconds between two attempts to write the intent log, while it cannot be written and nobody asks for an operation.
+LOG_RETRY = 10.0
 
 # Asks about one device of a plan; raises NotAuthorized and its kin.
 Authorise = Callable[[str, Mapping[str, str]], Awaitable[None]]
@@ -43,11 +46,11 @@ class Wish:
 class Operations:
     """All jobs."""
 
-    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None], journal: Journal) -> None:
+    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None], intents: IntentLog) -> None:
         self._state = state
         self._executor = executor
         self._emit = emit
-        self._journal = journal
+        self._intents = intents
         self._controls: dict[int, Control] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tidying: asyncio.Task[None] | None = None
@@ -65,6 +68,7 @@ class Operations:
 
     async def _start(self, wish: Wish, authorise: Authorise) -> Control:
         plan = self._allowed_plan(wish)
+        await self._intents.check(plan)
         asked = self.asked(plan, wish.options)
         for details in asked:
             await authorise(action_of(plan, wish.options), details)
@@ -85,7 +89,7 @@ class Operations:
         """Whether a job moves DEVICE to or from MACHINE (a UUID), or one that was not finished has done so."""
         if any(c.job.machine == machine and device in c.devices for c in self._controls.values()):
             return True
-        return any(left.machine == machine and device in _devices_of(left) for left in self._journal.unfinished)
+        return any(left.machine == machine and device in _devices_of(left) for left in self._intents.unfinished)
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
@@ -98,12 +102,24 @@ class Operations:
 
         What a job works on, or what is on a hypervisor that cannot be reached, is for another time.
         """
-        for left in self._journal.unfinished:
+        if self._intents.trouble.is_set():
+            with contextlib.suppress(errors.StateFolderError):
+                await self._intents.catch_up()
+        for left in self._intents.unfinished:
             if self._reachable(left.uri) and not self._executor.busy(left.groups):
                 async with self._executor.alone(left.groups):
-                    if left in self._journal.unfinished:
-                        await self._recover(left)
+                    if still := self._intents.left(left.number):
+                        await self._recover(still)
         await self._executor.give_back_idle()
+
+    async def keep_log(self) -> None:
+        """Has the intent log written at the start, and again whenever that has failed, until cancelled."""
+        while True:
+            with contextlib.suppress(errors.StateFolderError):
+                await self._intents.catch_up()
+            self._tidy_soon(retry=True)
+            await self._intents.trouble.wait()
+            await asyncio.sleep(LOG_RETRY)
 
     async def stop(self) -> None:
         """Cancels all jobs and waits until each is undone."""
@@ -117,7 +133,8 @@ class Operations:
 
     def _tidy_soon(self, *, retry: bool) -> None:
         """Gives back what is idle, soon; RETRY: and tries again what was left."""
-        if not (self._journal.lent or (retry and self._journal.unfinished)):
+        left = self._intents.unfinished or self._intents.trouble.is_set()
+        if not (self._intents.lent or (retry and left)):
             return
         self._untidy, self._retry = True, self._retry or retry
         if self._tidying is None or self._tidying.done():
@@ -133,7 +150,7 @@ class Operations:
 
     async def _recover(self, left: Unfinished) -> None:
         await self._executor.recover(left)
-        if left not in self._journal.unfinished:
+        if not self._intents.left(left.number):
             for device in _devices_of(left):
                 self._audit_recovery(left, device)
 
@@ -143,7 +160,7 @@ class Operations:
 
     def _left_on(self, groups: tuple[str, ...]) -> list[Unfinished]:
         """What was left of earlier operations on one of GROUPS."""
-        return [left for left in self._journal.unfinished if not set(left.groups).isdisjoint(groups)]
+        return [left for left in self._intents.unfinished if not set(left.groups).isdisjoint(groups)]
 
     def _allowed_plan(self, wish: Wish) -> Plan:
         """The plan of WISH as it may be executed. Errors: those of `plan`, Blocked, StalePlan."""
@@ -253,8 +270,6 @@ class Operations:
             again = self._allowed_plan(wish)
             if not _is_authorised(again, plan, wish.options):
                 raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
-            for left in self._left_on(plan.groups):
-                self._journal.end(left.number)  # what this job makes of the devices is what counts from here on
             await self._executor.run(again, control)
         finally:
             for waiting in (turn, cancel):

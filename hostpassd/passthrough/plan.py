@@ -89,6 +89,7 @@ class Release:
 
     device: str
     alias: str
+    claim_id: str = ""  # of what has that alias, where another device could have it later; '' for an alias of ours
 
     @property
     def text(self) -> str:
@@ -225,7 +226,7 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
     for d in devices:
         claim = _claim_on(state, machine, d.name, live=True) if live else None
         if claim:
-            steps.append(Release(d.name, claim.alias))
+            steps.append(Release(d.name, claim.alias, claim.id))
             released.append(d)
     if not steps:
         raise errors.NotAssigned(f"{machine.name} does not have {device.name} in the half asked for")
@@ -246,7 +247,7 @@ def plan_dismiss_missing(machine: Machine, missing: Missing, place: str, options
             steps.append(Unstore(name, claim))
     for claim in machine.live if live else ():
         if claim.id == missing.id and claim.alias and not claim.missing:
-            steps.append(Release(name, claim.alias))
+            steps.append(Release(name, claim.alias, claim.id))
     if not steps:
         raise errors.NotAssigned(f"{machine.name} does not have {missing.id} in the half asked for")
     return Plan("dismiss", machine.uuid, name, (name,), (0,), tuple(steps), (name,))

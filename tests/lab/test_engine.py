@@ -143,7 +143,7 @@ def test_a_graphics_card_moves_with_its_sound_and_stays_one_card(host: Host, fro
     assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
 
 
-# The journal is on disk before each effect, so its fsyncs are the daemon's steps: it is killed at each of them in turn.
+# The intent log is on disk before each effect, so its fsyncs are the daemon's steps: it is killed at each in turn.
 KILL_AT = "strace -qq -f -o /dev/null -e trace=fsync -e inject=fsync:signal=SIGKILL:when={} -p {}"
 
 
@@ -191,8 +191,8 @@ def _operate_and_die(host: Host, front: Front, operation: str, at: int) -> bool:
 
 
 def _one_clean_state(host: Host, front: Front, running: Guest) -> bool:
-    """Whether the machine has all of the pair, or nothing of it; nothing else may be, drivers and journal included."""
-    host.wait_for("! grep -q begin /var/lib/hostpassd/journal", timeout=90)
+    """Whether the machine has all of the pair, or nothing; nothing else may be, drivers and intent log included."""
+    host.wait_for("! grep -q begin /var/lib/hostpassd/intents", timeout=90)
     front.sync()
     holds = [front.holds(name) for name in PAIR]
     assert holds in ([[], []], [[(True, True)], [(True, True)]]), holds

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import libvirt
 import pytest
@@ -291,7 +294,12 @@ def test_long_and_hostile_strings_are_cut_for_people_and_stay_apart() -> None:
         "<domain><name>a\0b</name></domain>",
         "<!DOCTYPE d [<!ENTITY a 'x'>]><domain>&a;</domain>",
         "<!-- c --> <!DOCTYPE d [<!ENTITY a SYSTEM 'file:///etc/hostname'>]><domain>&a;</domain>",
+        "\ufeff<!DOCTYPE d [<!ENTITY a 'x'>]><domain><devices a='&a;'/></domain>",
+        "<?xml version='1.0' encoding='utf-16'?><!DOCTYPE d [<!ENTITY a 'x'>]><domain a='&a;'/>",
+        "<!DOCTYPE d SYSTEM 'file:///etc/hostname'><domain/>",
+        "<domain>" + "x" * (4 << 20) + "</domain>",
     ],
+    ids=range(9),
 )
 def test_what_is_no_domain_xml_is_an_error_and_no_empty_list(xml: str) -> None:
     with pytest.raises(ValueError):
@@ -299,8 +307,41 @@ def test_what_is_no_domain_xml_is_an_error_and_no_empty_list(xml: str) -> None:
 
 
 def test_a_huge_description_is_read() -> None:
-    xml = domain(pci("0x01")).replace("<metadata>", "<metadata>" + "<a>" * 300 + "x" * 11_000_000 + "</a>" * 300)
+    """As large as libvirt can send one."""
+    xml = domain(pci("0x01"))
+    xml = xml.replace("<metadata>", "<metadata>" + "<a>" * 200 + "x" * ((4 << 20) - 2000) + "</a>" * 200)
     assert len(read_claims(xml)[0]) == 1
+
+
+def test_the_words_of_a_document_type_in_metadata_are_only_words() -> None:
+    words = "<metadata><!-- <!DOCTYPE d [<!ENTITY a 'x'>]> --><![CDATA[<!DOCTYPE d>]]>"
+    assert len(read_claims(domain(pci("0x01")).replace("<metadata>", words))[0]) == 1
+
+
+HOSTILE = """
+import resource
+from hostpassd.machines.domain_xml import read_claims
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+grows = "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 12))
+for xml in (
+    "<!-- -->" * 50_000 + "<domain",
+    "<?x y?> " * 50_000 + "<!DOCTYPE d>",
+    "\ufeff<!-- -->" + "<!-- --> " * 50_000 + "<!DOCTYPE d [<!ENTITY a0 'x'>" + grows + "]><domain a='&a11;'/>",
+    "<a>" * 1_000_000,
+):
+    try:
+        read_claims(xml)
+    except ValueError:
+        print("refused")
+"""
+
+
+def test_what_is_hostile_costs_neither_time_nor_memory() -> None:
+    """In a process of its own, which the kernel ends when it is not done with little of either."""
+    command, folder = [sys.executable, "-c", HOSTILE], Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["refused"] * 4), done.stderr
 
 
 def test_threads_that_read_at_once_leave_libxml2_as_it_was() -> None:

@@ -24,7 +24,7 @@ from hostpassd.events import (
 )
 from hostpassd.host.device import Device
 from hostpassd.passthrough.execute import Control, Executor
-from hostpassd.passthrough.journal import Journal
+from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Operations, Wish
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
@@ -58,9 +58,9 @@ class World:
         self.events: list[Event] = []
         self.libvirt = libvirt or Libvirt(self.state, self.emit_early, MACHINES[given])
         self.libvirt.emit = self.emit
-        self.journal = Journal(folder / "journal")
-        self.executor = Executor(self.state, lambda uri: self.libvirt, self.settle, self.emit, self.journal)
-        self.operations = Operations(self.state, self.executor, self.emit, self.journal)
+        self.intents = IntentLog(folder / "intents", (URI,))
+        self.executor = Executor(self.state, lambda uri: self.libvirt, self.settle, self.emit, self.intents)
+        self.operations = Operations(self.state, self.executor, self.emit, self.intents)
 
     def emit_early(self, event: Event) -> None:
         self.state.apply(event)
@@ -95,11 +95,11 @@ class World:
         assert not any(lock.locked() for lock in self.executor._locks.values())
 
     def truth(self) -> tuple[object, ...]:
-        """Drivers, the two halves, what is kept as a detached node device, what the journal says is lent."""
+        """Drivers, the two halves, what is kept as a detached node device, what the intent log says is lent."""
         m = self.libvirt.machines[UUID]
         drivers = tuple(sorted((d.name, d.driver) for d in self.state.devices.values()))
         halves = tuple(tuple(sorted(c.id for c in half)) for half in (m.live, m.stored))
-        return drivers, halves, tuple(sorted(self.libvirt.detached)), tuple(sorted(self.journal.lent))
+        return drivers, halves, tuple(sorted(self.libvirt.detached)), tuple(sorted(self.intents.lent))
 
 
 @pytest.mark.parametrize("given", MACHINES)
@@ -309,7 +309,7 @@ async def test_a_dismissal_given_up_while_libvirt_is_away_is_not_gone_on_with(tm
     world.libvirt.calls.clear()
     world.libvirt.come_back()
     await world.quiet()
-    assert world.libvirt.calls == [] and world.journal.unfinished == ()
+    assert world.libvirt.calls == [] and world.intents.unfinished == ()
 
 
 # What could not be undone.
@@ -322,7 +322,7 @@ async def left_with_a_stored_half(folder: Path) -> World:
     job = await world.do("assign", NIC)
     assert "not undone: remove pci_0000_01_00_0" in job.error_message and "never" in job.error_message
     await world.quiet()
-    assert len(world.journal.unfinished) == 1 and world.libvirt.machines[UUID].stored
+    assert len(world.intents.unfinished) == 1 and world.libvirt.machines[UUID].stored
     return world
 
 
@@ -336,7 +336,7 @@ async def test_the_next_job_on_the_device_tries_once_more_and_then_its_own_word_
     assert (await world.do("assign", NIC)).state == "done"
     expected = ["attach_stored", "attach_live"] if undone else ["attach_live"]
     assert world.libvirt.calls == ["wait_until_idle", "detach_stored", *expected]
-    assert world.journal.unfinished == ()
+    assert world.intents.unfinished == ()
     assigned = world.truth()
     world.libvirt.calm()
     world.libvirt.come_back()
@@ -353,10 +353,10 @@ async def test_what_is_left_outlives_other_jobs_and_daemons_whose_jobs_have_the_
         job = await world.do("assign" if not world.libvirt.machines[UUID].live else "dismiss", STICK)
         assert job.number == 1
         await world.quiet()
-        (left,) = world.journal.unfinished
+        (left,) = world.intents.unfinished
         assert [step.device for step in left.steps] == [NIC.name, NIC.name]
     world = await reborn(world, tmp_path)
-    assert world.journal.unfinished == () and not [c for c in world.libvirt.machines[UUID].stored if "pci" in c.id]
+    assert world.intents.unfinished == () and not [c for c in world.libvirt.machines[UUID].stored if "pci" in c.id]
 
 
 async def test_what_was_freed_and_then_pulled_out_is_owed_to_nobody(tmp_path: Path) -> None:
@@ -368,11 +368,11 @@ async def test_what_was_freed_and_then_pulled_out_is_owed_to_nobody(tmp_path: Pa
 
     at_call(world, 2, "before", lose)
     await world.do("assign", PAIR[0])
-    assert world.libvirt.calls[2:] == ["detach_host"] and PAIR[0].name in world.journal.lent
+    assert world.libvirt.calls[2:] == ["detach_host"] and PAIR[0].name in world.intents.lent
     world.libvirt.calm()
     world.libvirt.come_back()
     await world.quiet()
-    assert world.journal.unfinished == () and world.journal.lent == {}
+    assert world.intents.unfinished == () and world.intents.lent == {}
     assert "reattach_host" not in world.libvirt.calls
 
 
@@ -380,7 +380,7 @@ async def test_what_is_left_on_a_machine_that_is_gone_is_over(tmp_path: Path) ->
     world = await left_with_a_stored_half(tmp_path)
     del world.libvirt.machines[UUID]
     world = await reborn(world, tmp_path)
-    assert world.journal.unfinished == ()
+    assert world.intents.unfinished == ()
 
 
 async def test_cancel_while_queued_and_while_waiting_for_the_guest(tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ async def test_a_device_whose_home_is_vfio_goes_back_to_it(tmp_path: Path) -> No
     assert (await world.do("assign", PAIR[0])).state == "done"
     job = await world.do("dismiss", PAIR[0])
     assert job.state == "done", job.error_message
-    assert world.libvirt.machines[UUID].live == () and world.journal.lent == {}
+    assert world.libvirt.machines[UUID].live == () and world.intents.lent == {}
 
 
 async def test_a_stick_and_its_controller_are_not_handed_out_at_once(tmp_path: Path) -> None:
@@ -599,7 +599,7 @@ async def test_killed_at_every_call_it_recovers_to_a_clean_state(
         assert any(isinstance(end, Died) for end in ends)
         new = await reborn(world, tmp_path / str(at))
         assert new.truth() in clean, f"{when} {call}"
-        assert new.journal.unfinished == ()
+        assert new.intents.unfinished == ()
 
 
 @every_operation
@@ -628,7 +628,7 @@ async def test_killed_while_it_undoes_or_goes_on_it_recovers_too(
             died, at = bool(tasks), at + 1
             new = await reborn(world, folder)
             assert new.truth() in clean, f"{calls[refused]} refused, killed at call {at}"
-            assert new.journal.unfinished == ()
+            assert new.intents.unfinished == ()
 
 
 @every_operation
@@ -655,11 +655,11 @@ async def test_libvirt_lost_at_every_call_the_operation_is_undone_or_finished_on
         if back == "later":
             await world.quiet()
             assert all(hold.stale for hold in world.state.holds_of(UUID))
-            assert world.journal.unfinished and "when libvirt is back" in job.error_message
+            assert world.intents.unfinished and "when libvirt is back" in job.error_message
             world.libvirt.come_back()
         await world.quiet()
         assert world.truth() in clean, f"{when} {call}"
-        assert world.journal.unfinished == ()
+        assert world.intents.unfinished == ()
 
 
 @every_operation
@@ -673,7 +673,7 @@ async def test_every_call_refused_in_turn_ends_in_a_clean_state(tmp_path: Path, 
         assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused"), call
         await world.quiet()
         assert world.truth() in (clean[:1] if operation == "assign" else clean), call
-        assert world.journal.unfinished == ()
+        assert world.intents.unfinished == ()
 
 
 @every_operation
@@ -689,12 +689,12 @@ async def test_what_libvirt_refuses_to_undo_too_is_said_and_kept_until_it_can_be
         await world.quiet()
         if world.truth() not in clean:
             assert "not undone" in job.error_message or "not done yet" in job.error_message, call
-            assert [left.number for left in world.journal.unfinished] == [job.number]
+            assert [left.number for left in world.intents.unfinished] == [job.number]
         world.libvirt.calm()
         world.libvirt.come_back()
         await world.quiet()
         assert world.truth() in clean, call
-        assert world.journal.unfinished == ()
+        assert world.intents.unfinished == ()
 
 
 def test_the_uri_is_the_machines() -> None:

@@ -1,7 +1,7 @@
 """Random histories of a whole daemon on a simulated host: what it knows and tells is always what is true.
 
-Everything but the four outer ends is real: the daemon's own wiring, state, jobs, journal, router and the bytes on the
-bus. At the ends are `truth` (udev, host uses, libvirt) and `listener` (the bus, polkit, one client that folds).
+Everything but the four outer ends is real: the daemon's own wiring, state, jobs, intent log, router and the bytes on
+the bus. At the ends are `truth` (udev, host uses, libvirt) and `listener` (the bus, polkit, one client that folds).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from hostpassd.events import DevicesScanned, Event, HostUse, HostUsesRead, Hyper
 from hostpassd.host.device import Device, MdevParent
 from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, PciSource, UsbSource
 from hostpassd.passthrough.eligibility import OVERRIDABLE
-from hostpassd.passthrough.journal import Journal, Unfinished
+from hostpassd.passthrough.intent_rows import Unfinished
+from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store
 from hostpassd.state import State
 from tests.unit.clockwork import Clockwork
@@ -373,7 +374,7 @@ class Operations(RuleBasedStateMachine):
     def kill(self) -> None:
         """The daemon is killed and started again. An assign that shows as a whole by then counts as done."""
         self.life.kill()
-        for unfinished in Journal(self.folder / "journal").unfinished:
+        for unfinished in IntentLog(self.folder / "intents", (URI,)).unfinished:
             self._note_whole(unfinished)
         self.life = Life(self.host, self.libvirt, self.folder)
 
@@ -474,20 +475,16 @@ class Operations(RuleBasedStateMachine):
         assert not [group for group, lock in executor._locks.items() if lock.locked()]
         assert all(reply.there for reply in self.life.bus.replies.values())
         if not self.mistakes.not_undone:
-            self._journal_is_clean()
+            self._intent_log_is_clean()
             self._drivers_are_home()
             self._aliases_are_somebodys()
         self.sound = True
 
-    def _journal_is_clean(self) -> None:
-        rows = [json.loads(line) for line in (self.folder / "journal").read_text(encoding="utf-8").splitlines()]
-        lent: set[str] = set()
-        for row in rows:
-            if row.get("machine", "?") not in (*self.libvirt.machines, "?"):
-                continue  # unfinished with a machine that is gone
-            assert "lend" in row or "return" in row, row
-            (lent.add if "lend" in row else lent.discard)(row.get("lend") or row["return"])
-        for name in lent:
+    def _intent_log_is_clean(self) -> None:
+        log = IntentLog(self.folder / "intents", (URI,))
+        # What is unfinished with a machine that is gone is found to be over when it is looked at again.
+        assert not [left for left in log.unfinished if left.machine in self.libvirt.machines]
+        for name in log.lent:
             device = self.host.named(name)
             assert device is None or self.libvirt.group_taken(device), f"{name} is lent to nobody"
 

@@ -1,0 +1,281 @@
+"""The intent log: what each operation is about to do, on disk before it is done, so that no crash leaves it half."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hostpassd import errors
+from hostpassd.passthrough.intent_rows import (
+    VERSION,
+    Loan,
+    Reading,
+    Unfinished,
+    begin_row,
+    gone_on,
+    object_in,
+    rows_of,
+    strings_in,
+)
+from hostpassd.passthrough.plan import Plan
+from hostpassd.passthrough.rowfile import RowFile
+from hostpassd.threads import InOrder
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# hostpassd 1.0 kept such rows without checksums in a file of this name.
+_FORMER_NAME = "journal"
+
+
+class IntentLog:
+    """What operations are about to do, were about to do when they ended, and what is owed to host drivers.
+
+    A method that announces something (`begin`, `step`, `lend`) raises StateFolderError when it cannot be written: then
+    it must not be done. The others tell what is so already: where they cannot write, this object knows it, and writes
+    it before anything else (`catch_up`).
+
+    `lent`: what is owed to its host driver, by device name.
+    """
+
+    def __init__(self, path: Path, hypervisors: Collection[str]) -> None:
+        self._file = RowFile(path)
+        self._former = path.with_name(_FORMER_NAME)
+        self._writer = InOrder("intent-log")
+        self._hypervisors = hypervisors  # the configured ones
+        self._is_read = False
+        self._running: dict[int, Unfinished] = {}
+        self._left: dict[int, Unfinished] = {}
+        self._kept: list[str] = []  # rows that are not understood, with the version rows that they stand below
+        self.lent: dict[str, Loan] = {}
+        self.problem = ""  # why it cannot be read or written, for people
+        self.trouble = asyncio.Event()  # set while there is one
+        try:
+            self._take(self._read())
+        except OSError as error:
+            self._note(error)
+
+    @property
+    def unfinished(self) -> tuple[Unfinished, ...]:
+        """What no job works on any more, and is still to be finished or undone."""
+        return tuple(self._left.values())
+
+    def left(self, number: int) -> Unfinished | None:
+        """Of these the one with NUMBER."""
+        return self._left.get(number)
+
+    def running(self, number: int) -> Unfinished:
+        """What the job NUMBER has begun."""
+        return self._running[number]
+
+    async def check(self, plan: Plan) -> None:
+        """Raises StateFolderError or Failed if PLAN cannot be written down, or is about what is not understood."""
+        if self.trouble.is_set():
+            await self.catch_up()
+        kept = [strings_in(row) for row in self._kept]
+        for thing in (*plan.devices, plan.machine, *plan.groups):
+            if any(strings is None or thing in strings for strings in kept):
+                raise errors.Failed(
+                    f"{self._file.path} tells of something unfinished with {thing}, in rows that are damaged or that "
+                    "another version of hostpassd wrote: start that version; or put things in order by hand, stop "
+                    "hostpassd, take these rows out of that file, and start hostpassd again"
+                )
+
+    async def begin(self, number: int, plan: Plan, uri: str) -> None:
+        """The job NUMBER starts on a machine of the hypervisor URI; what it makes of its devices counts from here on.
+
+        So what was left of earlier operations on them is over.
+        """
+        await self.check(plan)
+        over = [left for left in self._left.values() if not set(left.groups).isdisjoint(plan.groups)]
+        begun = Unfinished(number, plan.operation, plan.machine, uri, plan.groups, plan.steps, 0)
+        self._running[number] = begun
+        for left in over:
+            del self._left[left.number]
+        try:
+            await self._write(begin_row(begun, (left.number for left in over)))
+        except errors.StateFolderError:
+            del self._running[number]
+            self._left |= {left.number: left for left in over}
+            raise
+
+    async def step(self, number: int, at: int) -> None:
+        """The effect of the step AT (from 0) is about to begin; those before it are done."""
+        before = self._running[number]
+        try:
+            await self._go_on({"step": number, "begun": at + 1})
+        except errors.StateFolderError:
+            self._running[number] = before
+            raise
+
+    async def lend(self, device: str, uri: str, driver: str) -> None:
+        """A device is about to be taken from its host DRIVER by the hypervisor URI, or is to go back to one ('')."""
+        before = self.lent.get(device)
+        self.lent[device] = (uri, driver)
+        try:
+            await self._write({"lend": device, "uri": uri, "driver": driver})
+        except errors.StateFolderError:
+            del self.lent[device]
+            if before:
+                self.lent[device] = before
+            raise
+
+    async def fail(self, number: int, begun: int) -> None:
+        """The job has failed: its first BEGUN steps are to be undone, or, where a guest was asked, the rest done."""
+        await self._tell(self._go_on({"fail": number, "begun": begun}))
+
+    async def done(self, number: int, at: int) -> None:
+        """The effect of the step AT was seen."""
+        await self._tell(self._go_on({"done": number, "at": at}))
+
+    async def undone(self, number: int, at: int) -> None:
+        """The step AT has been taken back, or needs not be."""
+        await self._tell(self._go_on({"undone": number, "at": at}))
+
+    async def leave(self, number: int, begun: int) -> None:
+        """The job is over, not what it did: the first BEGUN steps are still to be undone, or the rest to be done."""
+        if (self._running[number].failed, self._running[number].begun) != (True, begun):
+            await self.fail(number, begun)
+        self._left[number] = self._running.pop(number)
+
+    async def end(self, number: int) -> None:
+        """An operation is over: done, or undone."""
+        self._running.pop(number, None)
+        self._left.pop(number, None)
+        await self._tell(self._write({"end": number}, compact=not self._running))
+
+    async def give_back(self, device: str) -> None:
+        """It is back with its host driver."""
+        if self.lent.pop(device, None):
+            await self._tell(self._write({"return": device}))
+
+    async def catch_up(self) -> None:
+        """Reads the file, if that could not be done yet, and writes what could not be written. StateFolderError."""
+        if not self._is_read:
+            self._take(await self._in_thread(self._read))
+        everything = self._everything()
+        await self._in_thread(lambda: self._write_anew(everything))
+        self._clear()
+
+    # --- reading ---
+
+    def _read(self) -> list[str | None]:
+        rows = self._file.read()
+        if not rows:
+            with contextlib.suppress(FileNotFoundError):
+                former = self._former.read_text(encoding="utf-8", errors="replace").splitlines()
+                rows = [json.dumps({"version": VERSION}), *(_as_today(row) for row in map(object_in, former) if row)]
+        return rows
+
+    def _take(self, rows: list[str | None]) -> None:
+        if self._is_read:
+            return  # somebody else has read it meanwhile
+        reading = Reading()
+        for row in rows:
+            reading.take(row)
+        reading.close_section()
+        # Below 0: the numbers of this run's jobs start at 1 again.
+        renumbered = (dataclasses.replace(left, number=-at) for at, left in enumerate(reading.operations, 1))
+        self._left = {left.number: left for left in renumbered}
+        self._kept, self.lent = reading.kept, reading.lent
+        self._is_read = True
+        self._file.set_aside = reading.damaged
+        self._tell_what_stays(reading)
+
+    def _tell_what_stays(self, reading: Reading) -> None:
+        """Logs what is not put in order by itself."""
+        path = self._file.path
+        if reading.damaged:
+            log.error("%s is damaged: it is kept as %s.corrupt-1 (or -2 ...), what can be read counts", path, path)
+        if self._kept:
+            log.error("%s has rows of another version, or damaged ones: operations on what they name are refused", path)
+        for left in self._left.values():
+            if left.uri not in self._hypervisors:
+                text = "an earlier %s on %s was not finished, and stays so: the configuration names %s no more"
+                log.warning(text, left.operation, ", ".join(dict.fromkeys(s.device for s in left.steps)), left.uri)
+        for device, (uri, _) in self.lent.items():
+            if uri not in self._hypervisors:
+                text = "%s stays without its host driver: it is lent to %s, which the configuration names no more"
+                log.warning(text, device, uri)
+
+    # --- writing ---
+
+    def _write_anew(self, everything: list[str]) -> None:
+        self._file.write(None, everything)
+        self._former.unlink(missing_ok=True)
+
+    async def _go_on(self, row: dict[str, Any]) -> None:
+        number = next(iter(row.values()))
+        operations = self._running if number in self._running else self._left
+        operations[number] = gone_on(operations[number], row)
+        await self._write(row)
+
+    async def _write(self, row: dict[str, Any], compact: bool = False) -> None:
+        call = functools.partial(self._file.write, json.dumps(row), self._everything(), compact=compact)
+        await self._in_thread(call)
+        self._clear()
+
+    async def _tell(self, writing: Coroutine[Any, Any, None]) -> None:
+        """Waits for WRITING; a failure has been noted, and is made up for by `catch_up`."""
+        with contextlib.suppress(errors.StateFolderError):
+            await writing
+
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        """What CALL returns, made after all earlier ones, also if whoever waits for it is cancelled."""
+        try:
+            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, call))
+        except OSError as error:
+            raise errors.StateFolderError(self._note(error)) from None
+
+    def _note(self, error: OSError) -> str:
+        """ERROR in words; it is logged when it is news."""
+        words = _words(self._file.path, error)
+        if words != self.problem:
+            log.error("%s", words)
+        self.problem = words
+        self.trouble.set()
+        return words
+
+    def _clear(self) -> None:
+        if self.trouble.is_set():
+            log.warning("%s is written again", self._file.path)
+        self.problem = ""
+        self.trouble.clear()
+
+    def _everything(self) -> list[str]:
+        """All rows that are still to be known."""
+        rows: list[dict[str, Any]] = [{"version": VERSION}]
+        for operation in (*self._left.values(), *self._running.values()):
+            rows += rows_of(operation)
+        rows += [{"lend": device, "uri": uri, "driver": driver} for device, (uri, driver) in self.lent.items()]
+        return [*self._kept, *map(json.dumps, rows)]
+
+
+def _as_today(row: dict[str, Any]) -> str:
+    """A row of hostpassd 1.0 as it would be written now."""
+    return json.dumps(row | {"instead": []} if "begin" in row else row)
+
+
+def _words(path: Path, error: OSError) -> str:
+    """ERROR for people: what is wrong, and what to do."""
+    folder = path.parent
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"the state folder {folder} is full: free some room and try again"
+        case errno.EROFS:
+            return f"the state folder {folder} is on a file system that is read-only: make it writable and try again"
+        case errno.EACCES | errno.EPERM:
+            user = f"the user of hostpassd (uid {os.geteuid()})"
+            return f"the state folder {folder} is not open to {user}: give it to that user and try again"
+        case errno.EIO:
+            return f"the disk of the state folder {folder} has an error: see the kernel's log, mend it and try again"
+    return f"the intent log {path} cannot be read or written ({error.strerror}): mend that and try again"
