@@ -213,8 +213,9 @@ class State:
         return self._leaves[device] > 0
 
     def machine_name(self, uuid: str) -> str:
+        """What a machine is called in messages and logs."""
         machine = self.machines.get(uuid)
-        return machine.name if machine else uuid
+        return machine.shown_name if machine else uuid
 
     def keyed(self, key: Key) -> list[str]:
         """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
