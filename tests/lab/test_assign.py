@@ -77,7 +77,7 @@ def test_a_group_moves_as_one_both_ways(host: Host, front: Front, running: Guest
     assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
 
 
-@pytest.mark.parametrize(("spelling", "name"), [("STICK-0001", "usb_2_2"), ("/dev/sda", "scsi_0_0_0_0")])
+@pytest.mark.parametrize(("spelling", "name"), [("serial:STICK-0001", "usb_2_2"), ("/dev/sda", "scsi_0_0_0_0")])
 def test_the_stick_and_the_disk_there_and_back(
     host: Host, front: Front, running: Guest, spelling: str, name: str
 ) -> None:

@@ -65,12 +65,12 @@ def test_a_plan_goes_stale_with_what_it_rests_on_and_with_nothing_else(
     front.sync()
     front.assign("engine", LUN, plan=token)
     front.dismiss("engine", LUN)
-    token = front.plan("Assign", "engine", "UNRELATED-0001")["token"]
+    token = front.plan("Assign", "engine", "serial:UNRELATED-0001")["token"]
     host.unplug("unrelated")
     host.wait_for("! lsblk -dnro SERIAL | grep -q UNRELATED-0001")
     front.sync()
     with pytest.raises(BusError, match=ERROR + "(StalePlan|NoSuchDevice)"):
-        front.assign("engine", "UNRELATED-0001", plan=token)
+        front.assign("engine", "serial:UNRELATED-0001", plan=token)
 
 
 def test_two_callers_at_once_on_one_group_never_make_half_of_it(

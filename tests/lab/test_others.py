@@ -50,7 +50,7 @@ def test_plug_and_unplug_fold_to_the_truth(host: Host, front: Front, recording: 
     host.plug_usb_storage("spare", "SPARE-0001")
     host.wait_for("lsblk -dnro SERIAL | grep -q SPARE-0001")
     front.sync()
-    [stick] = front.manager("FindDevices", "s", "SPARE-0001")[0][:1]
+    [stick] = front.manager("FindDevices", "s", "serial:SPARE-0001")[0][:1]
     there = front.objects()
     assert stick in there
     instance = there[stick]["org.hostpassd1.Device"]["Instance"]
