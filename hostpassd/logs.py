@@ -1,4 +1,4 @@
-"""The log: lines on stderr, written by a thread of its own, so that whoever reads them and stops does not stop the loop."""
+"""The log: lines on stderr. A thread of its own writes them: whoever reads them and stops does not stop the loop."""
 
 from __future__ import annotations
 
