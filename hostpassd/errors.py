@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hostpassd.host.device import clean
 
-# Characters of a message; a Blocked names every blocker.
-TEXT_LIMIT = 64 * 1024
+# Characters of a message. What the bus carries of it is less.
+TEXT_LIMIT = 128 * 1024
 
 
 class HostpassError(Exception):
