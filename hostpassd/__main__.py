@@ -18,6 +18,7 @@ from hostpassd import __version__, capabilities, config, errors  # noqa: E402
 from hostpassd.bus.router import NameTaken  # noqa: E402
 from hostpassd.daemon import Daemon  # noqa: E402
 from hostpassd.host.udev import Armed, arm  # noqa: E402
+from hostpassd.logs import Lines  # noqa: E402
 
 log = logging.getLogger("hostpassd")
 
@@ -31,7 +32,7 @@ def main() -> int:
         log.error("uevents cannot be listened to: %s", error)
         return 1
     _give_up_capabilities()
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=arguments.log_level.upper(), handlers=[Lines()])
     try:
         settings = config.load(arguments.config)
     except config.ConfigError as error:
