@@ -20,7 +20,7 @@ from hostpassd.events import (
     Releasing,
     RemovalFailed,
 )
-from hostpassd.machines.machine import Claim
+from hostpassd.machines.machine import Claim, MachineKey
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, lock_of, undo
@@ -116,7 +116,7 @@ class Executor:
         self._settle = settle
         self._emit = emit
         self._intents = intents
-        self._heard: dict[tuple[str, str], type[DeviceAdded | DeviceRemoved | RemovalFailed] | None] = {}
+        self._heard: dict[tuple[MachineKey, str], type[DeviceAdded | DeviceRemoved | RemovalFailed] | None] = {}
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
@@ -134,21 +134,22 @@ class Executor:
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
-        if isinstance(event, DeviceAdded | DeviceRemoved | RemovalFailed) and (event.uuid, event.alias) in self._heard:
-            self._heard[(event.uuid, event.alias)] = type(event)
+        if isinstance(event, DeviceAdded | DeviceRemoved | RemovalFailed):
+            if (event.machine, event.alias) in self._heard:
+                self._heard[(event.machine, event.alias)] = type(event)
         if isinstance(event, MachinesListed):
-            self._catch_up()
+            self._catch_up(event.uri)
         for future, predicate in list(self._waiting.items()):
             if not future.done() and predicate():
                 future.set_result(None)
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, uri: str) -> None:
         """An event that libvirt sent while it was not connected is lost: a list of all machines stands for it."""
-        for uuid, alias in self._heard:
-            machine = self._state.machines.get(uuid)
+        for key, alias in [heard for heard in self._heard if heard[0].uri == uri]:
+            machine = self._state.copies.get(key)
             there = machine is not None and any(claim.alias == alias for claim in machine.live)
-            if self._heard[(uuid, alias)] is not RemovalFailed:
-                self._heard[(uuid, alias)] = DeviceAdded if there else DeviceRemoved
+            if self._heard[(key, alias)] is not RemovalFailed:
+                self._heard[(key, alias)] = DeviceAdded if there else DeviceRemoved
 
     async def run(self, plan: Plan, control: Control) -> None:
         """Runs PLAN to its end, or raises after what can be undone is undone; the rest is left in the intent log."""
@@ -235,10 +236,10 @@ class Executor:
         for at in sorted(set(range(left.begun)) - left.undone, reverse=True):
             step = left.steps[at]
             back = undo(step)
-            if back and self._is_to_be_undone(left.machine, step):
+            if back and self._is_to_be_undone(left.key, step):
                 if control:
                     control.tell(step="undo: " + back.text)
-                if failed := await self._try(left.machine, back):
+                if failed := await self._try(left.key, back):
                     failures += failed
                     continue
             await self._intents.undone(left.number, at)
@@ -250,15 +251,15 @@ class Executor:
         for at, step in enumerate(left.steps):
             if at in left.done:
                 continue
-            if not self._shows(left.machine, step) and (failed := await self._try(left.machine, step)):
+            if not self._shows(left.key, step) and (failed := await self._try(left.key, step)):
                 failures += failed
                 continue
             await self._intents.done(left.number, at)
         return failures
 
-    async def _try(self, uuid: str, step: Step) -> list[Failure]:
+    async def _try(self, key: MachineKey, step: Step) -> list[Failure]:
         try:
-            await self._perform(uuid, step, None)
+            await self._perform(key, step, None)
         except errors.HostpassError as error:
             return [Failure(step, error)]
         return []
@@ -290,7 +291,7 @@ class Executor:
         """Whether all that was to be done has been, and who asked for it was not told that it failed."""
         steps = enumerate(left.steps)
         begun = left.begun == len(left.steps) and not left.failed
-        return begun and all(at in left.done or self._shows(left.machine, step) for at, step in steps)
+        return begun and all(at in left.done or self._shows(left.key, step) for at, step in steps)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""
@@ -317,60 +318,62 @@ class Executor:
 
     # --- steps ---
 
-    async def _perform(self, uuid: str, step: Step, control: Control | None) -> None:
+    async def _perform(self, key: MachineKey, step: Step, control: Control | None) -> None:
         if isinstance(step, GiveBack):
             await self._give_back(step.device)
             return
-        effects = self._effects(self._uri(uuid))
+        effects = self._effects(self._uri(key))
         match step:
             case Store(_, claim):
-                await effects.attach_stored(uuid, claim.xml)
+                await effects.attach_stored(key.uuid, claim.xml)
             case Unstore(_, claim):
-                await effects.detach_stored(uuid, claim)
+                await effects.detach_stored(key.uuid, claim)
             case Free(device, driver):
-                await self._intents.lend(device, self._uri(uuid), driver)
+                await self._intents.lend(device, self._uri(key), driver)
                 await effects.detach_host(device)
             case Attach(_, alias, xml):
-                await self._attach(effects, uuid, alias, xml, control)
+                await self._attach(effects, key, alias, xml, control)
             case Release(_, alias, _):
-                await self._release(effects, uuid, alias, control)
+                await self._release(effects, key, alias, control)
 
-    async def _attach(self, effects: Effects, uuid: str, alias: str, xml: str, control: Control | None) -> None:
-        self._heard[(uuid, alias)] = None
+    async def _attach(self, effects: Effects, key: MachineKey, alias: str, xml: str, control: Control | None) -> None:
+        self._heard[(key, alias)] = None
         try:
-            await _attached(effects, uuid, xml)
-            if not await self._until(lambda: self._heard[(uuid, alias)] is DeviceAdded, control):
+            await _attached(effects, key.uuid, xml)
+            if not await self._until(lambda: self._heard[(key, alias)] is DeviceAdded, control):
                 raise errors.TimedOut(f"libvirt did not confirm that {alias} was added: see the machine's log")
         finally:
-            del self._heard[(uuid, alias)]
+            del self._heard[(key, alias)]
 
-    async def _release(self, effects: Effects, uuid: str, alias: str, control: Control | None) -> None:
-        self._heard[(uuid, alias)] = None
+    async def _release(self, effects: Effects, key: MachineKey, alias: str, control: Control | None) -> None:
+        self._heard[(key, alias)] = None
         try:
-            self._emit(Releasing(uuid, alias))
+            self._emit(Releasing(key, alias))
             if control:
                 control.tell(state="waiting-for-guest")
             try:
-                await effects.detach_live(uuid, alias)
+                await effects.detach_live(key.uuid, alias)
             except errors.NotAssigned:
                 return
             except errors.HypervisorRefused as error:
                 # Asked before and not answered yet: libvirt does not ask twice, the answer still comes.
                 if "unplug" not in str(error) or _MULTIFUNCTION in str(error):
-                    self._emit(Releasing(uuid, alias, asked=False))
+                    self._emit(Releasing(key, alias, asked=False))
                     raise _explained(error) from None
-            if not await self._until(lambda: self._answered(uuid, alias), control):
+            if not await self._until(lambda: self._answered(key, alias), control):
                 raise errors.GuestDidNotRelease(
-                    f"{self._state.machine_name(uuid)} has not let {alias} go in time: {_STILL}"
+                    f"{self._state.machine_name(key.uuid)} has not let {alias} go in time: {_STILL}"
                 )
-            if self._heard[(uuid, alias)] is RemovalFailed:
-                raise errors.GuestDidNotRelease(f"{self._state.machine_name(uuid)} refused to let {alias} go: {_STILL}")
+            if self._heard[(key, alias)] is RemovalFailed:
+                raise errors.GuestDidNotRelease(
+                    f"{self._state.machine_name(key.uuid)} refused to let {alias} go: {_STILL}"
+                )
         finally:
-            del self._heard[(uuid, alias)]
+            del self._heard[(key, alias)]
 
-    def _answered(self, uuid: str, alias: str) -> bool:
-        machine = self._state.machines.get(uuid)
-        heard = self._heard[(uuid, alias)]
+    def _answered(self, key: MachineKey, alias: str) -> bool:
+        machine = self._state.copies.get(key)
+        heard = self._heard[(key, alias)]
         return heard in (DeviceRemoved, RemovalFailed) or machine is None or not (machine.active or machine.live)
 
     async def _give_back(self, device: str) -> None:
@@ -408,9 +411,9 @@ class Executor:
         )
         return not any(hold.live for name in group for hold in self._state.holds_on(name))
 
-    def _shows(self, uuid: str, step: Step) -> bool:
+    def _shows(self, key: MachineKey, step: Step) -> bool:
         """Whether the effect of STEP is there. The alias tells ours from what others did."""
-        machine = self._state.machines.get(uuid)
+        machine = self._state.copies.get(key)
         match step:
             case Store(_, claim):
                 stored = machine.stored if machine else ()
@@ -427,22 +430,22 @@ class Executor:
                 live = machine.live if machine else ()
                 return all(c.alias != alias or claim_id not in ("", c.id) for c in live)
 
-    def _is_to_be_undone(self, uuid: str, step: Step) -> bool:
+    def _is_to_be_undone(self, key: MachineKey, step: Step) -> bool:
         """Whether the effect of STEP is there. What somebody else has stored meanwhile stands in for ours."""
-        machine = self._state.machines.get(uuid)
+        machine = self._state.copies.get(key)
         if isinstance(step, Unstore):
             return machine is not None and all(c.id != step.claim.id for c in machine.stored)
-        return self._shows(uuid, step)
+        return self._shows(key, step)
 
-    def _is_away(self, uuid: str) -> bool:
+    def _is_away(self, key: MachineKey) -> bool:
         """Whether its hypervisor cannot be reached: then the state does not show the truth."""
-        machine = self._state.machines.get(uuid)
+        machine = self._state.copies.get(key)
         return machine is not None and machine.stale
 
-    def _uri(self, uuid: str) -> str:
-        machine = self._state.machines.get(uuid)
+    def _uri(self, key: MachineKey) -> str:
+        machine = self._state.copies.get(key)
         if not machine:
-            raise errors.NoSuchMachine(f"the machine {uuid} is gone: nothing more can be done to it")
+            raise errors.NoSuchMachine(f"the machine {key.uuid} is gone: nothing more can be done to it")
         return machine.uri
 
     async def _until(self, predicate: Callable[[], bool], control: Control | None, seconds: float = _GRACE) -> bool:
