@@ -279,18 +279,24 @@ class Executor:
         except errors.HostpassError as error:
             log.error("what the earlier %s did cannot be seen yet: %s", left.operation, error)
             return
-        forward = asked or self._is_whole(left)
-        failures = await (self._finish(left) if forward else self._undo(left, None))
+        failures = [] if self._is_whole(left) else await (self._finish(left) if asked else self._undo(left, None))
         for failure in failures:
             log.error("of the earlier %s this could not be done: %s", left.operation, failure)
         if _is_over(failures):
             await self._intents.end(left.number)
 
     def _is_whole(self, left: Unfinished) -> bool:
-        """Whether all that was to be done has been, and who asked for it was not told that it failed."""
-        steps = enumerate(left.steps)
-        begun = left.begun == len(left.steps) and not left.failed
-        return begun and all(at in left.done or self._shows(left.machine, step) for at, step in steps)
+        """Whether all that was to be done has been, and who asked for it was not told that it failed.
+
+        A power cut, or a machine's own end, takes the live half with it: the other one is what was asked for.
+        """
+        if left.failed or left.begun < len(left.steps):
+            return False
+        machine = self._state.machines.get(left.machine)
+        rest = (step for at, step in enumerate(left.steps) if at not in left.done)
+        if machine and not machine.active:
+            rest = (step for step in rest if not isinstance(step, Attach))
+        return all(self._shows(left.machine, step) for step in rest)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""

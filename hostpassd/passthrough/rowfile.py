@@ -26,7 +26,7 @@ class RowFile:
         self._written: tuple[int, int, int] | None = None  # device, inode and length of the file, after a good write
 
     def read(self) -> list[str | None]:
-        """The rows, and None for each line that is none; no rows when there is no file."""
+        """The rows, as `rows_in` has it; none when there is no file."""
         try:
             with self.path.open("rb") as file:
                 data = file.read(_LIMIT + 1)
@@ -34,10 +34,7 @@ class RowFile:
             return []
         if len(data) > _LIMIT:
             return [None]
-        rows = [_row(line) for line in data.split(b"\n") if line]
-        if len(rows) > 1 and rows[-1] is None:
-            rows.pop()
-        return rows
+        return rows_in(data)
 
     def write(self, row: str | None, everything: Iterable[str], *, compact: bool = False) -> None:
         """Adds ROW; or writes EVERYTHING, which has it, anew, where the file is not as this object left it.
@@ -116,6 +113,14 @@ class RowFile:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def rows_in(data: bytes) -> list[str | None]:
+    """The rows of a file, and None for each line that is none; a last one that was written in part is left out."""
+    rows = [_row(line) for line in data.split(b"\n") if line]
+    if len(rows) > 1 and rows[-1] is None:
+        rows.pop()
+    return rows
 
 
 def _write_down(descriptor: int, data: bytes) -> None:
