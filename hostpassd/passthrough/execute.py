@@ -279,7 +279,9 @@ class Executor:
         except errors.HostpassError as error:
             log.error("what the earlier %s did cannot be seen yet: %s", left.operation, error)
             return
-        failures = [] if self._is_whole(left) else await (self._finish(left) if asked else self._undo(left, None))
+        failures = []
+        if not (self._is_whole(left) or self._is_taken_back(left)):
+            failures = await (self._finish(left) if asked else self._undo(left, None))
         for failure in failures:
             log.error("of the earlier %s this could not be done: %s", left.operation, failure)
         if _is_over(failures):
@@ -297,6 +299,14 @@ class Executor:
         if machine and not machine.active:
             rest = (step for step in rest if not isinstance(step, Attach))
         return all(self._shows(left.machine, step) for step in rest)
+
+    def _is_taken_back(self, left: Unfinished) -> bool:
+        """Whether all that was seen removed is there again, although the operation was never seen to fail.
+
+        So it was undone before it asked a guest, and the disk failed such that the log tells of the asking alone.
+        """
+        removed = [left.steps[at] for at in left.done if isinstance(left.steps[at], Unstore)]
+        return bool(removed) and not left.failed and not any(self._shows(left.machine, step) for step in removed)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""

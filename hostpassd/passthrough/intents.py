@@ -247,7 +247,7 @@ class IntentLog:
 
     def _clear(self) -> None:
         if self.trouble.is_set():
-            log.warning("%s is written again", self._file.path)
+            log.info("%s is written again", self._file.path)
         self.problem = ""
         self.trouble.clear()
 

@@ -122,7 +122,14 @@ async def test_at_every_write_in_whatever_part_it_comes_to_one_of_two_clean_stat
     assert ends == {0, 1} and moment > 10
 
 
-FAILURES = {"open": errno.ENOSPC, "write": errno.ENOSPC, "fsync": errno.EIO, "replace": errno.EROFS}
+FAILURES = {
+    "open": errno.ENOSPC,
+    "write": errno.ENOSPC,
+    "fsync": errno.EIO,
+    "ftruncate": errno.EIO,
+    "replace": errno.EROFS,
+    "unlink": errno.EROFS,
+}
 
 
 def fails_from(disk: Disk, moment: int, to: float) -> Callable[[str], None]:
