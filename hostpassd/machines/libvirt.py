@@ -647,7 +647,8 @@ class _Connection:
         domain = self._domain(uuid)
         with self._translated():
             stored = self._stored_claims(domain)
-            written = next((other.xml for other in stored if other.id == claim.id), None)
+            # With another alias it is not what was looked at, but the same device, stored anew by somebody else.
+            written = next((c.xml for c in stored if (c.id, c.alias) == (claim.id, claim.alias)), None)
             if written is None:
                 return
             if _has_twin(claim, stored):

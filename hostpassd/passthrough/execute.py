@@ -219,8 +219,11 @@ class Executor:
 
     async def _intend(self, number: int, at: int, step: Step) -> None:
         """Before the effect of STEP. What is lent is on disk already: to give it back nothing more has to be."""
-        with contextlib.suppress(*([errors.StateFolderError] if isinstance(step, GiveBack) else [])):
+        try:
             await self._intents.step(number, at)
+        except errors.StateFolderError:
+            if not isinstance(step, GiveBack):
+                raise
 
     async def _drivers_back(self, devices: list[str]) -> None:
         """libvirt gives a managed device back by itself, a moment after its removal."""
@@ -356,18 +359,34 @@ class Executor:
         except errors.HostpassError as error:
             log.error("what the earlier %s did cannot be seen yet: %s", left.operation, error)
             return
-        forward = asked or self._is_whole(left)
-        failures = await (self._finish(left) if forward else self._undo(left, None))
+        failures = []
+        if not (self._is_whole(left) or self._is_taken_back(left)):
+            failures = await (self._finish(left) if asked else self._undo(left, None))
         for failure in failures:
             log.error("of the earlier %s this could not be done: %s", left.operation, failure)
         if _is_over(failures):
             await self._intents.end(left.number)
 
     def _is_whole(self, left: Unfinished) -> bool:
-        """Whether all that was to be done has been, and who asked for it was not told that it failed."""
-        steps = enumerate(left.steps)
-        begun = left.begun == len(left.steps) and not left.failed
-        return begun and all(at in left.done or self._shows(left.machine, step) for at, step in steps)
+        """Whether all that was to be done has been, and who asked for it was not told that it failed.
+
+        A power cut, or a machine's own end, takes the live half with it: the other one is what was asked for.
+        """
+        if left.failed or left.begun < len(left.steps):
+            return False
+        machine = self._state.machines.get(left.machine)
+        rest = (step for at, step in enumerate(left.steps) if at not in left.done)
+        if machine and not machine.active:
+            rest = (step for step in rest if not isinstance(step, Attach))
+        return all(self._shows(left.machine, step) for step in rest)
+
+    def _is_taken_back(self, left: Unfinished) -> bool:
+        """Whether all that was seen removed is there again, although the operation was never seen to fail.
+
+        So it was undone before it asked a guest, and the disk failed such that the log tells of the asking alone.
+        """
+        removed = [left.steps[at] for at in left.done if isinstance(left.steps[at], Unstore)]
+        return bool(removed) and not left.failed and not any(self._shows(left.machine, step) for step in removed)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""

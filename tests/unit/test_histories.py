@@ -44,6 +44,7 @@ from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store
 from hostpassd.state import State
 from tests.unit.clockwork import Clockwork
+from tests.unit.disk import Disk, no_room
 from tests.unit.listener import OBJECT_MANAGER, Bus, Reply, Tree, plain, rows_of_devices, rows_of_machines
 from tests.unit.truth import STUBS, URI, Ear, Host, Libvirt, Udev
 from tests.unit.world import block, bridge, hostdev, keyboard, mdev, net, pci, scsi, usb
@@ -219,6 +220,8 @@ class Operations(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="hostpassd-histories-"))
+        self.patches = pytest.MonkeyPatch()
+        self.disk = Disk(self.patches)
         self.mistakes = _Mistakes()
         logging.getLogger("hostpassd").addHandler(self.mistakes)
         self.numbers = 10
@@ -285,6 +288,11 @@ class Operations(RuleBasedStateMachine):
             self.libvirt.start(uuid)
             # Also what a job has only stored for now: the undoing of that is not asked of a guest.
             self.ours |= {claim.alias for claim in self.libvirt.machines[uuid].live}
+
+    @rule(full=st.booleans())
+    def fill(self, full: bool) -> None:
+        """There is no room any more in the state folder, or there is."""
+        self.disk.at = no_room if full else lambda call: None
 
     @rule()
     def blink(self) -> None:
@@ -380,7 +388,7 @@ class Operations(RuleBasedStateMachine):
 
     @rule()
     def kill(self) -> None:
-        """The daemon is killed and started again. An assign that shows as a whole by then counts as done."""
+        """The daemon is killed and started again. An assign that shows as a whole by then may count as done."""
         self.life.kill()
         for unfinished in IntentLog(self.folder / "intents", (URI,)).unfinished:
             self._note_whole(unfinished)
@@ -391,7 +399,9 @@ class Operations(RuleBasedStateMachine):
         live, stored = ({c.alias for c in half} for half in (machine.live, machine.stored)) if machine else ((), ())
         attached = {step.alias for step in unfinished.steps if isinstance(step, Attach)}
         written = {step.claim.alias for step in unfinished.steps if isinstance(step, Store)}
-        if attached <= set(live) and written <= set(stored):
+        # By the time that the new daemon looks at it the machine can be off, and the live half gone with it.
+        all_begun = unfinished.begun == len(unfinished.steps) and not unfinished.failed
+        if (all_begun or attached <= set(live)) and written <= set(stored):
             self.ours |= attached | written
 
     @rule()
@@ -445,7 +455,9 @@ class Operations(RuleBasedStateMachine):
     def _note_ours(self) -> None:
         for job in self.life.state.jobs.values():
             machine = self.libvirt.machines.get(job.machine)
-            if machine and job.operation == "assign" and job.state == "done":
+            # A guest can refuse to let go of what is undone; then the job has said so.
+            stays = job.state == "done" or "not undone" in job.error_message
+            if machine and job.operation == "assign" and stays:
                 moved = [d.name for d in THINGS.values() if d.name == job.device or _mates(d, job.device)]
                 starts = tuple(f"ua-hostpassd-{name.replace('_', '-')}-" for name in moved)
                 self.ours |= {c.alias for c in (*machine.live, *machine.stored) if c.alias.startswith(starts)}
@@ -457,6 +469,7 @@ class Operations(RuleBasedStateMachine):
         """Everything that can still happen happens, and then nothing is left over."""
         libvirt = self.libvirt
         libvirt.fail, libvirt.moods, libvirt.late = set(), {}, False
+        self.fill(False)
         if not libvirt.connected:
             self.blink()
         self.prompts(False)
@@ -520,6 +533,7 @@ class Operations(RuleBasedStateMachine):
             if hasattr(self, "life"):
                 self.life.kill()
             logging.getLogger("hostpassd").removeHandler(self.mistakes)
+            self.patches.undo()
             shutil.rmtree(self.folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 import subprocess
 import sys
@@ -299,6 +300,15 @@ async def test_a_driver_that_cannot_attach_is_given_the_whole_machine_again(uri:
         assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
         await hypervisor.detach_stored(OFF, claim)  # already gone
         assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
+
+
+async def test_the_same_device_stored_again_by_somebody_else_stays(uri: str) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.attach_stored(OFF, PCI)
+        ours = dataclasses.replace(stored(tape, OFF)["hostdev:pci:0000:06:00.0"], alias="ua-hostpassd-ours")
+        await hypervisor.detach_stored(OFF, ours)
+        assert stored(tape, OFF).keys() == {ours.id}
 
 
 async def test_the_live_half_stays_when_the_stored_half_changes(uri: str) -> None:

@@ -477,7 +477,7 @@ class Libvirt:
     def _unstore(self, uuid: str, claim: Claim) -> None:
         machine = self._persistent(uuid)
         stored = list(machine.stored)
-        written = next((c for c in stored if c.id == claim.id), None)
+        written = next((c for c in stored if (c.id, c.alias) == (claim.id, claim.alias)), None)
         if written:
             stored.remove(written)
             self.put(dataclasses.replace(machine, stored=tuple(stored)))

@@ -330,7 +330,11 @@ class Libvirt:
 
     def _detach_stored(self, uuid: str, claim: Claim) -> None:
         machine = self.machines[uuid]
-        self._put(dataclasses.replace(machine, stored=tuple(c for c in machine.stored if c.id != claim.id)))
+        self._put(
+            dataclasses.replace(
+                machine, stored=tuple(c for c in machine.stored if (c.id, c.alias) != (claim.id, claim.alias))
+            )
+        )
 
     def _detach_host(self, name: str) -> None:
         self.detached.add(name)
