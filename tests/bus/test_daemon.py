@@ -237,6 +237,25 @@ async def test_bad_input_gets_its_error_by_name_and_one_sentence(
     assert refused.value.message and "\n" not in refused.value.message
 
 
+async def test_without_a_state_folder_it_serves_all_the_same_and_operations_are_refused_in_words(
+    bus: PrivateBus, host: MockHost, tmp_path: Path, client: Client, root: Client
+) -> None:
+    (tmp_path / "state").write_text("no folder")
+    daemon = Daemon(bus, host, tmp_path)
+    await daemon.start()
+    await wait_for_name(client)
+    assert DEVICES + "usb_1_1_2" in await objects(client)
+    with pytest.raises(Refused) as refused:
+        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+    assert refused.value.name == "org.hostpassd1.Error.Failed"
+    assert f"{tmp_path}/state/intents cannot be read or written" in refused.value.message
+    (tmp_path / "state").unlink()
+    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+    assert (await device(client, "usb_1_1_2"))["Holders"]
+    words = await daemon.stop()
+    assert "Traceback" not in words and "mistake" not in words, words
+
+
 async def test_what_hangs_on_a_device_stands_for_it(daemon: Daemon, root: Client) -> None:
     for spelling in ("/dev/sda", "scsi_0_0_0_0", "usb_1_1_2__1_0"):
         await manager(root, "Assign", "ssa{sv}", "demo", spelling, {})

@@ -38,13 +38,14 @@ from hostpassd.daemon import RESCAN_PAUSE, Daemon
 from hostpassd.events import DeviceSeen, DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
 from hostpassd.host.device import Device, MdevParent, same_thing
 from hostpassd.machines.domain_xml import claim_of
-from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, PciSource, UsbSource
+from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
 from hostpassd.passthrough.eligibility import OVERRIDABLE
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store
 from hostpassd.state import State
 from tests.unit.clockwork import Clockwork
+from tests.unit.disk import Disk, no_room
 from tests.unit.listener import OBJECT_MANAGER, Bus, Reply, Tree, plain, rows_of_devices, rows_of_machines
 from tests.unit.truth import STUBS, URI, Ear, Elsewhere, Host, Libvirt, Udev
 from tests.unit.world import block, bridge, hostdev, keyboard, mdev, net, pci, scsi, usb
@@ -91,16 +92,20 @@ def _by_ids(vendor: int) -> Claim:
     return dataclasses.replace(_claim("hostdev", UsbSource(vendor, 1), f"usb:{vendor:04x}:0001"), xml=xml)
 
 
+def _by_address(start: str, tag: str) -> Claim:
+    """As libvirt would be given it again, by the undoing of a dismissal."""
+    address = "<address type='pci' domain='0x0000' bus='{}' slot='{}' function='0x0'/>"
+    place = address.format("0x02", "0x10") if tag == "interface" else address.format("0x09", "0x00")
+    return dataclasses.replace(claim_of(f"<{start}><source>{place}</source></{tag}>"), alias="")
+
+
 GONE = _by_ids(0xDEAD)
 _CLAIMS = (
     *(dataclasses.replace(hostdev(THINGS[name]), alias="") for name in ASSIGNABLE),
     _by_ids(0x46F4),
     GONE,
-    _claim("hostdev", PciSource("0000:09:00.0"), "pci:0000:09:00.0"),
-    claim_of(
-        "<interface type='hostdev'><source>"
-        "<address type='pci' domain='0x0000' bus='0x02' slot='0x10' function='0x0'/></source></interface>"
-    ),
+    _by_address("hostdev mode='subsystem' type='pci'", "hostdev"),
+    _by_address("interface type='hostdev'", "interface"),
     _claim("macvtap", InterfaceSource("enp1s0"), "net:enp1s0"),
     _claim("disk", NodeSource("/dev/sdb1"), "node:/dev/sdb1"),
     _claim("disk", NodeSource("/dev/sdb"), "node:/dev/sdb"),
@@ -225,6 +230,8 @@ class Operations(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="hostpassd-histories-"))
+        self.patches = pytest.MonkeyPatch()
+        self.disk = Disk(self.patches)
         self.mistakes = _Mistakes()
         logging.getLogger("hostpassd").addHandler(self.mistakes)
         self.numbers = 10
@@ -289,6 +296,13 @@ class Operations(RuleBasedStateMachine):
             self.libvirt.destroy(uuid)
         elif machine:
             self.libvirt.start(uuid)
+            # Also what a job has only stored for now: the undoing of that is not asked of a guest.
+            self.ours |= {claim.alias for claim in self.libvirt.machines[uuid].live}
+
+    @rule(full=st.booleans())
+    def fill(self, full: bool) -> None:
+        """There is no room any more in the state folder, or there is."""
+        self.disk.at = no_room if full else lambda call: None
 
     @rule()
     def blink(self) -> None:
@@ -386,7 +400,7 @@ class Operations(RuleBasedStateMachine):
 
     @rule()
     def kill(self) -> None:
-        """The daemon is killed and started again. An assign that shows as a whole by then counts as done."""
+        """The daemon is killed and started again. An assign that shows as a whole by then may count as done."""
         self.life.kill()
         for unfinished in IntentLog(self.folder / "intents", (URI,)).unfinished:
             self._note_whole(unfinished)
@@ -397,7 +411,9 @@ class Operations(RuleBasedStateMachine):
         live, stored = ({c.alias for c in half} for half in (machine.live, machine.stored)) if machine else ((), ())
         attached = {step.alias for step in unfinished.steps if isinstance(step, Attach)}
         written = {step.claim.alias for step in unfinished.steps if isinstance(step, Store)}
-        if attached <= set(live) and written <= set(stored):
+        # By the time that the new daemon looks at it the machine can be off, and the live half gone with it.
+        all_begun = unfinished.begun == len(unfinished.steps) and not unfinished.failed
+        if (all_begun or attached <= set(live)) and written <= set(stored):
             self.ours |= attached | written
 
     @rule()
@@ -454,7 +470,9 @@ class Operations(RuleBasedStateMachine):
     def _note_ours(self) -> None:
         for job in self.life.state.jobs.values():
             machine = self.libvirt.machines.get(job.machine)
-            if machine and job.operation == "assign" and job.state == "done":
+            # A guest can refuse to let go of what is undone; then the job has said so.
+            stays = job.state == "done" or "not undone" in job.error_message
+            if machine and job.operation == "assign" and stays:
                 moved = [d.name for d in THINGS.values() if d.name == job.device or _mates(d, job.device)]
                 starts = tuple(f"ua-hostpassd-{name.replace('_', '-')}-" for name in moved)
                 self.ours |= {c.alias for c in (*machine.live, *machine.stored) if c.alias.startswith(starts)}
@@ -466,6 +484,7 @@ class Operations(RuleBasedStateMachine):
         """Everything that can still happen happens, and then nothing is left over."""
         libvirt = self.libvirt
         libvirt.fail, libvirt.moods, libvirt.late = set(), {}, False
+        self.fill(False)
         if not libvirt.connected:
             self.blink()
         self.prompts(False)
@@ -488,6 +507,7 @@ class Operations(RuleBasedStateMachine):
         daemon, executor = self.life.daemon, self.life.daemon._executor
         assert self.life.is_told
         assert not self.life.state.jobs and not daemon._operations._controls and not daemon._operations._tasks
+        assert not daemon._operations._upkeep
         assert not executor._waiting and not executor._heard
         assert not [group for group, lock in executor._locks.items() if lock.locked()]
         assert all(reply.there for reply in self.life.bus.replies.values())
@@ -528,6 +548,7 @@ class Operations(RuleBasedStateMachine):
             if hasattr(self, "life"):
                 self.life.kill()
             logging.getLogger("hostpassd").removeHandler(self.mistakes)
+            self.patches.undo()
             shutil.rmtree(self.folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 import subprocess
 import sys
@@ -301,6 +302,15 @@ async def test_a_driver_that_cannot_attach_is_given_the_whole_machine_again(uri:
         assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
 
 
+async def test_the_same_device_stored_again_by_somebody_else_stays(uri: str) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.attach_stored(OFF, PCI)
+        ours = dataclasses.replace(stored(tape, OFF)["hostdev:pci:0000:06:00.0"], alias="ua-hostpassd-ours")
+        await hypervisor.detach_stored(OFF, ours)
+        assert stored(tape, OFF).keys() == {ours.id}
+
+
 async def test_the_live_half_stays_when_the_stored_half_changes(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
@@ -596,16 +606,17 @@ async def test_a_call_that_hangs_can_be_given_up_and_is_waited_out_later(
         await tape.until_listed()
         await given_up(*await hanging(hypervisor, hang, 1))
         await hypervisor.refresh()  # others get on
-        await hypervisor.wait_until_idle(GAMING)
-        idle = asyncio.create_task(hypervisor.wait_until_idle(OFF))
+        await hypervisor.wait_until_returned({GAMING})
+        returned = asyncio.create_task(hypervisor.wait_until_returned({GAMING, OFF}))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(idle), 0.1)
+            await asyncio.wait_for(asyncio.shield(returned), 0.1)
         if outcome == "refused":
             hang.error = libvirt.libvirtError("no room")
         hang.let_go()
-        await idle
+        await returned
+        await hypervisor.wait_until_idle(OFF)
         assert len(tape.last(OFF).stored) == (1 if outcome == "done" else 0)
-    assert ("no room" if outcome == "refused" else "has been done") in caplog.text
+    assert ("no room" if outcome == "refused" else "has ended: done") in caplog.text
 
 
 async def test_a_node_device_that_hangs_is_waited_for_by_name(uri: str, opened: Opened) -> None:
@@ -616,12 +627,12 @@ async def test_a_node_device_that_hangs_is_waited_for_by_name(uri: str, opened: 
         call = asyncio.create_task(hypervisor.reattach_host("pci_0000_06_00_0"))
         await asyncio.sleep(0)
         await given_up(call)
-        await hypervisor.wait_until_idle(GAMING, {"pci_0000_07_00_0"})
-        idle = asyncio.create_task(hypervisor.wait_until_idle(GAMING, {"pci_0000_06_00_0"}))
+        await hypervisor.wait_until_returned({"pci_0000_07_00_0"})
+        returned = asyncio.create_task(hypervisor.wait_until_returned({"pci_0000_06_00_0"}))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(idle), 0.1)
+            await asyncio.wait_for(asyncio.shield(returned), 0.1)
         go.set()
-        await idle
+        await returned
 
 
 async def test_what_waits_for_a_place_and_is_given_up_is_never_begun(uri: str, hang: Hang) -> None:
@@ -654,6 +665,7 @@ async def test_when_too_many_hang_the_connection_is_made_afresh_and_others_get_o
         await hypervisor.attach_stored(OFF, PCI)
         assert len(tape.last(OFF).stored) == 1
         assert opened.connections[0]._o is not None  # three calls use it
+        await hypervisor.wait_until_returned({OFF})  # of a connection that is lost nothing is known
         hang.let_go()
         while opened.connections[0]._o is not None:
             await asyncio.sleep(0.01)
@@ -672,30 +684,117 @@ async def test_calls_that_hang_on_and_on_do_not_use_libvirtd_up(uri: str, hang: 
         await tape.until_listed(3)
 
 
-async def test_a_reading_that_hangs_is_told_and_the_connection_is_made_afresh(
-    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ours, "_READING_PATIENCE", 0.2)
+async def test_a_machine_on_which_a_call_hangs_is_left_alone_until_it_has_returned(uri: str, hang: Hang) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        hang = Hang(monkeypatch, libvirt.virDomain, "isPersistent")
-        with pytest.raises(HypervisorUnavailable):
+        await given_up(*await hanging(hypervisor, hang, 1))
+        later = [asyncio.create_task(hypervisor.attach_stored(OFF, PCI)) for _ in range(5)]
+        hang.calm = True
+        await hypervisor.attach_stored(GAMING, USB.replace("0x046d", "0x046e"))  # others get on
+        assert hang.made == 2
+        await given_up(*later[1:])
+        hang.let_go()
+        await later[0]
+        assert len(tape.last(OFF).stored) == 2
+
+
+class Frozen:
+    """Of one machine, or of some: a reading hangs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.go = threading.Event()
+        self.readings = 0
+        persistent = libvirt.virDomain.isPersistent
+
+        def wait(domain: Any) -> Any:
+            if domain.name() in names:
+                self.readings += 1
+                self.go.wait(30)
+            return persistent(domain)
+
+        monkeypatch.setattr(libvirt.virDomain, "isPersistent", wait)
+
+
+async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_READING_ALONE", 0.05)
+    async with running(uri) as (hypervisor, tape):
+        listed = await tape.until_listed()
+        frozen = Frozen(monkeypatch, "off")
+        reading = asyncio.create_task(hypervisor.refresh_machine(OFF))
+        await hypervisor.refresh_machine(GAMING)
+        await hypervisor.refresh()
+        assert set((await tape.until_listed(2)).machines) == set(listed.machines)
+        machine = opened.connections[-1].lookupByUUIDString(OFF)
+        opened.fire(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, machine, "ua-1")
+        await hypervisor.attach_stored(GAMING, USB.replace("0x046d", "0x046e"))
+        assert not reading.done() and frozen.readings == 1
+        frozen.go.set()
+        await reading
+        await tape.until(lambda events: DeviceAdded(MachineKey(uri, OFF), "ua-1") in events)
+    later = tape.events[tape.events.index(await tape.until_listed(2)) :]
+    assert [type(e) for e in later if getattr(getattr(e, "machine", e), "uuid", "") == OFF][:3] == [
+        MachineRead,
+        MachineRead,
+        DeviceAdded,
+    ]
+
+
+async def test_a_machine_that_libvirt_describes_only_later_is_listed_without_it(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_READING_ALONE", 0.05)
+    frozen = Frozen(monkeypatch, "off")
+    async with running(uri) as (_, tape):
+        listed = await tape.until_listed()
+        assert {machine.name for machine in listed.machines} == {"gaming", "trans"}
+        frozen.go.set()
+        await tape.until(lambda events: any(isinstance(event, MachineRead) for event in events))
+        assert tape.last(OFF).name == "off"
+
+
+async def test_a_machine_that_is_not_described_at_all_is_shown_as_it_was(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ours, "_PATIENCE", 0.1)
+    async with running(uri) as (hypervisor, tape):
+        listed = await tape.until_listed()
+        frozen = Frozen(monkeypatch, "off")
+        with pytest.raises(HypervisorRefused, match="has not answered"):
             await hypervisor.refresh_machine(OFF)
+        await hypervisor.refresh()
+        assert set((await tape.until_listed(2)).machines) == set(listed.machines)
+        frozen.go.set()
+        await tape.until(lambda events: isinstance(events[-1], MachineRead))
+    assert "could not be read and is shown as it was" in caplog.text
+
+
+async def test_a_list_that_never_comes_is_told_and_the_connection_is_made_afresh(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        hang = Hang(monkeypatch, libvirt.virConnect, "listAllDomains")
+        with pytest.raises(HypervisorUnavailable):
+            await hypervisor.refresh()
         lost = [event for event in tape.events if isinstance(event, HypervisorChanged)][1]
         assert (lost.connected, "has not answered" in lost.error) == (False, True)
-        monkeypatch.setattr(ours, "_READING_PATIENCE", 10)
         hang.calm = True
         await tape.until_listed(2)
         hang.let_go()
 
 
-async def test_a_name_that_is_never_looked_up_ends_too(uri: str, opened: Opened, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ours, "_READING_PATIENCE", 0.2)
+async def test_a_name_that_is_never_looked_up_ends_too(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
     go = threading.Event()
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         opened.connections[-1].lookupByName = lambda name: go.wait(10)
-        with pytest.raises(HypervisorUnavailable, match=r"has not answered"):
+        with pytest.raises(HypervisorRefused, match="has not answered"):
             await hypervisor.refresh_machine("nobody")
         go.set()
 
@@ -703,14 +802,14 @@ async def test_a_name_that_is_never_looked_up_ends_too(uri: str, opened: Opened,
 async def test_waiting_for_idle_can_hang_and_then_others_still_can_wait(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_IDLE_PATIENCE", 0.2)
+    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
     hang = Hang(monkeypatch, libvirt.virDomain, "memoryStats")
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         first = asyncio.create_task(hypervisor.wait_until_idle(GAMING))
         await hang.began()
         hang.calm = True
-        monkeypatch.setattr(ours, "_IDLE_PATIENCE", 10)
+        monkeypatch.setattr(ours, "_PATIENCE", 10)
         await hypervisor.wait_until_idle(OFF)
         assert not first.done()
         hang.let_go()
