@@ -14,7 +14,8 @@ from typing import Any
 
 from hostpassd import errors, find, names
 from hostpassd.audit import AuditLog
-from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
+from hostpassd.backoff import Backoff
+from hostpassd.events import Event, HypervisorChanged, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
 from hostpassd.faults import vital
 from hostpassd.machines.machine import Machine, MachineKey, Missing
 from hostpassd.passthrough import plan as plans
@@ -30,8 +31,10 @@ log = logging.getLogger(__name__)
 # How long an ended job stays, in seconds, so that a caller that did not wait cannot miss its end.
 JOB_STAYS = 30.0
 JOBS_PER_USER = 16
-# Seconds between two attempts at giving a device back, whatever happens meanwhile.
-UPKEEP_PAUSE = 1.0
+# Seconds from one attempt at putting in order what was left, or lent, to the next, whatever happens meanwhile: at
+# first, doubled each time, at most.
+RETRY_FIRST = 2.0
+RETRY_LIMIT = 300.0
 # Seconds that a stop waits for jobs to be undone; the rest is in the intent log, for the next start.
 STOP_PATIENCE = 10.0
 # Seconds between two attempts to write the intent log, while it cannot be written and nobody asks for an operation.
@@ -99,6 +102,7 @@ class Operations:
         self._controls: dict[int, Control] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tidying: asyncio.Task[None] | None = None
+        self._backoff = Backoff(RETRY_FIRST, RETRY_LIMIT)  # of these, by the same names
         self._upkeep: dict[str, asyncio.Task[None]] = {}  # what puts in order what jobs left, by device or job
         self._again: dict[str, Work] = {}  # what is to be done once more when one of these has ended
         self._stopping = False
@@ -142,6 +146,8 @@ class Operations:
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
+        if isinstance(event, HypervisorChanged) and event.connected:
+            self._backoff.keep(())  # it may be another one than what things failed with
         if isinstance(event, MachinesListed | MachineRead | MachineGone):
             # Not at each reading: a retry has its machine read.
             self._tidy_soon(retry=isinstance(event, MachinesListed))
@@ -176,7 +182,7 @@ class Operations:
             await asyncio.wait(self._tasks, timeout=STOP_PATIENCE)
 
     def _tidy_soon(self, *, retry: bool) -> None:
-        """Gives back what is idle, soon; RETRY: and tries again what was left."""
+        """Gives back what is idle, soon; RETRY: and tries again what was left. Of either only what is due."""
         left = self._intents.unfinished or self._intents.trouble.is_set()
         if not (self._intents.lent or (retry and left)):
             return
@@ -190,11 +196,22 @@ class Operations:
             if retry and self._intents.trouble.is_set():
                 with contextlib.suppress(errors.StateFolderError):
                     await self._intents.catch_up()
-            for left in self._intents.unfinished if retry else ():
-                self._look_after(_job_of(left), functools.partial(self._recover_alone, left))
-            for device, uri in self._executor.idle():
-                if self._reachable(uri):
-                    self._look_after(device, functools.partial(self._give_back, device))
+            unfinished, idle = self._intents.unfinished, self._executor.idle()
+            self._backoff.keep({*map(_job_of, unfinished), *(device for device, _ in idle)})
+            for left in unfinished if retry else ():
+                self._look_after_in_time(_job_of(left), left.uri, functools.partial(self._recover_alone, left))
+            for device, uri in idle:
+                self._look_after_in_time(device, uri, functools.partial(self._give_back, device))
+
+    def _look_after_in_time(self, what: str, uri: str, work: Work) -> None:
+        """Not at each event: anybody can bring those about, and what cannot be done may do so itself."""
+        if self._reachable(uri) and self._backoff.is_due(what):
+            self._look_after(what, work)
+
+    def _try_again(self, what: str) -> None:
+        """WHAT could not be put in order: it is tried again when it is due."""
+        pause = self._backoff.failed(what)
+        asyncio.get_running_loop().call_later(pause, functools.partial(self._tidy_soon, retry=True))
 
     def _look_after(self, what: str, work: Work) -> asyncio.Task[None]:
         """WORK in a task of its own, which nobody's giving up ends: libvirt can be at it for as long as it likes."""
@@ -207,7 +224,7 @@ class Operations:
 
     def _looked_after(self, what: str) -> None:
         del self._upkeep[what]
-        if (work := self._again.pop(what, None)) and not self._stopping:
+        if (work := self._again.pop(what, None)) and not self._stopping and self._backoff.is_due(what):
             self._look_after(what, work)
 
     async def _safely(self, work: Work) -> None:
@@ -218,9 +235,8 @@ class Operations:
 
     async def _give_back(self, device: str) -> None:
         await self._executor.give_back(device)
-        if device in self._intents.lent:
-            # Not again at once: what cannot be done may itself bring about the events for which it is tried.
-            await asyncio.sleep(UPKEEP_PAUSE)
+        if (device, self._intents.lent.get(device, ("", ""))[0]) in self._executor.idle():
+            self._try_again(device)
 
     async def _recover_alone(self, left: Unfinished) -> None:
         alone = contextlib.AsyncExitStack()
@@ -233,7 +249,9 @@ class Operations:
             if not self._intents.left(left.number) or not self._reachable(left.uri):
                 return
             await self._executor.recover(left)
-            if not self._intents.left(left.number):
+            if self._intents.left(left.number):
+                self._try_again(_job_of(left))
+            else:
                 for device in _devices_of(left):
                     self._audit_recovery(left, device)
         self._tidy_soon(retry=False)

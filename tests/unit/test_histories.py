@@ -494,7 +494,7 @@ class Operations(RuleBasedStateMachine):
                 libvirt.release(*ask)
             self.read_everything()
             self.sync("Rescan")
-            for _ in range(3):
+            for _ in range(25):  # what failed often is tried again late
                 self.life.loop.advance(15)
                 self._note_ours()
         self.sync("Sync")
