@@ -17,6 +17,7 @@ sys.modules["gi"] = None  # type: ignore[assignment]
 from hostpassd import __version__, config, errors  # noqa: E402
 from hostpassd.bus.router import NameTaken  # noqa: E402
 from hostpassd.daemon import Daemon  # noqa: E402
+from hostpassd.logs import Lines  # noqa: E402
 
 log = logging.getLogger("hostpassd")
 
@@ -24,7 +25,7 @@ log = logging.getLogger("hostpassd")
 def main() -> int:
     """Runs the daemon; the exit status."""
     arguments = _arguments()
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=arguments.log_level.upper(), handlers=[Lines()])
     try:
         settings = config.load(arguments.config)
     except config.ConfigError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hostpassd import errors, names
-from hostpassd.audit import audit
+from hostpassd.audit import AuditLog
 from hostpassd.bus.access import Access
 from hostpassd.bus.manager import ManagerMethods
 from hostpassd.bus.objects import Publisher
@@ -55,7 +55,8 @@ class Daemon:
         self._uses = HostUses(self.emit, self._udev.node_of, self._udev.blocks, str(state_folder))
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
         self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._intents)
-        self._operations = Operations(self._state, self._executor, self.emit, self._intents)
+        self._audit_log = AuditLog()
+        self._operations = Operations(self._state, self._executor, self.emit, self._intents, self._audit_log)
         access = Access(self._router, log=logging.getLogger("hostpassd.access"))
         default = Options(timeout=config.timeout)
         ManagerMethods(
@@ -162,7 +163,7 @@ class Daemon:
 
     def _audit_hold(self, operation: str, text: str, hold: Hold) -> None:
         name = self._state.machine_name(hold.machine)
-        audit(
+        self._audit_log.write(
             names.MESSAGE_FOREIGN_CHANGE,
             f"hold {text}: {name} and {hold.device}",
             device=hold.device,

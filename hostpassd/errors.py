@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from hostpassd.host.device import clean
+
+# Characters of a message. What the bus carries of it is less.
+TEXT_LIMIT = 128 * 1024
+
 
 class HostpassError(Exception):
-    """An error a caller is told. `name`: its bus name without the prefix; `standard`: D-Bus's own, not ours."""
+    """An error a caller is told. `name`: its bus name without the prefix; `standard`: D-Bus's own, not ours.
+
+    Messages quote devices, machines and callers, so whatever they are made of is made fit to be shown here.
+    """
 
     name = "Failed"
     standard = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clean(message, TEXT_LIMIT))
 
 
 class Failed(HostpassError):

@@ -1,59 +1,130 @@
-"""What a text spells: a device, a machine, or something that is missing. Pure, but that links in /sys are followed."""
+"""What a text spells: a device, a machine, or something that is missing. Pure, but for `followed`.
+
+Whoever makes a device, names an interface or defines a machine chooses words that come in here. So the spellings are
+kept apart by their shape: what looks like a place, a name or an object path means that very thing or nothing, and
+what a device says of itself is looked at only where the text asks for it (`serial:TEXT`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+from collections.abc import Iterable
 
 from hostpassd import errors, names
-from hostpassd.host.device import Device, Net
+from hostpassd.host.device import Device, Net, device_name
 from hostpassd.machines.machine import Machine, Missing
 from hostpassd.state import State
 
+# Characters. Nothing that is here has a longer name.
+TEXT_LIMIT = 512
+
+_SERIAL = "serial:"
+
+# The folders of /sys whose links lead to devices; none of the kernel's links there leads out of /sys.
+_LINKS = ("/sys/class/", "/sys/bus/", "/sys/dev/")
+_PARTS = 32  # of a path that is followed
+
 _SHORT_PCI = re.compile(r"[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
-_PLACE = re.compile(
-    r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]"  # a PCI address
-    r"|[0-9]+-[0-9.]+|usb[0-9]+"  # a USB port
-    r"|([0-9a-f]{2}:){5}[0-9a-f]{2}"  # a MAC address
-)
+_PCI = re.compile(r"[0-9a-fA-F]{4,}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
 _IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
+_MAC = re.compile(r"([0-9a-fA-F]{2}:){5,}[0-9a-fA-F]{2}")
+_UUID = re.compile(r"[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
+
+# The kinds whose kernel names are the kernel's own, unlike those of network interfaces.
+_KINDS = (
+    *("pci", "usb", "usb-interface", "scsi-host", "scsi-target", "scsi", "scsi-generic", "mdev-parent"),
+    *("block", "drm", "input", "sound", "video", "tty", "nvme", "tpm"),
+)
+
+# What is never an interface's name here, though one may be called so: containers give back the interfaces that they
+# were lent under names of their own choice. Object names, USB ports and root hubs (from usb1 on; usb0 is an
+# interface), disks, and what else the kernel counts.
+_NO_INTERFACE = re.compile(
+    r"(pci|usb|scsi|mdev|net|block|drm|input|sound|video|tty|nvme|tpm)_\w*"
+    r"|[0-9]+-[0-9.]+|usb[1-9][0-9]*"
+    r"|(sd|hd|vd|xvd)[a-z]{1,2}|tty\w+"
+    r"|(sr|sg|fd|mmcblk|pmem|nvme|host|card|input|video|tpm)[0-9]\w*"
+)
+
+
+async def followed(text: str) -> str:
+    """TEXT, or where it leads if it is one of the paths in /sys that the kernel makes as links to devices.
+
+    For find_devices, which looks nothing up outside the state. In a thread: the loop waits for no file system.
+    """
+    link = _link(text)
+    return await asyncio.to_thread(os.path.realpath, link) if link else text
+
+
+def _link(text: str) -> str:
+    """The path to follow for TEXT, by its words alone (what `..` leaves is never walked through); '': none."""
+    path = os.path.normpath(text) if len(text) <= TEXT_LIMIT else ""
+    return path if path.startswith(_LINKS) and path.count("/") <= _PARTS else ""
 
 
 def find_devices(state: State, text: str) -> list[str]:
-    """The names of the devices that TEXT spells, sorted; the more exact spellings go first and stand alone.
+    """The names of the devices that TEXT spells, sorted. Error: InvalidArgs, TEXT is too long.
 
-    A place or an address is never taken for a serial number: those are the device's own claims.
+    Spellings: name, object path, path in /sys/devices, device node, PCI address, vvvv:pppp, MAC address, kernel name
+    (a USB port is one), interface name, and a serial number behind "serial:".
     """
-    if not text:
-        return []
-    if text.startswith(names.DEVICES + "/"):
-        text = text.removeprefix(names.DEVICES + "/")
+    _check_length(text)
+    if text.startswith(_SERIAL):
+        serial = text.removeprefix(_SERIAL)
+        return sorted(device.name for device in state.devices.values() if serial and device.serial == serial)
+    if text.startswith("/"):
+        return sorted(_at_path(state, text))
     if text in state.devices:
         return [text]
-    if text.startswith("/sys/"):
-        device = state.at(os.path.realpath(text))
-        return [device.name] if device else []
-    if text.startswith("/dev/"):
-        return sorted(state.keyed(("node", text)))
-    address = text.lower()
-    if _SHORT_PCI.fullmatch(text):
-        address = "0000:" + address
-    placed = sorted(device.name for device in state.devices.values() if _is_at(device, text, address))
-    if placed or _PLACE.fullmatch(address):
-        return placed
     if ids := _IDS.fullmatch(text):
         wanted = (int(ids[1], 16), int(ids[2], 16))
-        return sorted(device.name for device in state.devices.values() if _ids(device) == wanted)
-    return sorted(device.name for device in state.devices.values() if device.serial == text)
+        return sorted(device.name for device in _of_kinds(state, "pci", "usb") if _ids(device) == wanted)
+    if _MAC.fullmatch(text):
+        return sorted(device.name for device in _of_kinds(state, "net") if _mac(device) == text.lower())
+    return sorted(_called(state, text))
 
 
-def _is_at(device: Device, text: str, address: str) -> bool:
-    if device.pci:
-        return device.pci.address == address
-    if device.usb:
-        return device.usb.port == text
-    nets = (facts for facts in device.facts if isinstance(facts, Net))
-    return any(net.interface == text or net.mac_address.lower() == address for net in nets)
+def _check_length(text: str) -> None:
+    if len(text) > TEXT_LIMIT:
+        raise errors.InvalidArgs(
+            f"a text of {len(text)} characters spells nothing here: give one of {TEXT_LIMIT} or less"
+        )
+
+
+def _at_path(state: State, text: str) -> Iterable[str]:
+    if text.startswith(names.DEVICES + "/"):
+        name = text.removeprefix(names.DEVICES + "/")
+        return [name] if name in state.devices else []
+    if text.startswith("/dev/"):
+        return dict.fromkeys(state.keyed(("node", text)))
+    device = state.at(os.path.normpath(text))
+    return [device.name] if device else []
+
+
+def _called(state: State, text: str) -> Iterable[str]:
+    """The devices that the kernel calls TEXT; the interface called so only where nothing else could be."""
+    if _SHORT_PCI.fullmatch(text):
+        text = "0000:" + text
+    if _PCI.fullmatch(text):
+        text = text.lower()
+    if _UUID.fullmatch(text):
+        return state.keyed(("mdev", text.lower()))
+    found = {name for kind in _KINDS if _is_called(state.device(name := device_name(kind, text)), text)}
+    if found or _NO_INTERFACE.fullmatch(text):
+        return found
+    name = device_name("net", text)
+    return [name] if _is_called(state.device(name), text) else []
+
+
+def _is_called(device: Device | None, kernel_name: str) -> bool:
+    """Whether DEVICE is the kernel's KERNEL_NAME: more than one of these can come to the same name here."""
+    return device is not None and device.sysfs_path.rpartition("/")[2] == kernel_name
+
+
+def _of_kinds(state: State, *kinds: str) -> Iterable[Device]:
+    return (device for device in state.devices.values() if device.kind in kinds)
 
 
 def _ids(device: Device) -> tuple[int, int] | None:
@@ -62,10 +133,14 @@ def _ids(device: Device) -> tuple[int, int] | None:
     return (device.usb.vendor_id, device.usb.product_id) if device.usb else None
 
 
+def _mac(device: Device) -> str:
+    return next((facts.mac_address.lower() for facts in device.facts if isinstance(facts, Net)), "")
+
+
 def one_device(state: State, text: str) -> Device:
     """The device that an operation on TEXT is about: what TEXT spells, or its ancestor that can be assigned.
 
-    Errors: NoSuchDevice, AmbiguousDevice.
+    Errors: InvalidArgs, NoSuchDevice, AmbiguousDevice.
     """
     found = find_devices(state, text)
     if not found:
@@ -77,12 +152,16 @@ def one_device(state: State, text: str) -> Device:
 
 
 def one_machine(state: State, text: str) -> Machine:
-    """The machine with this name, UUID or object path. Errors: NoSuchMachine, AmbiguousMachine."""
-    wanted = text.removeprefix(names.MACHINES + "/").replace("_", "-").lower()
-    machine = state.machines.get(wanted)
-    if machine:
-        return machine
-    found = [machine for machine in state.machines.values() if machine.name == text]
+    """The machine with this name, UUID or object path. Errors: InvalidArgs, NoSuchMachine, AmbiguousMachine.
+
+    A machine that is called like another's UUID or object path is not found by that.
+    """
+    _check_length(text)
+    uuid = text.removeprefix(names.MACHINES + "/").replace("_", "-") if text.startswith("/") else text
+    if text.startswith(names.MACHINES + "/") or _UUID.fullmatch(text):
+        found = [state.machines[uuid.lower()]] if uuid.lower() in state.machines else []
+    else:
+        found = [machine for machine in state.machines.values() if machine.name == text]
     if not found:
         raise errors.NoSuchMachine(f"no machine here is called {text[:80]!r}: give a name, a UUID or an object path")
     if len(found) > 1:
@@ -90,10 +169,25 @@ def one_machine(state: State, text: str) -> Machine:
     return found[0]
 
 
-def one_missing(state: State, machine: Machine, text: str) -> Missing | None:
-    """The machine's claim on something not here now that TEXT names: by its id, or where it was last seen."""
-    text = text.removeprefix(names.DEVICES + "/")
+def missing_by_id(state: State, machine: Machine, text: str) -> Missing | None:
+    """The machine's claim on something not here now whose id is TEXT. Error: InvalidArgs."""
+    _check_length(text)
+    return next((row for row in state.missing.get(machine.uuid, ()) if row.id == text), None)
+
+
+def missing_at(state: State, machine: Machine, text: str, instance: int | None = None) -> tuple[Missing, ...]:
+    """The machine's claims on what was last at the place TEXT (a name or an object path) and is not here now.
+
+    They are one thing's: what is claimed by address live and by its ids in the stored configuration is two claims.
+    INSTANCE: of that very thing. Error: AmbiguousDevice, claims on more than one thing were last there.
+    """
+    name = text.removeprefix(names.DEVICES + "/")
+    there: dict[int, list[Missing]] = {}
     for row in state.missing.get(machine.uuid, ()):
-        if row.id == text or state.last_place(machine.uuid, row.id) == text:
-            return row
-    return None
+        place, number = state.last_place(machine.uuid, row.id)
+        if name and place == name and instance in (None, number):
+            there.setdefault(number, []).append(row)
+    if len(there) > 1:
+        ids = ", ".join(row.id for rows in there.values() for row in rows)
+        raise errors.AmbiguousDevice(f"more than one thing was last at {name}: give one of the ids {ids}")
+    return tuple(row for rows in there.values() for row in rows)

@@ -155,7 +155,7 @@ class State:
         self._nodes: dict[str, tuple[str, ...]] = {}
         self._nodes_on: dict[str, dict[str, None]] = {}
         self._releasing: set[tuple[str, str]] = set()
-        self._places: dict[str, dict[str, str]] = {}  # where each claim of a machine stood last
+        self._places: dict[str, dict[str, tuple[str, int]]] = {}  # where each claim of a machine stood last
         # What spreads upward is counted at each ancestor, so that one change costs the depth of the tree.
         self._spread: dict[str, tuple[Blocker, ...]] = {}
         self._below: dict[str, Counter[Blocker]] = {}
@@ -213,8 +213,9 @@ class State:
         return self._leaves[device] > 0
 
     def machine_name(self, uuid: str) -> str:
+        """What a machine is called in messages and logs."""
         machine = self.machines.get(uuid)
-        return machine.name if machine else uuid
+        return machine.shown_name if machine else uuid
 
     def keyed(self, key: Key) -> list[str]:
         """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
@@ -254,9 +255,9 @@ class State:
         own = frozenset(hold.device for hold in self.holds_of(uuid) if hold.live)
         return next(iter(self._find(claim, None if live else own)), None)
 
-    def last_place(self, uuid: str, claim_id: str) -> str:
-        """The name of the device on which a claim stood last, '' for never."""
-        return self._places.get(uuid, {}).get(claim_id, "")
+    def last_place(self, uuid: str, claim_id: str) -> tuple[str, int]:
+        """The name and the instance of the device on which a claim stood last; ('', 0): it never stood on any."""
+        return self._places.get(uuid, {}).get(claim_id, ("", 0))
 
     @property
     def degraded(self) -> bool:
@@ -576,7 +577,7 @@ class State:
                     continue
                 devices = self._find(claim, None if live else own)
                 for device in devices:
-                    places[claim.id] = device
+                    places[claim.id] = (device, self.devices[device].instance)
                     _merge_hold(holds, self._hold(machine, claim, device, live))
                 if not devices and not self._is_here(claim):
                     _merge_missing(missing, claim, live)

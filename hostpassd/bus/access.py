@@ -1,4 +1,11 @@
-"""Whether a caller may: polkit's answer, or without polkit that of the user id."""
+"""Whether a caller may: polkit's answer, or without polkit that of the user id.
+
+1. Each device is asked about by itself and without interaction, so that rules can tell devices apart, and whoever needs
+   no prompt waits for none. A plain no refuses all.
+2. Where polkit wants an authentication for some of them, the caller is asked in one prompt for each action.
+3. A prompt takes one of the places for prompts as long as it is open, or is refused at once.
+4. A caller that leaves the bus takes its checks and prompts along.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +14,35 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import unicodedata
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hostpassd.bus.router import BusCallError, Call, Router, Variant
 from hostpassd.errors import Cancelled, InteractiveAuthorizationRequired, LimitExceeded, NotAuthorized
-from hostpassd.host.device import clean
+from hostpassd.passthrough.operations import Check
 
 POLKIT = "org.freedesktop.PolicyKit1"
 AUTHORITY_PATH = "/org/freedesktop/PolicyKit1/Authority"
 AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 
-# Seconds for an answer that needs no person.
+# Seconds for an answer that needs no person, and for one that does.
 TIMEOUT = 25.0
+PROMPT_TIMEOUT = 300.0
 
-# The bus lets us wait for 128 answers. Prompts can stay open for as long as nobody answers them, so they have places of
-# their own, by whether the caller allows a prompt, and one user has only some of them.
-PLACES = {False: 24, True: 96}
-PLACES_PER_USER = 16
+# The bus lets us wait for 128 answers. Those that need no person have places of their own, which they wait for.
+QUIET_PLACES = 24
+
+# Prompts have the others, and wait for none. Nobody has many, and the last ones are for whoever has none: who would
+# keep all others from being asked needs dozens of accounts.
+PROMPTS = 96
+PROMPTS_PER_PERSON = 8
+PROMPTS_FOR_NEWCOMERS = 32
+
+# Who has a range of user ids of their own (subuid(5)) is one person with all of these.
+SUBUIDS = Path("/etc/subuid")
 
 # What the bus says when polkit is not there and cannot be started.
 ABSENT = (
@@ -38,6 +55,11 @@ ABSENT = (
 POLICY_FILE = "/usr/share/polkit-1/actions/org.hostpassd1.policy"
 NOT_REGISTERED = "is not registered"
 
+# Characters of a detail: of what devices and machines call themselves, and of the names of all devices of a plan.
+CLAIM_LIMIT = 256
+DETAIL_LIMIT = 4096
+CLAIMS = frozenset({"device.label", "device.serial", "machine.name"})
+
 
 class Access:
     """Asks polkit about callers, through ROUTER."""
@@ -45,70 +67,105 @@ class Access:
     def __init__(self, router: Router, *, log: logging.Logger) -> None:
         self._router = router
         self._log = log
-        self._places = {interactive: asyncio.Semaphore(count) for interactive, count in PLACES.items()}
-        self._asking: Counter[int] = Counter()  # by user id
+        self._quiet = asyncio.Semaphore(QUIET_PLACES)
+        self._prompts: Counter[str] = Counter()  # open ones, by person
         self._numbers = itertools.count(1)
+        self._troubles: set[tuple[str, str]] = set()  # logged, by action, since polkit answered last about it
 
-    async def check(self, call: Call, action: str, details: Mapping[str, str]) -> None:
-        """Returns if the caller may do ACTION; DETAILS are for the prompt and the administrator's rules.
+    async def check(self, call: Call, checks: Sequence[Check]) -> None:
+        """Returns if the caller may do all of CHECKS.
 
         Raises NotAuthorized if not, InteractiveAuthorizationRequired if a prompt would be needed that the caller did
-        not allow, Cancelled if the caller vanishes meanwhile, LimitExceeded if its user asks too often at once.
+        not allow, LimitExceeded if there is no place for one, Cancelled if the caller vanishes meanwhile.
         """
-        shown = {key: clean(value) for key, value in details.items()}
-        async with self._turn(call), self._router.vanished(call.sender) as gone:
-            await _unless(gone, self._check(call, action, shown))
+        shown = [(action, {key: _shown(key, text) for key, text in details.items()}) for action, details in checks]
+        async with self._router.vanished(call.sender) as gone:
+            await _unless(gone, self._check(call, shown))
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, call: Call) -> AsyncIterator[None]:
-        """Keeps one user from taking all places for prompts."""
-        uid = await self._router.uid_of(call.sender) if call.interactive else -1
-        if self._asking[uid] >= PLACES_PER_USER:
-            raise LimitExceeded(f"You have {PLACES_PER_USER} prompts open: answer some of them first.")
-        self._asking[uid] += call.interactive
-        try:
-            yield
-        finally:
-            self._asking[uid] -= call.interactive
-            if not self._asking[uid]:
-                del self._asking[uid]
-
-    async def _check(self, call: Call, action: str, details: Mapping[str, str]) -> None:
-        async with self._places[call.interactive]:
-            try:
-                authorized, challenge, answer = await self._ask(call, action, details)
-            except TimeoutError:
-                raise NotAuthorized("polkit does not answer: ask the administrator to restart it.") from None
-            except BusCallError as error:
-                await self._without_answer(call, action, error)
-                return
-        if not authorized:
-            raise _refusal(call, action, challenge, answer)
-
-    async def would(self, call: Call, action: str, details: Mapping[str, str]) -> str:
+    async def would(self, call: Call, checks: Sequence[Check]) -> str:
         """What `check` would come to, without a prompt: yes, challenge (a prompt would be needed) or no."""
-        quiet = dataclasses.replace(call, interactive=False)
         try:
-            await self.check(quiet, action, details)
+            await self.check(dataclasses.replace(call, interactive=False), checks)
         except InteractiveAuthorizationRequired:
             return "challenge"
         except NotAuthorized:
             return "no"
         return "yes"
 
-    async def _ask(self, call: Call, action: str, details: Mapping[str, str]) -> tuple[bool, bool, dict[str, str]]:
+    async def _check(self, call: Call, checks: Sequence[Check]) -> None:
+        wanted = [check for check in checks if await self._wants_authentication(call, *check)]
+        if not wanted:
+            return
+        if not call.interactive:
+            raise InteractiveAuthorizationRequired(
+                f"{wanted[0][0]} takes an administrator's authentication: allow interactive authorization in the call."
+            )
+        async with self._place_for_prompt(call):
+            for action in dict.fromkeys(action for action, _ in wanted):
+                await self._prompt(call, action, _together([row for other, row in wanted if other == action]))
+
+    async def _wants_authentication(self, call: Call, action: str, details: Mapping[str, str]) -> bool:
+        """Whether the caller may do ACTION after an authentication only. Raises NotAuthorized if not at all."""
+        try:
+            async with asyncio.timeout(TIMEOUT), self._quiet:
+                authorized, challenge, _ = await self._ask(call, action, details, interactive=False)
+        except TimeoutError:
+            raise NotAuthorized("polkit does not answer: ask the administrator to restart it.") from None
+        except BusCallError as error:
+            await self._without_answer(call, action, error)
+            return False
+        if not (authorized or challenge):
+            raise NotAuthorized(f"polkit's rules do not let you do {action}: ask the administrator of this host.")
+        return not authorized
+
+    async def _prompt(self, call: Call, action: str, details: Mapping[str, str]) -> None:
+        """Returns when the caller has been authenticated for ACTION. Raises NotAuthorized if it is not."""
+        try:
+            async with asyncio.timeout(PROMPT_TIMEOUT):
+                authorized, challenge, answer = await self._ask(call, action, details, interactive=True)
+        except TimeoutError:
+            minutes = f"{PROMPT_TIMEOUT / 60:g} minutes"
+            raise NotAuthorized(
+                f"Nobody answered for {action} within {minutes}: call again to be asked again."
+            ) from None
+        except BusCallError as error:
+            await self._without_answer(call, action, error)
+            return
+        if not authorized:
+            raise _refusal(action, challenge, answer)
+
+    @contextlib.asynccontextmanager
+    async def _place_for_prompt(self, call: Call) -> AsyncIterator[None]:
+        uid = await self._router.uid_of(call.sender)
+        person = await _person(uid)
+        own, left = self._prompts[person], PROMPTS - self._prompts.total()
+        if own >= PROMPTS_PER_PERSON:
+            raise LimitExceeded(f"You have {own} prompts open: answer some of them first.")
+        if left <= (PROMPTS_FOR_NEWCOMERS if own else 0):
+            raise LimitExceeded("Too many prompts are open on this host: try again in some minutes.")
+        self._prompts[person] += 1
+        try:
+            yield
+        finally:
+            self._prompts[person] -= 1
+            if not self._prompts[person]:
+                del self._prompts[person]
+
+    async def _ask(
+        self, call: Call, action: str, details: Mapping[str, str], *, interactive: bool
+    ) -> tuple[bool, bool, dict[str, str]]:
         """polkit's answer: authorized, a challenge would be needed, more about it."""
         number = f"hostpassd-{next(self._numbers)}"
         subject = ["system-bus-name", {"name": Variant("s", call.sender)}]
-        body = [subject, action, details, int(call.interactive), number]
-        timeout = None if call.interactive else TIMEOUT
+        body = [subject, action, details, int(interactive), number]
         try:
             [[authorized, challenge, answer]] = await self._router.call(
-                POLKIT, AUTHORITY_PATH, AUTHORITY, "CheckAuthorization", "(sa{sv})sa{ss}us", body, timeout=timeout
+                POLKIT, AUTHORITY_PATH, AUTHORITY, "CheckAuthorization", "(sa{sv})sa{ss}us", body, timeout=None
             )
-        except (TimeoutError, asyncio.CancelledError):
+        except asyncio.CancelledError:
             self._router.tell(POLKIT, AUTHORITY_PATH, AUTHORITY, "CancelCheckAuthorization", "s", [number])
             raise
+        self._troubles = {trouble for trouble in self._troubles if trouble[0] != action}
         return authorized, challenge, answer
 
     async def _without_answer(self, call: Call, action: str, error: BusCallError) -> None:
@@ -116,10 +173,13 @@ class Access:
             if await self._router.uid_of(call.sender) == 0:
                 return
             raise NotAuthorized("polkit is not here, so only root may do this: have polkit installed and started.")
-        if NOT_REGISTERED in error.message:
-            self._log.error("polkit does not know %s: %s is missing or broken", action, POLICY_FILE)
-        else:
-            self._log.error("polkit cannot say who may do %s: %s", action, error)
+        # Once: anybody can have it said as often as they like.
+        if (action, error.name) not in self._troubles:
+            self._troubles.add((action, error.name))
+            if NOT_REGISTERED in error.message:
+                self._log.error("polkit does not know %s: %s is missing or broken", action, POLICY_FILE)
+            else:
+                self._log.error("polkit cannot say who may do %s: %s", action, error)
         raise NotAuthorized("polkit cannot say whether you may do this: the log of hostpassd has the reason.")
 
 
@@ -137,15 +197,55 @@ async def _unless(gone: asyncio.Event, checking: Coroutine[Any, Any, None]) -> N
     work.result()
 
 
-def _refusal(
-    call: Call, action: str, challenge: bool, answer: Mapping[str, str]
-) -> NotAuthorized | InteractiveAuthorizationRequired:
-    if challenge and not call.interactive:
-        return InteractiveAuthorizationRequired(
-            f"{action} takes an administrator's authentication: allow interactive authorization in the call."
-        )
+def _refusal(action: str, challenge: bool, answer: Mapping[str, str]) -> NotAuthorized:
     if "polkit.dismissed" in answer:
         return NotAuthorized(f"The authentication for {action} was dismissed: call again to be asked again.")
     if challenge:
         return NotAuthorized(f"Nobody was authenticated for {action}: run an authentication agent in your session.")
     return NotAuthorized(f"polkit's rules do not let you do {action}: ask the administrator of this host.")
+
+
+async def _person(uid: int) -> str:
+    """Whose prompts those of UID count as."""
+    owner = await asyncio.to_thread(_owner_of_range, uid)
+    return f"range of {owner}" if owner else f"user {uid}"
+
+
+def _owner_of_range(uid: int) -> str:
+    """Whose range of user ids UID is in, '' if it is in none."""
+    try:
+        lines = SUBUIDS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for owner, first, count in (line.split(":") for line in lines if line.count(":") == 2):
+        if first.isdecimal() and count.isdecimal() and int(first) <= uid < int(first) + int(count):
+            return owner
+    return ""
+
+
+def _together(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The details of one prompt for several devices: of each, what the devices have, in their order."""
+    return {
+        key: ("; " if key == "device.label" else " ").join(dict.fromkeys(row[key] for row in rows if row[key]))
+        for key in rows[0]
+    }
+
+
+def _shown(key: str, text: str) -> str:
+    """TEXT as rules and prompts get it: what could deceive a reader is marked.
+
+    Not left out: two machines must not come to one name for a rule because one has signs in it that nobody sees. No
+    quotes, as those in the prompts are the only ones.
+    """
+    limit = CLAIM_LIMIT if key in CLAIMS else DETAIL_LIMIT
+    fit = "".join(char if _is_harmless(char) else "\N{REPLACEMENT CHARACTER}" for char in text[:limit])
+    return fit if len(text) <= limit else fit[:-1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _is_harmless(char: str) -> bool:
+    category = unicodedata.category(char)
+    return char == " " or (category[0] in "LMNPS" and category not in ("Pi", "Pf") and char not in _QUOTES)
+
+
+# What looks like a quote, besides Unicode's initial and final ones.
+_QUOTES = frozenset('"\u201a\u201e\u2033\u2036\u02ba\u02dd\u02ee\u05f4\u275d\u275e\u301d\u301e\u301f\uff02\u3003')

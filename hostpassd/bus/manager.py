@@ -11,7 +11,7 @@ from hostpassd.bus.access import Access
 from hostpassd.bus.objects import Publisher, plan_row
 from hostpassd.bus.router import Call, Router
 from hostpassd.passthrough.execute import Control
-from hostpassd.passthrough.operations import Operations, Wish, action_of
+from hostpassd.passthrough.operations import Check, Operations, Wish
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
 
@@ -38,7 +38,7 @@ class ManagerMethods:
         self._sync = sync
         self._rescan = rescan
         self._default = default
-        router.handle(names.MANAGER, "FindDevices", self._find_devices, quick=True)
+        router.handle(names.MANAGER, "FindDevices", self._find_devices)
         router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
         router.handle(names.MANAGER, "Assign", self._assign)
         router.handle(names.MANAGER, "Dismiss", self._dismiss)
@@ -49,7 +49,8 @@ class ManagerMethods:
         router.handle(names.JOB, "Cancel", self._cancel)
 
     async def _find_devices(self, call: Call) -> Sequence[Any]:
-        return [[names.device_path(name) for name in find.find_devices(self._state, call.args[0])]]
+        text = await find.followed(call.args[0])
+        return [[names.device_path(name) for name in find.find_devices(self._state, text)]]
 
     async def _get_machine(self, call: Call) -> Sequence[Any]:
         return [names.machine_path(find.one_machine(self._state, call.args[0]).uuid)]
@@ -69,25 +70,23 @@ class ManagerMethods:
     async def _preview(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
         """The dry run: nobody is asked, nothing is done."""
         machine, device, given = call.args
-        wish = Wish(operation, machine, device, options.read(given, known, self._default), 0)
+        wish = Wish(operation, machine, await find.followed(device), options.read(given, known, self._default), 0)
         plan = self._operations.plan(wish)
-        action = action_of(plan, wish.options)
-        asked = self._operations.asked(plan, wish.options)
-        answers = [await self._access.would(call, action, details) for details in asked]
-        return [plan_row(plan, wish.options, max(answers, key=_WORSE.index))]
+        answer = await self._access.would(call, self._operations.checks(plan, wish.options))
+        return [plan_row(plan, wish.options, answer)]
 
     async def _operate(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
         machine, device, given = call.args
         wish = Wish(
             operation,
             machine,
-            device,
+            await find.followed(device),
             options.read(given, known, self._default),
             await self._router.uid_of(call.sender),
         )
 
-        async def authorise(action: str, details: Mapping[str, str]) -> None:
-            await self._access.check(call, action, details)
+        async def authorise(checks: Sequence[Check]) -> None:
+            await self._access.check(call, checks)
 
         control = await self._operations.start(wish, authorise)
         if wish.options.wait:
@@ -121,7 +120,7 @@ class ManagerMethods:
 
     async def _cancel_as(self, call: Call, control: Control, uid: int) -> None:
         if uid != control.job.started_by_uid:
-            await self._access.check(call, names.ACTION_CANCEL_OTHERS, control.details)
+            await self._access.check(call, [(names.ACTION_CANCEL_OTHERS, control.details)])
         control.cancelled.set()
         await control.ended.wait()
         self._publisher.flush()
@@ -130,6 +129,3 @@ class ManagerMethods:
             raise errors.Failed(
                 f"job {control.job.number} could not be cancelled any more, it is {control.job.state}{why}"
             )
-
-
-_WORSE = ("yes", "challenge", "no")

@@ -476,7 +476,7 @@ class _Link:
         for warning in warnings:
             if (name, warning) not in self._warned:  # once, and not at each reading
                 self._warned.add((name, warning))
-                _log.warning("Machine %s: %s", name, warning)
+                _log.warning("Machine %s: %s", clean(name), warning)
         return claims
 
     # Changing.

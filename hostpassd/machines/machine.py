@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from hostpassd.host.device import clean
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PciSource:
@@ -92,6 +94,11 @@ class Machine:
     stale: bool = False  # as last known: its hypervisor cannot be reached
     ports: Ports = Ports()  # of the live half
     stored_ports: Ports = Ports()
+
+    @property
+    def shown_name(self) -> str:
+        """The name fit for messages and logs: whoever may define machines may call them anything."""
+        return clean(self.name) or self.uuid
 
     @property
     def active(self) -> bool:

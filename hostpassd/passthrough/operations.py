@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from hostpassd import errors, find, names
-from hostpassd.audit import audit
+from hostpassd.audit import AuditLog
 from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
 from hostpassd.faults import vital
+from hostpassd.machines.machine import Machine, Missing
 from hostpassd.passthrough import plan as plans
+from hostpassd.passthrough.eligibility import Blocker
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
@@ -28,8 +31,24 @@ JOBS_PER_USER = 16
 # Seconds between two attempts to write the intent log, while it cannot be written and nobody asks for an operation.
 LOG_RETRY = 10.0
 
-# Asks about one device of a plan; raises NotAuthorized and its kin.
-Authorise = Callable[[str, Mapping[str, str]], Awaitable[None]]
+# An action, and what polkit, its rules and its prompts are told of one device that it is about.
+Check = tuple[str, Mapping[str, str]]
+
+# Asks about all devices of a plan; raises NotAuthorized and its kin.
+Authorise = Callable[[Sequence[Check]], Awaitable[None]]
+
+# Of what polkit is told, what no permission rests on: how things stand at present. What there is to say of the
+# companions, of a machine that runs or not, and of what was overridden, a Permission says more exactly.
+_PRESENT = frozenset({"device.driver", "device.companions", "machine.state", "override"})
+
+# Refusals for what is not there. Anybody can make as many as they like, so they are no records.
+_NOTHING_THERE = (
+    errors.InvalidArgs,
+    errors.NoSuchDevice,
+    errors.AmbiguousDevice,
+    errors.NoSuchMachine,
+    errors.AmbiguousMachine,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,11 +62,28 @@ class Wish:
     uid: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Permission:
+    """What a caller is authorised for: these devices, to or from this machine, past these blockers."""
+
+    devices: frozenset[tuple[str, int, frozenset[tuple[str, str]]]]  # name, instance, what else it was authorised by
+    live: bool  # whether the machine runs, where the caller leaves it to that what is changed
+    overridden: frozenset[Blocker]
+
+    def covers(self, other: Permission) -> bool:
+        """Whether whoever has this may do what OTHER is for: the same, or less."""
+        same = other.live == self.live
+        return same and other.devices <= self.devices and other.overridden <= self.overridden
+
+
 class Operations:
     """All jobs."""
 
-    def __init__(self, state: State, executor: Executor, emit: Callable[[Event], None], intents: IntentLog) -> None:
+    def __init__(
+        self, state: State, executor: Executor, emit: Callable[[Event], None], intents: IntentLog, audit_log: AuditLog
+    ) -> None:
         self._state = state
+        self._audit_log = audit_log
         self._executor = executor
         self._emit = emit
         self._intents = intents
@@ -69,14 +105,13 @@ class Operations:
     async def _start(self, wish: Wish, authorise: Authorise) -> Control:
         plan = self._allowed_plan(wish)
         await self._intents.check(plan)
-        asked = self.asked(plan, wish.options)
-        for details in asked:
-            await authorise(action_of(plan, wish.options), details)
+        permission = self._permission(plan, wish.options)
+        await authorise(self.checks(plan, wish.options))
         again = self._allowed_plan(wish)
-        if again.token != plan.token or self.asked(again, wish.options) != asked:
+        if not permission.covers(self._permission(again, wish.options)):
             raise errors.StalePlan("the device or the machine changed while authorisation was asked for: look again")
         self._check_limit(wish.uid)
-        return self._begin(wish, again)
+        return self._begin(wish, again, permission)
 
     def control(self, number: int) -> Control:
         """The running job NUMBER. Error: Failed when it has ended."""
@@ -168,7 +203,7 @@ class Operations:
         try:
             plan = self.plan(wish)
         except errors.HostpassError as error:
-            if options.plan:
+            if options.plan and not isinstance(error, errors.InvalidArgs):
                 raise errors.StalePlan(f"the plan does not hold any more: {error}") from None
             raise
         if options.plan and plan.token != options.plan:
@@ -181,24 +216,48 @@ class Operations:
         machine = find.one_machine(self._state, wish.machine)
         if wish.operation == "assign":
             return plans.plan_assign(self._state, machine, find.one_device(self._state, wish.device), wish.options)
-        missing = find.one_missing(self._state, machine, wish.device)
+        if row := find.missing_by_id(self._state, machine, wish.device):
+            return self._plan_missing(machine, (row,), wish.options)
         try:
             device = find.one_device(self._state, wish.device)
             return plans.plan_dismiss(self._state, machine, device, wish.options)
         except (errors.NoSuchDevice, errors.NotAssigned, errors.StalePlan):
-            if not missing:
+            rows = find.missing_at(self._state, machine, wish.device, wish.options.instance)
+            if not rows:
                 raise
-        place = self._state.last_place(machine.uuid, missing.id)
-        return plans.plan_dismiss_missing(machine, missing, place, wish.options)
+        return self._plan_missing(machine, rows, wish.options)
 
-    def details(self, plan: Plan, name: str, options: Options) -> dict[str, str]:
-        """What polkit, its rules and its prompt are told."""
+    def _plan_missing(self, machine: Machine, rows: Sequence[Missing], options: Options) -> Plan:
+        last = self._state.last_place(machine.uuid, rows[0].id)
+        if options.instance not in (None, last[1]):
+            raise errors.StalePlan(f"{rows[0].id} is not the instance {options.instance}: look again")
+        return plans.plan_dismiss_missing(machine, rows, last, options)
+
+    def checks(self, plan: Plan, options: Options) -> list[Check]:
+        """What each device of PLAN is to be authorised for, by itself."""
+        return [
+            (_action_of(plan, past), self._details(plan, name, past))
+            for name, past in self._overridden(plan, options).items()
+        ]
+
+    def _overridden(self, plan: Plan, options: Options) -> dict[str, list[Blocker]]:
+        """The blockers that the caller goes past, by the device of PLAN that is, or is above, what they name."""
+        found: dict[str, list[Blocker]] = {name: [] for name in plan.devices}
+        for blocker in plan.overridden(options.override):
+            line = (blocker.device, *(above.name for above in self._state.ancestors(blocker.device)))
+            found[next((name for name in line if name in found), plan.device)].append(blocker)
+        return found
+
+    def _details(self, plan: Plan, name: str, overridden: Sequence[Blocker]) -> dict[str, str]:
+        """What polkit, its rules and its prompt are told of the device NAME of PLAN."""
         machine = self._state.machines[plan.machine]
         device = self._state.device(name)
+        if device and (name, device.instance) not in zip(plan.devices, plan.instances, strict=True):
+            device = None  # another one, where something that is missing was last
         facts = (device.usb or device.pci) if device else None
         product = getattr(facts, "product_id", getattr(facts, "device_id", None))
         return {
-            "device.name": name,
+            "device.name": _one_word(name),
             "device.kind": device.kind if device else "",
             "device.label": device.label if device else name,
             "device.vendor-id": f"{facts.vendor_id:04x}" if facts else "",
@@ -210,34 +269,41 @@ class Operations:
             "machine.uuid": machine.uuid,
             "machine.state": machine.state,
             "operation": plan.operation,
-            "override": " ".join(plan.overridden(options.override)),
+            "override": " ".join(sorted({blocker.code for blocker in overridden})),
         }
 
-    def asked(self, plan: Plan, options: Options) -> list[dict[str, str]]:
-        """The details of each device of PLAN: each is authorised by itself."""
-        return [self.details(plan, device, options) for device in plan.devices]
+    def _permission(self, plan: Plan, options: Options) -> Permission:
+        """The permission that PLAN takes, as things are now."""
+        details = [self._details(plan, name, ()) for name in plan.devices]
+        counts = [frozenset((key, value) for key, value in row.items() if key not in _PRESENT) for row in details]
+        active = self._state.machines[plan.machine].active
+        return Permission(
+            frozenset(zip(plan.devices, plan.instances, counts, strict=True)),
+            active if options.live is None else options.live,
+            frozenset(plan.overridden(options.override)),
+        )
 
     def _check_limit(self, uid: int) -> None:
         running = Counter(control.job.started_by_uid for control in self._controls.values())
         if running[uid] >= JOBS_PER_USER:
             raise errors.LimitExceeded(f"you have {running[uid]} jobs running: wait until one of them ends")
 
-    def _begin(self, wish: Wish, plan: Plan) -> Control:
+    def _begin(self, wish: Wish, plan: Plan, permission: Permission) -> Control:
         self._last += 1
         job = Job(self._last, plan.operation, plan.machine, plan.device, wish.uid)
-        details = self.details(plan, plan.device, wish.options)
+        details = self._details(plan, plan.device, plan.overridden(wish.options.override))
         control = Control(job, self._emit, wish.options.timeout, plan.devices, details)
         self._controls[job.number] = control
-        task = asyncio.get_running_loop().create_task(self._run(wish, plan, control))
+        task = asyncio.get_running_loop().create_task(self._run(wish, plan, permission, control))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(vital)
         return control
 
-    async def _run(self, wish: Wish, plan: Plan, control: Control) -> None:
+    async def _run(self, wish: Wish, plan: Plan, permission: Permission, control: Control) -> None:
         result: dict[str, object] = {"state": "done", "progress": 1.0, "step": ""}
         try:
-            await self._run_alone(wish, plan, control)
+            await self._run_alone(wish, plan, permission, control)
         except errors.Cancelled as error:
             result = {"state": "cancelled", "error_name": names.ERROR_PREFIX + error.name, "error_message": str(error)}
         except errors.HostpassError as error:
@@ -255,7 +321,7 @@ class Operations:
         self._tidy_soon(retry=True)
         asyncio.get_running_loop().call_later(JOB_STAYS, self._emit, JobForgotten(control.job.number))
 
-    async def _run_alone(self, wish: Wish, plan: Plan, control: Control) -> None:
+    async def _run_alone(self, wish: Wish, plan: Plan, permission: Permission, control: Control) -> None:
         """Waits for its turn; plans afresh then, because the job before may have changed everything."""
         alone = contextlib.AsyncExitStack()
         turn = asyncio.ensure_future(self._turn(alone, plan.groups))
@@ -268,7 +334,7 @@ class Operations:
             turn.result()
             control.check()
             again = self._allowed_plan(wish)
-            if not _is_authorised(again, plan, wish.options):
+            if not permission.covers(self._permission(again, wish.options)):
                 raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
             await self._executor.run(again, control)
         finally:
@@ -287,21 +353,21 @@ class Operations:
 
     def audit_cancel(self, job: Job, uid: int, error: errors.HostpassError | None = None) -> None:
         """Into the journal: UID cancelled JOB, or was refused with ERROR."""
-        audit(
-            names.MESSAGE_OPERATION,
-            f"cancel of job {job.number}, the {job.operation} of {job.device}"
-            + (f" refused ({error})" if error else ""),
-            device=job.device,
-            machine=job.machine,
-            machine_name=self._state.machine_name(job.machine),
-            operation="cancel",
-            job=str(job.number),
-            result=_full_name(error) if error else "done",
-            uid=str(uid),
-        )
+        text = f"cancel of job {job.number}, the {job.operation} of {job.device}"
+        fields = {
+            "device": job.device,
+            "machine": job.machine,
+            "machine_name": self._state.machine_name(job.machine),
+            "operation": "cancel",
+            "job": str(job.number),
+        }
+        if error:
+            self._audit_log.refusal(uid, f"{text} refused ({error})", **fields, result=_full_name(error))
+        else:
+            self._audit_log.write(names.MESSAGE_OPERATION, text, **fields, result="done", uid=str(uid))
 
     def _audit_recovery(self, left: Unfinished, device: str) -> None:
-        audit(
+        self._audit_log.write(
             names.MESSAGE_OPERATION,
             f"{left.operation} of {device} was not finished, and what it left has been put in order",
             device=device,
@@ -315,7 +381,7 @@ class Operations:
     def _audit(self, job: Job, device: str) -> None:
         why = f" ({job.error_message})" if job.error_message else ""
         along = "" if device == job.device else f", along with {job.device}"
-        audit(
+        self._audit_log.write(
             names.MESSAGE_OPERATION,
             f"{job.operation} of {device}{along}: {job.state}{why}",
             device=device,
@@ -328,20 +394,23 @@ class Operations:
         )
 
     def _audit_refusal(self, wish: Wish, error: errors.HostpassError) -> None:
-        device, machine = wish.device, None
+        if isinstance(error, _NOTHING_THERE):
+            log.debug("%s by user %d refused: %s", wish.operation, wish.uid, error)
+            return
+        device, machine = "", None
         with contextlib.suppress(errors.HostpassError):
             device = find.one_device(self._state, wish.device).name
         with contextlib.suppress(errors.HostpassError):
             machine = find.one_machine(self._state, wish.machine)
-        audit(
-            names.MESSAGE_OPERATION,
-            f"{wish.operation} of {device} refused ({error})",
+        self._audit_log.refusal(
+            wish.uid,
+            f"{wish.operation} of {device or wish.device} refused ({error})",
             device=device,
+            spelt="" if device else wish.device,
             machine=machine.uuid if machine else "",
-            machine_name=machine.name if machine else wish.machine,
+            machine_name=machine.shown_name if machine else "",
             operation=wish.operation,
             result=_full_name(error),
-            uid=str(wish.uid),
         )
 
 
@@ -355,16 +424,13 @@ def _full_name(error: errors.HostpassError) -> str:
     return (names.STANDARD_ERROR_PREFIX if error.standard else names.ERROR_PREFIX) + error.name
 
 
-def _is_authorised(plan: Plan, authorised: Plan, options: Options) -> bool:
-    """Whether who may do AUTHORISED may do PLAN: the same things, to the same machine, past no more blockers."""
-    if plan.machine != authorised.machine:
-        return False
-    same = (plan.devices, plan.instances) == (authorised.devices, authorised.instances)
-    return same and set(plan.overridden(options.override)) <= set(authorised.overridden(options.override))
+def _one_word(name: str) -> str:
+    """NAME as one word: the id of a missing thing is a claim of whoever wrote the machine's configuration."""
+    return re.sub(r"[^!-~]", "\N{REPLACEMENT CHARACTER}", name)
 
 
-def action_of(plan: Plan, options: Options) -> str:
-    """The polkit action that PLAN, with these OPTIONS, needs."""
+def _action_of(plan: Plan, overridden: Sequence[Blocker]) -> str:
+    """The polkit action that a device of PLAN needs, past these blockers of its own."""
     if plan.operation == "dismiss":
         return names.ACTION_DISMISS
-    return names.ACTION_ASSIGN_OVERRIDE if plan.overridden(options.override) else names.ACTION_ASSIGN
+    return names.ACTION_ASSIGN_OVERRIDE if overridden else names.ACTION_ASSIGN

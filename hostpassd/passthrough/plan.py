@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hostpassd import errors
 from hostpassd.host.device import ASSIGNABLE_KINDS, Device
@@ -138,9 +138,10 @@ class Plan:
         """The blockers that a caller who accepts OVERRIDE still meets."""
         return tuple(b for b in self.blockers if b.severity == eligibility.NEVER or b.code not in override)
 
-    def overridden(self, override: frozenset[str]) -> tuple[str, ...]:
-        """The codes of OVERRIDE that are needed."""
-        return tuple(sorted({b.code for b in self.blockers if b.code in override and b not in self.refused(override)}))
+    def overridden(self, override: frozenset[str]) -> tuple[Blocker, ...]:
+        """The blockers that a caller who accepts OVERRIDE goes past."""
+        refused = self.refused(override)
+        return tuple(b for b in self.blockers if b not in refused)
 
 
 def undo(step: Step) -> Step | None:
@@ -235,22 +236,26 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
     return _plan(state, "dismiss", machine, device, devices, steps)
 
 
-def plan_dismiss_missing(machine: Machine, missing: Missing, place: str, options: Options) -> Plan:
-    """The plan that takes out of MACHINE what it holds and is not on this host. PLACE: where it was last, or ''."""
+def plan_dismiss_missing(machine: Machine, rows: Sequence[Missing], last: tuple[str, int], options: Options) -> Plan:
+    """The plan that takes ROWS, claims on one thing that is not on this host, out of MACHINE.
+
+    LAST: the name and the instance that it had, ('', 0) if it never was here. Errors: HypervisorUnavailable,
+    NotAssigned.
+    """
     _check_reachable(machine)
-    live = missing.live if options.live is None else options.live
-    config = missing.config if options.config is None else options.config
-    name = place or missing.id
+    ids = {row.id for row in rows}
+    place, instance = last
+    name = place or rows[0].id
     steps: list[Step] = []
-    for claim in machine.stored if config else ():
-        if claim.id == missing.id:
+    for claim in machine.stored if options.config is not False else ():
+        if claim.id in ids:
             steps.append(Unstore(name, claim))
-    for claim in machine.live if live else ():
-        if claim.id == missing.id and claim.alias and not claim.missing:
+    for claim in machine.live if options.live is not False else ():
+        if claim.id in ids and claim.alias and not claim.missing:
             steps.append(Release(name, claim.alias, claim.id))
     if not steps:
-        raise errors.NotAssigned(f"{machine.name} does not have {missing.id} in the half asked for")
-    return Plan("dismiss", machine.uuid, name, (name,), (0,), tuple(steps), (name,))
+        raise errors.NotAssigned(f"{machine.name} does not have {name} in the half asked for")
+    return Plan("dismiss", machine.uuid, name, (name,), (instance,), tuple(steps), (name,))
 
 
 def alias_of(device: Device) -> str:
@@ -345,7 +350,9 @@ def _port_blockers(machine: Machine, to_attach: list[Device]) -> Iterable[Blocke
         needed = [d for d in to_attach if d.pci and d.pci.express is express]
         if len(needed) > free:
             names = ", ".join(d.name for d in needed)
-            text = f"{machine.name} has {free} free places for {names}: give it {what} for each and start it again"
+            text = (
+                f"{machine.shown_name} has {free} free places for {names}: give it {what} for each and start it again"
+            )
             yield Blocker("no-free-port", eligibility.OVERRIDE, text, needed[0].name)
 
 

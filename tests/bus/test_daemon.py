@@ -38,11 +38,11 @@ MACHINES = """<node xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>
 class Daemon:
     """The daemon as a process, with what it writes."""
 
-    def __init__(self, bus: PrivateBus, host: MockHost, folder: Path) -> None:
+    def __init__(self, bus: PrivateBus, host: MockHost, folder: Path, *more: str) -> None:
         (folder / "machines.xml").write_text(MACHINES, encoding="utf-8")
         self._command = [sys.executable, "-B", "-m", "hostpassd", "--bus-address", bus.address]
         self._command += ["--uri", f"test://{folder}/machines.xml", "--state-folder", f"{folder}/state"]
-        self._command += ["--config", f"{folder}/hostpassd.toml"]
+        self._command += ["--config", f"{folder}/hostpassd.toml", *more]
         self._environment = host.environment()
 
     async def start(self) -> None:
@@ -147,7 +147,9 @@ async def test_the_tree_is_told_and_spelt(daemon: Daemon, client: Client) -> Non
         "1-1.2": "usb_1_1_2",
         "enp1s0": "net_enp1s0",
         "52:54:00:00:00:10": "net_enp1s0",
-        "TWIN": "usb_1_1_3",
+        "serial:TWIN": "usb_1_1_3",
+        "sda": "block_sda",
+        "1-1.2:1.0": "usb_1_1_2__1_0",
         "/dev/bus/usb/001/004": "usb_1_1_3",
         "usb_1_2": "usb_1_2",
         nic["org.hostpassd1.Device"]["SysfsPath"]: "pci_0000_01_00_0",
@@ -157,7 +159,21 @@ async def test_the_tree_is_told_and_spelt(daemon: Daemon, client: Client) -> Non
     }.items():
         assert (await manager(client, "FindDevices", "s", text))[0] == [DEVICES + name], text
     assert (await manager(client, "FindDevices", "s", "46f4:0001"))[0] == [DEVICES + "usb_1_1_2", DEVICES + "usb_1_1_3"]
-    assert (await manager(client, "FindDevices", "s", "no such thing"))[0] == []
+    for text in ("no such thing", "TWIN", "serial:twin", "/sys/bus/pci/devices/../../../../tmp", "/sys/class/net/nope"):
+        assert (await manager(client, "FindDevices", "s", text))[0] == [], text
+
+
+@pytest.mark.parametrize("text", ["x" * 513, "/sys/" + "a/" * 30000, "/sys/class/" + "a/" * 30000])
+async def test_a_text_longer_than_any_name_is_refused_by_everything_that_takes_one(
+    daemon: Daemon, client: Client, text: str
+) -> None:
+    calls: list[tuple[str, str, list[Any]]] = [("FindDevices", "s", [text]), ("GetMachine", "s", [text])]
+    for member in ("Assign", "Dismiss", "PlanAssign", "PlanDismiss"):
+        calls += [(member, "ssa{sv}", ["demo", text, {}]), (member, "ssa{sv}", [text, "1-1.2", {}])]
+    for member, signature, body in calls:
+        with pytest.raises(Refused) as refused:
+            await manager(client, member, signature, *body)
+        assert refused.value.name == "org.freedesktop.DBus.Error.InvalidArgs", member
 
 
 async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, client: Client, root: Client) -> None:
@@ -197,7 +213,7 @@ async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, cl
         ("Assign", "demo", "1-1.2", {"instance": {"v": ["t", 1]}}, "StalePlan"),
         ("Assign", "demo", "1-1", {}, "Blocked"),
         ("Assign", "demo", "00:1f.2", {}, "Blocked"),
-        ("Assign", "demo", "ttyS0", {}, "NoSuchDevice"),
+        ("Assign", "demo", "ttyS0", {}, "Blocked"),
         ("Assign", "demo", "/dev/ttyS0", {}, "Blocked"),
         ("Dismiss", "demo", "1-1.2", {}, "NotAssigned"),
         ("Dismiss", "demo", "1-1.2", {"rom-bar": {"v": ["b", True]}}, "InvalidOption"),
@@ -353,6 +369,20 @@ async def test_the_configuration_is_used(bus: PrivateBus, host: MockHost, tmp_pa
     assert [b[0] for b in (await device(client, "pci_0000_01_00_0"))["Blockers"]] == ["class-excluded"]
     assert [b[0] for b in (await device(client, "usb_1_1_2"))["Blockers"]] == ["host-system"]
     await daemon.stop()
+
+
+async def test_whoever_does_not_read_its_log_does_not_stop_the_daemon(
+    bus: PrivateBus, host: MockHost, tmp_path: Path, client: Client
+) -> None:
+    """Every refusal is a debug line; a pipe takes some hundred, and this test's loop reads some hundred more."""
+    daemon = Daemon(bus, host, tmp_path, "--log-level", "debug")
+    await daemon.start()
+    await wait_for_name(client)
+    for _ in range(300):
+        calls = [client.begin(ROOT, MANAGER, "Assign", "ssa{sv}", "demo", "nope" * 100, {}) for _ in range(16)]
+        answers = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), PATIENCE)
+        assert {getattr(answer, "name", answer) for answer in answers} == {"org.hostpassd1.Error.NoSuchDevice"}
+    assert "lines are lost" in await daemon.stop()
 
 
 async def test_a_second_daemon_says_so_and_the_first_goes_on(

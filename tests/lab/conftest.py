@@ -15,7 +15,7 @@ from tests.lab.front import Front, Recording
 from tests.lab.guest import Guest
 from tests.lab.image import cache_folder
 from tests.lab.install import install
-from tests.lab.machine import Host
+from tests.lab.machine import PATIENCE, Host
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def recorder(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> bytes:
-    return process.communicate(timeout=60)[0]
+    return process.communicate(timeout=PATIENCE)[0]
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:

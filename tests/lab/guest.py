@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import uuid
 
-from tests.lab.machine import Host, Result
+from tests.lab.machine import PATIENCE, Host, Result
 
 LOGS = "/var/log/libvirt/qemu"
 SOCKETS = "/var/lib/libvirt/qemu"
@@ -54,7 +54,7 @@ class Guest:
         else:
             self.host.run("virsh -q create /dev/stdin", input=self.xml)
 
-    def wait_up(self, timeout: float = 180) -> None:
+    def wait_up(self, timeout: float = PATIENCE) -> None:
         """Returns when the guest's kernel runs and its shell answers."""
         self.wait_sees("guest is up", timeout)
 
@@ -101,7 +101,7 @@ class Guest:
         """Whether the guest's kernel has said something that an extended regular expression finds."""
         return self.host.run(f"grep -Eq -e {shlex.quote(pattern)} {self.log}", check=False).status == 0
 
-    def wait_sees(self, pattern: str, timeout: float = 60) -> None:
+    def wait_sees(self, pattern: str, timeout: float = PATIENCE) -> None:
         """Waits until the guest's kernel has said it."""
         try:
             self.host.wait_for(f"grep -Eq -e {shlex.quote(pattern)} {self.log}", timeout, interval=0.5)
@@ -109,7 +109,7 @@ class Guest:
             error.add_note(f"The guest's last words:\n{self.messages()[-2000:]}")
             raise
 
-    def run(self, command: str, check: bool = True, timeout: float = 60) -> Result:
+    def run(self, command: str, check: bool = True, timeout: float = PATIENCE) -> Result:
         """Runs a shell command in the guest, over its console."""
         typed = f"python3 /opt/lab/console.py {self.socket} {timeout:g} {shlex.quote(command)}"
         return self.host.run(typed, check=check, timeout=timeout + 10)

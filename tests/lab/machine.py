@@ -23,6 +23,10 @@ from typing import Any
 
 from tests.lab.image import Image, ready_image
 
+# Seconds after which whoever waits for something has waited in vain. It is long, for no test may hang on the speed of
+# the machine that it runs on: under software emulation everything takes what it takes.
+PATIENCE = 300
+
 DISPLAY = "0000:00:02.0"
 ROOT_DISK = "0000:00:03.0"
 UPLINK = "0000:00:04.0"
@@ -153,7 +157,7 @@ class Host:
 
     # --- life ---
 
-    def boot(self, timeout: float = 300) -> None:
+    def boot(self, timeout: float = 2 * PATIENCE) -> None:
         """Starts the host and returns when it takes commands."""
         for name in ("stick", "disk", "cd", "nvme"):
             _make_disk(self.folder / f"{name}.img")
@@ -186,7 +190,7 @@ class Host:
         self._master = self._qemu = self._qmp = None
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def reboot(self, *, power_cut: bool = False, timeout: float = 300) -> None:
+    def reboot(self, *, power_cut: bool = False, timeout: float = 2 * PATIENCE) -> None:
         """Boots the same disk again, in an orderly way or as after a power cut."""
         if power_cut:
             self.qmp("system_reset")
@@ -254,7 +258,7 @@ class Host:
         command: str,
         *,
         check: bool = True,
-        timeout: float = 120,
+        timeout: float = PATIENCE,
         user: str = "root",
         input: str | bytes | None = None,
     ) -> Result:
@@ -286,7 +290,7 @@ class Host:
         """Puts the person at the terminal in front of a shell inside the host."""
         return subprocess.call([*self._ssh, "-t", "root@127.0.0.1"])
 
-    def wait_for(self, condition: str, timeout: float = 60, *, user: str = "root", interval: float = 0.2) -> None:
+    def wait_for(self, condition: str, timeout: float = PATIENCE, *, user: str = "root", interval: float = 0.2) -> None:
         """Waits inside the host, as one command, until a shell condition holds."""
         loop = f"until {{ {condition}\n}} >/dev/null 2>&1; do sleep {interval}; done"
         self.run(loop, timeout=timeout, user=user)
@@ -342,7 +346,7 @@ class Host:
         assert self._qmp is not None, "the host is not running"
         return self._qmp.call(command, arguments)
 
-    def qmp_event(self, name: str, timeout: float = 60, **data: Any) -> dict[str, Any]:
+    def qmp_event(self, name: str, timeout: float = PATIENCE, **data: Any) -> dict[str, Any]:
         """The first event of that name and that data not yet asked for, waited for if need be."""
         assert self._qmp is not None, "the host is not running"
         return self._qmp.event(name, data, timeout)
@@ -351,7 +355,7 @@ class Host:
         """Plugs a device in, as a hand would."""
         self.qmp("device_add", driver=driver, id=id, **properties)
 
-    def unplug(self, id: str, timeout: float = 60) -> None:
+    def unplug(self, id: str, timeout: float = PATIENCE) -> None:
         """Pulls a device out; a PCI device is gone when the host has let go of it."""
         self.qmp("device_del", id=id)
         self.qmp_event("DEVICE_DELETED", timeout, device=id)
@@ -375,7 +379,7 @@ class _Qmp:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._buffer = b""
         self._events: list[dict[str, Any]] = []
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while True:
             try:
                 self._socket.connect(str(path))
@@ -389,7 +393,7 @@ class _Qmp:
 
     def call(self, command: str, arguments: dict[str, Any]) -> Any:
         self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while True:
             message = self._read(until)
             if "event" in message:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.front import DEVICES, ERROR, BusError, Front, Recording
 from tests.lab.guest import Guest
-from tests.lab.machine import Host
+from tests.lab.machine import PATIENCE, Host
 from tests.lab.test_assign import DRIVERS, LONE, PAIR, driver, hostdevs
 
 GRAPHICS = ("pci_0000_07_00_0", "pci_0000_07_00_1")
@@ -65,12 +65,12 @@ def test_a_plan_goes_stale_with_what_it_rests_on_and_with_nothing_else(
     front.sync()
     front.assign("engine", LUN, plan=token)
     front.dismiss("engine", LUN)
-    token = front.plan("Assign", "engine", "UNRELATED-0001")["token"]
+    token = front.plan("Assign", "engine", "serial:UNRELATED-0001")["token"]
     host.unplug("unrelated")
     host.wait_for("! lsblk -dnro SERIAL | grep -q UNRELATED-0001")
     front.sync()
     with pytest.raises(BusError, match=ERROR + "(StalePlan|NoSuchDevice)"):
-        front.assign("engine", "UNRELATED-0001", plan=token)
+        front.assign("engine", "serial:UNRELATED-0001", plan=token)
 
 
 def test_two_callers_at_once_on_one_group_never_make_half_of_it(
@@ -80,9 +80,9 @@ def test_two_callers_at_once_on_one_group_never_make_half_of_it(
     other.define()
     other.start()
     front.sync()
-    call = "busctl --timeout=100 call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager Assign 'ssa{sv}'"
-    one, two = f"{call} engine {PAIR[0]} 1 timeout u 60", f"{call} rival {PAIR[1]} 1 timeout u 60"
-    said = host.run(f"({one}; echo ended $?) 2>&1 & ({two}; echo ended $?) 2>&1 & wait", timeout=200).stdout
+    call = "busctl --timeout=280 call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager Assign 'ssa{sv}'"
+    one, two = f"{call} engine {PAIR[0]} 1 timeout u 250", f"{call} rival {PAIR[1]} 1 timeout u 250"
+    said = host.run(f"({one}; echo ended $?) 2>&1 & ({two}; echo ended $?) 2>&1 & wait").stdout
     assert sorted(re.findall(r"ended (\d+)", said)) == ["0", "1"], said
     assert "held-live" in said or "held-config" in said or "busy" in said, said
     front.sync()
@@ -110,7 +110,7 @@ def test_a_guest_that_answers_late_still_ends_the_hold(
     try:
         front.sync()
         with pytest.raises(BusError, match=ERROR + "GuestDidNotRelease"):
-            front.dismiss("engine", PAIR[0], timeout=10)
+            front.dismiss_in_vain("engine", PAIR[0])
         assert any(hold["releasing"] for name in PAIR for _, hold in front.device(name)["Holders"])
         assert "HoldRemoved" not in recording.members() and hostdevs(running.stored_xml()) == 0
     finally:
@@ -177,8 +177,8 @@ def _operate_and_die(host: Host, front: Front, operation: str, at: int) -> bool:
     pid = host.run("systemctl show -p MainPID --value hostpassd").stdout.strip()
     tracer = host.open(f"exec {KILL_AT.format(at, pid)}")
     host.wait_for(f"grep -q '^TracerPid:.[1-9]' /proc/{pid}/status")
-    call = f"busctl --timeout=100 call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager {operation} 'ssa{{sv}}'"
-    host.run(f"{call} engine {PAIR[0]} 1 timeout u 60", check=False, timeout=150)
+    call = f"busctl --timeout=280 call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager {operation} 'ssa{{sv}}'"
+    host.run(f"{call} engine {PAIR[0]} 1 timeout u 250", check=False)
     killed = host.run(f"test -d /proc/{pid}", check=False).status != 0
     if killed:
         host.wait_for(
@@ -186,7 +186,7 @@ def _operate_and_die(host: Host, front: Front, operation: str, at: int) -> bool:
         )
     else:
         host.run("pkill -x strace")
-    tracer.communicate(timeout=60)
+    tracer.communicate(timeout=PATIENCE)
     return killed
 
 

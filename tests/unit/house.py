@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hostpassd.daemon import Daemon
 from hostpassd.events import DevicesScanned
 from hostpassd.host.device import Device
 from hostpassd.passthrough.execute import Control
-from hostpassd.passthrough.operations import Wish
+from hostpassd.passthrough.operations import Check, Wish
 from hostpassd.passthrough.plan import Options
 from tests.unit.world import URI, Libvirt, machine, pci, usb
 
@@ -66,7 +66,7 @@ class House:
             found.append(row)
 
     async def start(self, operation: str, device: Device, denied: bool = False) -> Control:
-        async def authorise(action: str, details: Mapping[str, str]) -> None:
+        async def authorise(checks: Sequence[Check]) -> None:
             if denied:
                 raise errors.NotAuthorized("no")
 

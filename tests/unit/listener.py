@@ -36,7 +36,8 @@ class Reply:
 class Bus:
     """Takes the place of a router's connection: real bytes go in, and are answered as dbus-daemon and polkit would.
 
-    `prompting`: polkit's answers wait for `answer_prompts`. `client` hears every signal, `replies` are to its calls.
+    `prompting`: polkit wants passwords, and its prompts wait for `answer_prompts`. `client` hears every signal,
+    `replies` are to its calls.
     """
 
     def __init__(self, router: Router) -> None:
@@ -83,7 +84,7 @@ class Bus:
             if self.prompting and message.body[3]:
                 self._prompts.append(message)
             else:
-                self._send(message, "(bba{ss})", [[True, False, {}]])
+                self._send(message, "(bba{ss})", [[not self.prompting, self.prompting, {}]])
             return
         match message.member:
             case "RequestName":

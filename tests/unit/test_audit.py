@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from hostpassd import errors
-from hostpassd.events import MachineRead
+from hostpassd import audit, errors, names
+from hostpassd.audit import AuditLog
+from hostpassd.events import DeviceSeen, Job, MachineGone, MachineRead
+from hostpassd.passthrough.operations import Check, Wish
+from hostpassd.passthrough.plan import Options
+from tests.unit.clockwork import Clockwork
 from tests.unit.house import CALLER, HUB, PAIR, STICK, House
-from tests.unit.world import UUID, hostdev, machine
+from tests.unit.world import UUID, hostdev, machine, usb
 
 
 @pytest.fixture
@@ -107,19 +113,41 @@ async def test_what_is_refused_has_a_record_with_the_caller(house: House) -> Non
         await house.start("assign", HUB)
     with pytest.raises(errors.NotAssigned):
         await house.start("dismiss", STICK)
-    with pytest.raises(errors.NoSuchDevice):
-        await house.start("assign", dataclasses.replace(STICK, name="no\nsuch thing" + "x" * 9999))
     records = house.records()
-    assert [row["RESULT"].rpartition(".")[2] for row in records] == [
-        "NotAuthorized",
-        "Blocked",
-        "NotAssigned",
-        "NoSuchDevice",
-    ]
-    assert [row["DEVICE"] for row in records[:3]] == [STICK.name, HUB.name, STICK.name]
-    assert records[3]["DEVICE"].startswith("no such thingxxx")
+    assert [row["RESULT"].rpartition(".")[2] for row in records] == ["NotAuthorized", "Blocked", "NotAssigned"]
+    assert [row["DEVICE"] for row in records] == [STICK.name, HUB.name, STICK.name]
     for row in records:
-        assert (row["UID"], row["MACHINE"], row["MACHINE_NAME"]) == (str(CALLER), UUID, "vm") and "JOB" not in row
+        assert (row["UID"], row["MACHINE"], row["MACHINE_NAME"]) == (str(CALLER), UUID, "vm")
+        assert "JOB" not in row and "SPELT" not in row
+
+
+async def test_a_refusal_for_what_is_not_there_is_no_record(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """Or anybody could write thousands of them, with names of their own choice."""
+    caplog.set_level(logging.DEBUG, "hostpassd")
+    twin = usb("1-3", number=9)
+    house.daemon.emit(DeviceSeen(twin))
+    for name in ("nope", "x" * 9999, "46f4:0001"):
+        with pytest.raises((errors.NoSuchDevice, errors.InvalidArgs, errors.AmbiguousDevice)):
+            await house.start("assign", dataclasses.replace(STICK, name=name))
+    house.daemon.emit(MachineGone(UUID))
+    with pytest.raises(errors.NoSuchMachine):
+        await house.start("assign", STICK)
+    assert house.records() == []
+    told = [record for record in caplog.records if "refused" in record.getMessage()]
+    assert [record.levelname for record in told] == ["DEBUG"] * 4
+    assert all(f"user {CALLER}" in record.getMessage() for record in told)
+
+
+async def test_what_was_spelt_and_is_not_there_is_in_no_field_of_a_device(house: House) -> None:
+    wish = Wish("assign", "vm", "usb_9_9", Options(plan="0" * 32), CALLER)
+    with pytest.raises(errors.StalePlan):
+        await house.daemon._operations.start(wish, _yes)
+    [record] = house.records()
+    assert record["SPELT"] == "usb_9_9" and "DEVICE" not in record
+
+
+async def _yes(checks: Sequence[Check]) -> None:
+    pass
 
 
 async def test_what_was_left_and_put_in_order_is_ours_and_has_a_record(house: House) -> None:
@@ -133,3 +161,141 @@ async def test_what_was_left_and_put_in_order_is_ours_and_has_a_record(house: Ho
     [record] = house.records()
     assert (record["KIND"], record["RESULT"], record["JOB"]) == ("operation", "recovered", "1")
     assert "put in order" in record["MESSAGE"]
+
+
+# --- what it costs ---
+
+
+class Journal:
+    """What journald is to the daemon: a socket that takes some datagrams, and then no more until it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.socket.bind(str(path))
+
+    def read(self) -> list[dict[str, str]]:
+        """The records that came since the last call."""
+        found: list[dict[str, str]] = []
+        while True:
+            try:
+                lines = self.socket.recv(65536).decode().splitlines()
+            except BlockingIOError:
+                return found
+            found.append(
+                {name.removeprefix("HOSTPASSD_"): value for name, _, value in (x.partition("=") for x in lines)}
+            )
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
+    made = Journal(tmp_path / "socket")
+    monkeypatch.setattr(audit, "_SOCKET", str(tmp_path / "socket"))
+    yield made
+    made.socket.close()
+
+
+@pytest.fixture
+def loop() -> Iterator[Clockwork]:
+    made = Clockwork()
+    yield made
+    made.abandon()
+
+
+def refused(log: AuditLog, loop: Clockwork, uid: int) -> None:
+    loop.do(lambda: log.refusal(uid, "refused", operation="assign", device="usb_1_1"))
+
+
+def test_of_refusals_a_user_has_a_few_records_a_minute_and_a_count(journal: Journal, loop: Clockwork) -> None:
+    log = AuditLog()
+    for _ in range(1000):
+        refused(log, loop, 1000)
+    refused(log, loop, 1001)
+    assert [row["UID"] for row in journal.read()] == ["1000"] * 5 + ["1001"]
+    loop.advance(59)
+    assert journal.read() == []
+    loop.advance(1)
+    [record] = journal.read()
+    assert (record["UID"], record["LEFT_OUT"], record["OPERATION"]) == ("1000", "995", "refusals")
+    assert record["MESSAGE_ID"] == names.MESSAGE_OPERATION and "995 more calls of user 1000" in record["MESSAGE"]
+    refused(log, loop, 1000)
+    assert [row["MESSAGE"] for row in journal.read()] == ["refused"]
+    loop.advance(600)
+    assert journal.read() == []
+
+
+def test_nor_do_many_users_fill_the_journal(journal: Journal, loop: Clockwork) -> None:
+    """Who has a range of user ids has 65,536 of them."""
+    log, records = AuditLog(), 0
+    for uid in range(100000, 101000):
+        for _ in range(10):
+            refused(log, loop, uid)
+            records += len(journal.read())
+    assert records == 60
+    loop.advance(60)
+    counts: list[int] = []
+    while told := journal.read():
+        counts += [int(row["LEFT_OUT"]) for row in told]
+        if log._waiting:  # the socket had no room for all of them at once
+            loop.do(log._send_waiting)
+    assert len(counts) == 21 and sum(counts) + records == 10000
+    assert not log._refusals and not log._left_out
+
+
+async def test_a_cancel_that_is_refused_is_a_refusal_like_others(house: House) -> None:
+    operations = house.daemon._operations
+    job = Job(1, "assign", UUID, STICK.name, CALLER)
+    for _ in range(100):
+        operations.audit_cancel(job, 1001, errors.NotAuthorized("no"))
+    assert {row["OPERATION"] for row in house.records()} == {"cancel"}
+    operations.audit_cancel(job, CALLER)
+    assert [row["RESULT"] for row in house.records()] == ["done"]
+
+
+@pytest.mark.parametrize("lost", [0, 7])
+async def test_a_full_journal_is_waited_for_by_nobody_and_gets_all_later(
+    journal: Journal, caplog: pytest.LogCaptureFixture, lost: int
+) -> None:
+    """journald's queue is full, and stderr may be nobody's to read: the loop goes on."""
+    caplog.set_level(logging.DEBUG)
+    log, sent = AuditLog(), 0
+    while not log._waiting:
+        log.write(names.MESSAGE_OPERATION, str(sent), uid="1000")
+        sent += 1
+    for _ in range(audit._WAITING_LIMIT - 1 + lost):
+        log.write(names.MESSAGE_OPERATION, str(sent), uid="1000")
+        sent += 1
+    assert not caplog.records
+    records: list[dict[str, str]] = []
+    while log._waiting or log._lost:
+        records += journal.read()
+        await asyncio.sleep(0)
+    records += journal.read()
+    assert [row["MESSAGE"] for row in records[: sent - lost]] == [str(number) for number in range(sent - lost)]
+    assert [row["MESSAGE"] for row in records[sent - lost :]] == (
+        [f"{lost} records are lost: the journal had no room for them"] if lost else []
+    )
+    log.write(names.MESSAGE_OPERATION, "again")
+    assert [row["MESSAGE"] for row in journal.read()] == ["again"]
+
+
+async def test_a_journal_that_goes_while_something_waits_leaves_the_log(
+    journal: Journal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    log = AuditLog()
+    while not log._waiting:
+        log.write(names.MESSAGE_OPERATION, "assign of usb_1_1: done", uid="1000")
+    journal.socket.close()
+    (tmp_path / "socket").unlink()
+    while log._waiting:
+        await asyncio.sleep(0)
+    assert [record.getMessage() for record in caplog.records] == ["assign of usb_1_1: done (by user 1000)"]
+
+
+def test_without_a_journal_the_log_has_it_and_who_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(audit, "_SOCKET", str(tmp_path / "nothing"))
+    caplog.set_level(logging.INFO)
+    AuditLog().write(names.MESSAGE_OPERATION, "assign of usb_1_1:\ndone", uid="1000")
+    assert [record.getMessage() for record in caplog.records] == ["assign of usb_1_1: done (by user 1000)"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from hostpassd import errors
+from hostpassd.audit import AuditLog
 from hostpassd.events import (
     DeviceAdded,
     DeviceGone,
@@ -25,7 +26,7 @@ from hostpassd.events import (
 from hostpassd.host.device import Device
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.intents import IntentLog
-from hostpassd.passthrough.operations import Operations, Wish
+from hostpassd.passthrough.operations import Check, Operations, Wish
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
 from tests.unit.world import OTHER, URI, UUID, Libvirt, bridge, hostdev, machine, pci, scsi, state_of, usb
@@ -60,7 +61,7 @@ class World:
         self.libvirt.emit = self.emit
         self.intents = IntentLog(folder / "intents", (URI,))
         self.executor = Executor(self.state, lambda uri: self.libvirt, self.settle, self.emit, self.intents)
-        self.operations = Operations(self.state, self.executor, self.emit, self.intents)
+        self.operations = Operations(self.state, self.executor, self.emit, self.intents, AuditLog())
 
     def emit_early(self, event: Event) -> None:
         self.state.apply(event)
@@ -80,7 +81,7 @@ class World:
         return control.job
 
     async def start(self, operation: str, device: Device, timeout: int = 5) -> Control:
-        async def authorise(action: str, details: Mapping[str, str]) -> None:
+        async def authorise(checks: Sequence[Check]) -> None:
             pass
 
         wish = Wish(operation, "vm", device.name, Options(timeout=timeout), 0)
@@ -413,7 +414,7 @@ async def test_two_callers_on_one_group_never_make_half_a_group(tmp_path: Path) 
 async def test_a_replug_between_prompt_and_job_is_a_stale_plan(tmp_path: Path) -> None:
     world = World(tmp_path)
 
-    async def authorise(action: str, details: Mapping[str, str]) -> None:
+    async def authorise(checks: Sequence[Check]) -> None:
         world.emit(DeviceSeen(usb("1-1", number=9)))
 
     with pytest.raises(errors.StalePlan):
@@ -435,8 +436,8 @@ async def test_whatever_changes_during_the_prompt_is_not_what_was_authorised(tmp
     world = World(tmp_path)
     asked: list[str] = []
 
-    async def authorise(action: str, details: Mapping[str, str]) -> None:
-        asked.append(action)
+    async def authorise(checks: Sequence[Check]) -> None:
+        asked.extend(action for action, _ in checks)
         world.emit(event)
 
     options = Options(override=frozenset({"mounted"}))
@@ -497,7 +498,7 @@ async def test_a_stick_and_its_controller_are_not_handed_out_at_once(tmp_path: P
         world.emit(DeviceSeen(device))
         world.libvirt.home[device.name] = device.driver
 
-    async def authorise(action: str, details: Mapping[str, str]) -> None:
+    async def authorise(checks: Sequence[Check]) -> None:
         pass
 
     other = machine("other", OTHER)
@@ -523,8 +524,8 @@ async def test_a_queued_job_does_not_go_to_another_machine_of_that_name(tmp_path
 async def test_a_queued_job_does_not_go_past_a_blocker_that_nobody_authorised(tmp_path: Path) -> None:
     world = World(tmp_path)
 
-    async def authorise(action: str, details: Mapping[str, str]) -> None:
-        assert action == "org.hostpassd1.assign"
+    async def authorise(checks: Sequence[Check]) -> None:
+        assert [action for action, _ in checks] == ["org.hostpassd1.assign"]
 
     async with world.executor.alone((LUN.name,)):
         options = Options(override=frozenset({"mounted"}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from hostpassd import errors, names
 from hostpassd.bus.access import Access
 from hostpassd.bus.router import Call, Router
+from hostpassd.passthrough.operations import Check
 from tests.unit.house import CALLER, PAIR, House
 from tests.unit.world import UUID
 
@@ -26,10 +27,11 @@ class Bus:
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.denied: dict[str, type[errors.HostpassError]] = {}
 
-        async def check(_: Access, call: Call, action: str, details: Mapping[str, str]) -> None:
-            self.asked.append((action, dict(details)))
-            if details["device.name"] in self.denied:
-                raise self.denied[details["device.name"]]("no")
+        async def check(_: Access, call: Call, checks: Sequence[Check]) -> None:
+            self.asked += [(action, dict(details)) for action, details in checks]
+            denied = [self.denied[row["device.name"]] for _, row in checks if row["device.name"] in self.denied]
+            for error in sorted(denied, key=lambda error: error is not errors.NotAuthorized):
+                raise error("no")
 
         async def uid_of(_: Router, sender: str) -> int:
             return int(sender.removeprefix(":1."))

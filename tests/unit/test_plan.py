@@ -254,7 +254,7 @@ def test_what_can_be_overridden_is_by_name_and_what_never_can_is_not() -> None:
     with pytest.raises(errors.Blocked):
         check_allowed(plan, frozenset({"not-leaf"}))
     check_allowed(plan, frozenset({"held-config"}))
-    assert plan.overridden(frozenset({"held-config", "not-leaf"})) == ("held-config",)
+    assert plan.overridden(frozenset({"held-config", "not-leaf"})) == plan.blockers
     state.apply(MachineRead(machine("b", OTHER, live=(hostdev(NIC),))))
     with pytest.raises(errors.Blocked):
         check_allowed(assign(state, NIC), frozenset({"held-live", "held-config"}))

@@ -54,10 +54,11 @@ def test_a_claim_finds_its_device_when_that_comes_and_is_missing_when_it_goes() 
     state.apply(MachineRead(machine(stored=(by_ids(),))))
     assert [row.config for row in state.missing[UUID]] == [True]
     assert state.apply(DeviceSeen(STICK))[0].holds_added
+    instance = state.devices[STICK.name].instance
     assert state.missing[UUID] == () and held(state) == {STICK.name: (False, True)}
     assert state.apply(DeviceGone(STICK.sysfs_path))[0].holds_removed
     assert held(state) == {} and len(state.missing[UUID]) == 1
-    assert state.last_place(UUID, state.missing[UUID][0].id) == STICK.name
+    assert state.last_place(UUID, state.missing[UUID][0].id) == (STICK.name, instance)
 
 
 def test_twins_are_told_apart_by_number_and_by_the_live_half() -> None:
