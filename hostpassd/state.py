@@ -39,8 +39,8 @@ from hostpassd.machines.machine import (
     ScsiSource,
     UsbSource,
 )
+from hostpassd.model.codes import Blocker
 from hostpassd.passthrough import eligibility
-from hostpassd.passthrough.eligibility import Blocker
 
 # What an object on the bus stands for: ("device", name), ("machine", uuid), ("job", number) or ("manager", "").
 Entity = tuple[str, str]

@@ -15,8 +15,8 @@ from hostpassd.audit import AuditLog
 from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
 from hostpassd.faults import vital
 from hostpassd.machines.machine import Machine, Missing
+from hostpassd.model.codes import Blocker
 from hostpassd.passthrough import plan as plans
-from hostpassd.passthrough.eligibility import Blocker
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog

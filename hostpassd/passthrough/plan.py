@@ -13,8 +13,8 @@ from hostpassd import errors
 from hostpassd.host.device import ASSIGNABLE_KINDS, Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.machines.machine import Claim, Hold, Machine, Missing
+from hostpassd.model.codes import NEVER, Blocker, blocker
 from hostpassd.passthrough import eligibility
-from hostpassd.passthrough.eligibility import Blocker
 from hostpassd.state import State
 
 # The kinds of hold that are the handing over of the device itself.
@@ -136,7 +136,7 @@ class Plan:
 
     def refused(self, override: frozenset[str]) -> tuple[Blocker, ...]:
         """The blockers that a caller who accepts OVERRIDE still meets."""
-        return tuple(b for b in self.blockers if b.severity == eligibility.NEVER or b.code not in override)
+        return tuple(b for b in self.blockers if b.severity == NEVER or b.code not in override)
 
     def overridden(self, override: frozenset[str]) -> tuple[Blocker, ...]:
         """The blockers that a caller who accepts OVERRIDE goes past."""
@@ -349,11 +349,8 @@ def _port_blockers(machine: Machine, to_attach: list[Device]) -> Iterable[Blocke
     ):
         needed = [d for d in to_attach if d.pci and d.pci.express is express]
         if len(needed) > free:
-            names = ", ".join(d.name for d in needed)
-            text = (
-                f"{machine.shown_name} has {free} free places for {names}: give it {what} for each and start it again"
-            )
-            yield Blocker("no-free-port", eligibility.OVERRIDE, text, needed[0].name)
+            names, told = tuple(d.name for d in needed), machine.shown_name
+            yield blocker("no-free-port", names[0], machine_name=told, devices=names, places=free, needs=what)
 
 
 # The kinds of node that are what a device does for the host.

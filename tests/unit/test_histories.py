@@ -38,7 +38,7 @@ from hostpassd.daemon import Daemon
 from hostpassd.events import DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
 from hostpassd.host.device import Device, MdevParent
 from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, PciSource, UsbSource
-from hostpassd.passthrough.eligibility import OVERRIDABLE
+from hostpassd.model.codes import OVERRIDABLE
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store
