@@ -1,4 +1,4 @@
-"""The documents against the code and the repository: codes, options, errors, kinds, links, paths, commands, spelling."""
+"""The documents against the code and the repository: codes, options, errors, links, paths, commands, spelling."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from hostpassd.passthrough import eligibility
 
 REPOSITORY = Path(__file__).parents[2]
 CODE = REPOSITORY / "hostpassd"
-DOCUMENTS = sorted(
-    path
-    for path in REPOSITORY.rglob("*.md")
-    if not any(part.startswith(".") for part in path.relative_to(REPOSITORY).parts)
-)
+
+
+def files(*patterns: str) -> list[Path]:
+    """The repository's files of these kinds, none of those that tools hide in it."""
+    found = {path for pattern in patterns for path in REPOSITORY.rglob(pattern)}
+    return sorted(path for path in found if "/." not in f"/{path.relative_to(REPOSITORY)}")
+
+
+DOCUMENTS = files("*.md")
 
 # Written ahead of the code that they speak of: what is here must not be there, and this list must become empty.
 AHEAD_PATHS = {
@@ -186,7 +190,7 @@ def paths_in(document: Path) -> set[str]:
     quoted = re.findall(r"`([\w.*-]+(?:/[\w.*-]*)*)`", prose_of(document))
     tops = {path.name for root in (REPOSITORY, CODE) for path in root.iterdir() if path.is_dir()}
     tops |= {path.partition("/")[0] for path in AHEAD_PATHS}
-    return {path for path in quoted if path.partition("/")[0] in tops and path not in tops or path.endswith(".py")}
+    return {path for path in quoted if (path.partition("/")[0] in tops and path not in tops) or path.endswith(".py")}
 
 
 def exists(path: str) -> bool:
@@ -219,8 +223,7 @@ KNOWN_WORDS = "withs"
 
 
 def test_spelling() -> None:
-    kinds = ("*.md", "*.py", "*.xml", "*.conf", "*.policy", "*.rules", "*.service", "*.toml", "*.txt")
-    files = [str(path.relative_to(REPOSITORY)) for kind in kinds for path in REPOSITORY.rglob(kind)]
-    command = ["codespell", "--ignore-words-list", KNOWN_WORDS, "dev", *sorted(files)]
+    texts = files("*.md", "*.py", "*.xml", "*.conf", "*.policy", "*.rules", "*.service", "*.toml", "*.txt", "dev")
+    command = ["codespell", "--ignore-words-list", KNOWN_WORDS, *map(str, texts)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("", 0)
