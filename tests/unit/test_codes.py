@@ -29,10 +29,10 @@ def test_a_part_in_brackets_is_left_out_where_a_detail_is_missing() -> None:
 
 def test_a_sentence_in_another_language_is_made_from_the_same_details() -> None:
     found = codes.blocker("hub", "usb_1_1", what="QEMU USB Hub")
-    german = "{what} ist ein USB-Hub: die Geräte dahinter lassen sich zuweisen."
+    german = "An {what} hängen andere: nur diese lassen sich zuweisen."
     assert (
         codes.say(german, dict(found.details))
-        == "QEMU USB Hub ist ein USB-Hub: die Geräte dahinter lassen sich zuweisen."
+        == "An QEMU USB Hub hängen andere: nur diese lassen sich zuweisen."
     )
 
 
