@@ -35,6 +35,8 @@ _T = TypeVar("_T")
 
 # hostpassd 1.0 kept such rows without checksums in a file of this name.
 _FORMER_NAME = "journal"
+# Seconds that a write may take. A disk that hangs must not hang a job beyond its time, nor the end of the daemon.
+PATIENCE = 15.0
 
 
 class IntentLog:
@@ -59,6 +61,8 @@ class IntentLog:
         self.lent: dict[str, Loan] = {}
         self.problem = ""  # why it cannot be read or written, for people
         self.trouble = asyncio.Event()  # set while there is one
+        self._failures = 0
+        self._hanging: asyncio.Future[Any] | None = None  # a call that has taken longer than it may
         try:
             self._take(self._read())
         except OSError as error:
@@ -159,12 +163,12 @@ class IntentLog:
             await self._tell(self._write({"return": device}))
 
     async def catch_up(self) -> None:
-        """Reads the file, if that could not be done yet, and writes what could not be written. StateFolderError."""
+        """Reads the file, if that could not be done yet, and writes everything anew. StateFolderError."""
         if not self._is_read:
             self._take(await self._in_thread(self._read))
-        everything = self._everything()
+        everything, failures = self._everything(), self._failures
         await self._in_thread(lambda: self._write_anew(everything))
-        self._clear()
+        self._clear(failures)
 
     # --- reading ---
 
@@ -210,7 +214,7 @@ class IntentLog:
     # --- writing ---
 
     def _write_anew(self, everything: list[str]) -> None:
-        self._file.write(None, everything)
+        self._file.replace(everything)
         self._former.unlink(missing_ok=True)
 
     async def _go_on(self, row: dict[str, Any]) -> None:
@@ -220,9 +224,13 @@ class IntentLog:
         await self._write(row)
 
     async def _write(self, row: dict[str, Any], compact: bool = False) -> None:
-        call = functools.partial(self._file.write, json.dumps(row), self._everything(), compact=compact)
+        everything, failures = self._everything(), self._failures
+        if self.trouble.is_set():  # the file is not what is known here
+            call = functools.partial(self._file.replace, everything)
+        else:
+            call = functools.partial(self._file.add, json.dumps(row), everything, compact=compact)
         await self._in_thread(call)
-        self._clear()
+        self._clear(failures)
 
     async def _tell(self, writing: Coroutine[Any, Any, None]) -> None:
         """Waits for WRITING; a failure has been noted, and is made up for by `catch_up`."""
@@ -230,9 +238,17 @@ class IntentLog:
             await writing
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        """What CALL returns, made after all earlier ones, also if whoever waits for it is cancelled."""
+        """What CALL returns. Calls are made one after the other, also if whoever waits for one is cancelled."""
         try:
-            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, call))
+            if self._hanging and not self._hanging.done():
+                raise TimeoutError(errno.ETIMEDOUT, "")
+            future = asyncio.get_running_loop().run_in_executor(self._writer, call)
+            future.add_done_callback(_look_at)
+            await asyncio.wait({future}, timeout=PATIENCE)
+            if not future.done():
+                self._hanging = future
+                raise TimeoutError(errno.ETIMEDOUT, "")
+            return future.result()
         except OSError as error:
             raise errors.StateFolderError(self._note(error)) from None
 
@@ -243,11 +259,14 @@ class IntentLog:
             log.error("%s", words)
         self.problem = words
         self.trouble.set()
+        self._failures += 1
         return words
 
-    def _clear(self) -> None:
-        if self.trouble.is_set():
-            log.info("%s is written again", self._file.path)
+    def _clear(self, failures: int) -> None:
+        """All is written that was known when there had been so many FAILURES; after another one that is not all."""
+        if failures != self._failures or not self.trouble.is_set():
+            return
+        log.info("%s is written again", self._file.path)
         self.problem = ""
         self.trouble.clear()
 
@@ -258,6 +277,12 @@ class IntentLog:
             rows += rows_of(operation)
         rows += [{"lend": device, "uri": uri, "driver": driver} for device, (uri, driver) in self.lent.items()]
         return [*self._kept, *map(json.dumps, rows)]
+
+
+def _look_at(future: asyncio.Future[Any]) -> None:
+    """Nothing is said of an error that came when nobody waited for it any more."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _as_today(row: dict[str, Any]) -> str:
@@ -276,6 +301,8 @@ def _words(path: Path, error: OSError) -> str:
         case errno.EACCES | errno.EPERM:
             user = f"the user of hostpassd (uid {os.geteuid()})"
             return f"the state folder {folder} is not open to {user}: give it to that user and try again"
+        case errno.ETIMEDOUT:
+            return f"the disk of the state folder {folder} does not answer: see the kernel's log, and try again"
         case errno.EIO:
             return f"the disk of the state folder {folder} has an error: see the kernel's log, mend it and try again"
     return f"the intent log {path} cannot be read or written ({error.strerror}): mend that and try again"

@@ -14,7 +14,7 @@ _LIMIT = 16 << 20
 
 
 class RowFile:
-    """Rows of text, one a line, each behind a checksum and on disk when `write` returns. All methods raise OSError.
+    """Rows of text, one a line, each behind a checksum, on disk when `add` or `replace` returns; both raise OSError.
 
     A file is made, or written anew, under another name, which it loses when it is on disk: there is a whole one at any
     moment. A row that was written in part, by a crash or for want of room, is the last one, and is left out on reading.
@@ -36,20 +36,19 @@ class RowFile:
             return [None]
         return rows_in(data)
 
-    def write(self, row: str | None, everything: Iterable[str], *, compact: bool = False) -> None:
+    def add(self, row: str, everything: Iterable[str], *, compact: bool = False) -> None:
         """Adds ROW; or writes EVERYTHING, which has it, anew, where the file is not as this object left it.
 
         That is so at first, after a write that failed, and when others changed or removed the file. COMPACT: writes
         EVERYTHING anew after that, if that can be done.
         """
         if not self._is_as_written():
-            self._replace(everything)
+            self.replace(everything)
             return
-        if row is not None:
-            self._append(_line(row))
+        self._append(_line(row))
         if compact:
             with contextlib.suppress(OSError):  # with the row added the file says the same
-                self._replace(everything)
+                self.replace(everything)
 
     def _is_as_written(self) -> bool:
         try:
@@ -73,7 +72,8 @@ class RowFile:
             os.close(descriptor)
         self._written = device, inode, length + len(data)
 
-    def _replace(self, rows: Iterable[str]) -> None:
+    def replace(self, rows: Iterable[str]) -> None:
+        """Writes ROWS anew."""
         data = b"".join(map(_line, rows))
         self._written = None
         self.path.parent.mkdir(parents=True, exist_ok=True)

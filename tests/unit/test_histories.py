@@ -371,7 +371,7 @@ class Operations(RuleBasedStateMachine):
 
     @rule()
     def kill(self) -> None:
-        """The daemon is killed and started again. An assign that shows as a whole by then counts as done."""
+        """The daemon is killed and started again. An assign that shows as a whole by then may count as done."""
         self.life.kill()
         for unfinished in IntentLog(self.folder / "intents", (URI,)).unfinished:
             self._note_whole(unfinished)
@@ -382,7 +382,9 @@ class Operations(RuleBasedStateMachine):
         live, stored = ({c.alias for c in half} for half in (machine.live, machine.stored)) if machine else ((), ())
         attached = {step.alias for step in unfinished.steps if isinstance(step, Attach)}
         written = {step.claim.alias for step in unfinished.steps if isinstance(step, Store)}
-        if attached <= set(live) and written <= set(stored):
+        # By the time that the new daemon looks at it the machine can be off, and the live half gone with it.
+        all_begun = unfinished.begun == len(unfinished.steps) and not unfinished.failed
+        if (all_begun or attached <= set(live)) and written <= set(stored):
             self.ours |= attached | written
 
     @rule()
@@ -436,7 +438,9 @@ class Operations(RuleBasedStateMachine):
     def _note_ours(self) -> None:
         for job in self.life.state.jobs.values():
             machine = self.libvirt.machines.get(job.machine)
-            if machine and job.operation == "assign" and job.state == "done":
+            # A guest can refuse to let go of what is undone; then the job has said so.
+            stays = job.state == "done" or "not undone" in job.error_message
+            if machine and job.operation == "assign" and stays:
                 moved = [d.name for d in THINGS.values() if d.name == job.device or _mates(d, job.device)]
                 starts = tuple(f"ua-hostpassd-{name.replace('_', '-')}-" for name in moved)
                 self.ours |= {c.alias for c in (*machine.live, *machine.stored) if c.alias.startswith(starts)}

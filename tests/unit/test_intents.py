@@ -367,6 +367,49 @@ async def test_a_slow_disk_holds_up_the_effect_and_nobody_else(tmp_path: Path, d
     assert control.job.state == "done" and world.libvirt.calls == ["attach_stored", "attach_live"]
 
 
+async def test_a_disk_that_hangs_ends_the_job_in_words_and_is_made_up_for_when_it_goes_on(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostpassd.passthrough.intents.PATIENCE", 0.05)
+    world = World(tmp_path)
+    await world.intents.catch_up()
+    before = world.truth()
+    go_on = threading.Event()
+    disk.at = lambda call: go_on.wait(60)
+    job = await world.do("assign", NIC)
+    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.Failed")
+    assert "does not answer" in job.error_message and world.truth() == before
+    with pytest.raises(errors.StateFolderError, match="does not answer"):
+        await world.start("assign", NIC)
+    go_on.set()
+    assert world.intents._hanging
+    await asyncio.wait({world.intents._hanging})
+    assert (await world.do("assign", STICK)).state == "done"
+    assert known(log_in(tmp_path)) == ([], {})
+
+
+async def test_what_a_refused_operation_was_to_stand_for_is_kept(tmp_path: Path, disk: Disk) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, plan(), URI)
+    await log.leave(1, 0)
+    go_on = threading.Event()
+
+    def fail(call: str) -> None:
+        go_on.wait(60)
+        disk.at = fine  # the next one goes well
+        full(call)
+
+    disk.at = fail
+    refused, other = (asyncio.create_task(call) for call in (log.begin(2, plan(), URI), log.lend("b", URI, "")))
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(errors.StateFolderError):
+        await refused
+    await other
+    await log.lend("c", URI, "")
+    assert known(log_in(tmp_path)) == known(log) and len(log.unfinished) == 1
+
+
 async def test_writes_are_made_in_the_order_in_which_they_were_asked_for(tmp_path: Path, disk: Disk) -> None:
     log = log_in(tmp_path)
     await log.begin(1, plan("a"), URI)
