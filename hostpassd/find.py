@@ -32,6 +32,10 @@ _IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 _MAC = re.compile(r"([0-9a-fA-F]{2}:){5,}[0-9a-fA-F]{2}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
 
+# What the kernel calls things, and the most characters of an interface's name, which can be any.
+_KERNEL_NAME = re.compile(r"[!-~]{1,128}")
+_INTERFACE_LIMIT = 15
+
 # The kinds whose kernel names are the kernel's own, unlike those of network interfaces.
 _KINDS = (
     *("pci", "usb", "usb-interface", "scsi-host", "scsi-target", "scsi", "scsi-generic", "mdev-parent"),
@@ -111,8 +115,9 @@ def _called(state: State, text: str) -> Iterable[str]:
         text = text.lower()
     if _UUID.fullmatch(text):
         return state.keyed(("mdev", text.lower()))
-    found = {name for kind in _KINDS if _is_called(state.device(name := device_name(kind, text)), text)}
-    if found or _NO_INTERFACE.fullmatch(text):
+    kinds = _KINDS if _KERNEL_NAME.fullmatch(text) else ()
+    found = {name for kind in kinds if _is_called(state.device(name := device_name(kind, text)), text)}
+    if found or len(text) > _INTERFACE_LIMIT or _NO_INTERFACE.fullmatch(text):
         return found
     name = device_name("net", text)
     return [name] if _is_called(state.device(name), text) else []
