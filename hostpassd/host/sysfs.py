@@ -13,8 +13,12 @@ import re
 from collections.abc import Callable
 
 from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, clean, device_name
+from hostpassd.host.hwdb import Names
 
 log = logging.getLogger(__name__)
+
+# Of the whole daemon: a model that is new to it is looked up once.
+NAMES = Names()
 
 DEVICES = "/sys/devices/"
 VIRTUAL = "/sys/devices/virtual/"
@@ -80,6 +84,7 @@ class Source:
     prop: Callable[[str], str]
     complaints: Complaints
     child: Callable[[str], Source | None]  # what udev knows of the device in the folder of that name
+    names: Names = NAMES  # by ids, for what udev has no names
 
     @property
     def kernel_name(self) -> str:
@@ -152,6 +157,8 @@ class Kind:
     unless: str = ""  # a file that, when it reads 1, makes the device none of this kind
     facts: Callable[[Source], tuple[Facts, ...]] = lambda source: ()
     words: Callable[[Source], Words] = lambda source: Words()
+    own_words_first: bool = False  # what it calls itself counts before what udev's database has
+    by_ids: Callable[[Source], tuple[str, str]] | None = None  # vendor and product, where nobody else tells them
     label: Callable[[Source, Words], str] = lambda source, words: ""
     nodes: Callable[[Source], tuple[str, ...]] | None = None  # None: its own
 
@@ -181,12 +188,7 @@ def kind_of(source: Source) -> Kind | None:
 
 def describe(source: Source, kind: Kind, parent: str | None) -> Device | None:
     """SOURCE, of KIND and below the device named PARENT, as a Device; None if it vanished meanwhile."""
-    own = kind.words(source)
-    words = Words(
-        vendor=clean(source.prop("ID_VENDOR_FROM_DATABASE")) or own.vendor,
-        product=clean(source.prop("ID_MODEL_FROM_DATABASE")) or own.product,
-        serial=own.serial,
-    )
+    words = _words(source, kind)
     device = Device(
         name=device_name(kind.name, source.kernel_name, os.path.basename(os.path.dirname(source.path))),
         kind=kind.name,
@@ -202,6 +204,18 @@ def describe(source: Source, kind: Kind, parent: str | None) -> Device | None:
     )
     # Asked last: only what was there after the reading was there all through it.
     return device if os.path.exists(f"{source.path}/uevent") else None
+
+
+def _words(source: Source, kind: Kind) -> Words:
+    """The first name there is for each of vendor and product: its own, udev's, or that which its ids have."""
+    own = kind.words(source)
+    udev = Words(clean(source.prop("ID_VENDOR_FROM_DATABASE")), clean(source.prop("ID_MODEL_FROM_DATABASE")))
+    first, second = (own, udev) if kind.own_words_first else (udev, own)
+    vendor, product = first.vendor or second.vendor, first.product or second.product
+    if kind.by_ids and not (vendor and product):
+        by_ids = kind.by_ids(source)
+        vendor, product = vendor or by_ids[0], product or by_ids[1]
+    return Words(vendor, product, own.serial)
 
 
 # Nodes.
@@ -235,7 +249,7 @@ def _pci_function(source: Source) -> Pci:
     return Pci(
         address=source.kernel_name,
         class_code=class_code,
-        class_name=_class_name(source),
+        class_name=_class_name(source, class_code),
         vendor_id=source.number("vendor"),
         device_id=source.number("device"),
         subsystem_vendor_id=source.number("subsystem_vendor"),
@@ -277,8 +291,13 @@ def _header(source: Source, class_code: int) -> _Header:
     )
 
 
-def _class_name(source: Source) -> str:
-    return clean(source.prop("ID_PCI_SUBCLASS_FROM_DATABASE") or source.prop("ID_PCI_CLASS_FROM_DATABASE"))
+def _class_name(source: Source, class_code: int) -> str:
+    told = source.prop("ID_PCI_SUBCLASS_FROM_DATABASE") or source.prop("ID_PCI_CLASS_FROM_DATABASE")
+    return clean(told) or source.names.pci_class(class_code)
+
+
+def _pci_by_ids(source: Source) -> tuple[str, str]:
+    return source.names.pci(source.number("vendor"), source.number("device"))
 
 
 def _pci_label(source: Source, words: Words) -> str:
@@ -328,7 +347,13 @@ _TRIPLE = ("Class", "SubClass", "Protocol")
 
 
 def _usb_words(source: Source) -> Words:
-    return Words(source.text("manufacturer"), source.text("product"), source.text("serial"))
+    # The kernel calls itself, its version and its driver the manufacturer of a root hub.
+    root = source.kernel_name.startswith("usb")
+    return Words("" if root else source.text("manufacturer"), source.text("product"), source.text("serial"))
+
+
+def _usb_by_ids(source: Source) -> tuple[str, str]:
+    return source.names.usb(source.number("idVendor", 16), source.number("idProduct", 16))
 
 
 def _full_name(source: Source, words: Words) -> str:
@@ -448,9 +473,17 @@ def _numbered(words: str) -> Callable[[Source, Words], str]:
 
 
 KINDS: dict[str, tuple[Kind, ...]] = {
-    "pci": (Kind("pci", facts=_pci, label=_pci_label),),
+    "pci": (Kind("pci", facts=_pci, by_ids=_pci_by_ids, label=_pci_label),),
     "usb": (
-        Kind("usb", "usb_device", facts=_usb, words=_usb_words, label=_full_name),
+        Kind(
+            "usb",
+            "usb_device",
+            facts=_usb,
+            words=_usb_words,
+            own_words_first=True,
+            by_ids=_usb_by_ids,
+            label=_full_name,
+        ),
         Kind("usb-interface", "usb_interface", label=_usb_interface_label),
     ),
     "scsi": (

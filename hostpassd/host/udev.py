@@ -19,6 +19,7 @@ from hostpassd.faults import vital
 from hostpassd.host.device import Device, clean
 from hostpassd.host.sysfs import (
     KINDS,
+    NAMES,
     SHOWS_IN_PARENT,
     Complaints,
     Source,
@@ -377,6 +378,7 @@ class Udev:
 def _read_all(complaints: Complaints) -> tuple[list[Device], dict[str, BlockNode]]:
     """All devices of the tree, parents first, and all block devices. In a thread: with a libudev context of its own."""
     context = pyudev.Context()
+    NAMES.forget()
     names: dict[str, str] = {}
     devices = []
     blocks = {}
