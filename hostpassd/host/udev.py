@@ -327,7 +327,8 @@ class Udev:
             self._gone(source.path)
         else:
             self._seen(source)
-        if device.action in ("add", "remove", "change"):
+        # Bound: only then the report descriptors of a USB interface can be read.
+        if device.action in ("add", "remove", "change") or (device.action == "bind" and source.subsystem == "usb"):
             self._show_in_parent(source)
 
     def _source(self, device: pyudev.Device) -> Source:
