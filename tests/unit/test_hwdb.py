@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd.host import hwdb
+from hostpassd.host import hwdb, udev
 from hostpassd.host.hwdb import PCI_IDS, USB_IDS, Names
+from hostpassd.host.sysfs import Complaints
 
 PCI_TEXT = """\
 #
@@ -103,11 +104,11 @@ def test_usb(names: Names) -> None:
 def test_udev_s_database_comes_first_and_the_file_adds_what_it_lacks(names: Names, tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def udev(modalias: str) -> Mapping[str, str]:
+    def database(modalias: str) -> Mapping[str, str]:
         asked.append(modalias)
         return {"ID_VENDOR_FROM_DATABASE": "Intel\x1b Corp.", "ID_PCI_CLASS_FROM_DATABASE": "Network"}
 
-    both = Names(udev, [str(tmp_path / "pci.ids")], [])
+    both = Names(database, [str(tmp_path / "pci.ids")], [])
     assert both.pci(0x8086, 0x10CA) == ("Intel Corp.", "82576 Virtual Function")
     assert both.pci_class(0x020000) == "Ethernet controller"
     assert both.usb(0x1D6B, 0x0002) == ("Intel Corp.", "")
@@ -240,6 +241,17 @@ def test_each_id_is_looked_up_once(names: Names, monkeypatch: pytest.MonkeyPatch
     names.forget()
     names.pci(0x8086, 0x10CA)
     assert len(opened) == 4
+
+
+def test_a_scan_asks_anew(names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So Rescan shows what a file has that was installed meanwhile."""
+    monkeypatch.setattr(udev, "NAMES", names)
+    monkeypatch.setattr(udev, "_paths", list)
+    assert names.pci(0xABCD, 0x0001) == NONE
+    (tmp_path / "pci.ids").write_text("abcd  New\n\t0001  Card\n")
+    assert names.pci(0xABCD, 0x0001) == NONE
+    udev._read_all(Complaints())
+    assert names.pci(0xABCD, 0x0001) == ("New", "Card")
 
 
 def test_made_up_ids_do_not_pile_up(names: Names) -> None:
