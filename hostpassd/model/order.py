@@ -13,7 +13,8 @@ _PCI = re.compile(r"([0-9a-f]{4,}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
 _NUMBERS = re.compile(r"([0-9]+)")
 
 Natural = tuple[tuple[int, str], ...]  # numbers as (7, ""), what is between them as (-1, "text")
-Key = tuple[bool, tuple[tuple[Natural, str], ...]]
+Way = tuple[tuple[Natural, str], ...]  # from the root
+Key = tuple[bool, Way]
 
 
 class Forest(Protocol):
@@ -27,19 +28,28 @@ def tree_key(forest: Forest, name: str) -> Key:
 
     What is no longer in the tree stands after what is.
     """
-    device = forest.device(name)
-    if device is None:
-        return (True, ((natural(name), name),))
-    steps = []
-    while device is not None:
-        steps.append((natural(kernel_name(device)), device.name))
-        device = forest.device(device.parent) if device.parent else None
-    return (False, tuple(reversed(steps)))
+    return _key(forest, name, {})
 
 
 def in_tree_order(forest: Forest, names: Iterable[str]) -> list[str]:
     """NAMES, sorted by `tree_key`."""
-    return sorted(names, key=lambda name: tree_key(forest, name))
+    ways: dict[str, Way] = {}
+    return sorted(names, key=lambda name: _key(forest, name, ways))
+
+
+def _key(forest: Forest, name: str, ways: dict[str, Way]) -> Key:
+    device = forest.device(name)
+    return (True, ((natural(name), name),)) if device is None else (False, _way(forest, device, ways))
+
+
+def _way(forest: Forest, device: Device, ways: dict[str, Way]) -> Way:
+    """The way from the root to DEVICE. WAYS: those that are known already, by name; what is found out is added."""
+    way = ways.get(device.name)
+    if way is None:
+        parent = forest.device(device.parent) if device.parent else None
+        above = _way(forest, parent, ways) if parent else ()
+        way = ways[device.name] = (*above, (natural(kernel_name(device)), device.name))
+    return way
 
 
 def natural(text: str) -> Natural:
