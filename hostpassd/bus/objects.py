@@ -9,7 +9,7 @@ from typing import Any
 from hostpassd import __version__, names
 from hostpassd.bus.router import Batch, Interfaces, Router, Signal, Variant
 from hostpassd.events import Job
-from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb
+from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, UsbInterface
 from hostpassd.machines.machine import Hold, Machine, Missing
 from hostpassd.passthrough import eligibility
 from hostpassd.passthrough.plan import Options, Plan
@@ -93,7 +93,7 @@ def _facts(state: State, device: Device, facts: Facts) -> tuple[str, Properties]
             return names.DEVICE_NET, {"Interface": interface, "MacAddress": mac_address}
         case Block(node, size):
             return names.DEVICE_BLOCK, {"Node": node, "Size": size}
-        case Input():
+        case Input() | UsbInterface():
             return None
 
 

@@ -19,6 +19,7 @@ from hostpassd.faults import vital
 from hostpassd.host.device import Device, clean
 from hostpassd.host.sysfs import (
     KINDS,
+    NAMES,
     SHOWS_IN_PARENT,
     Complaints,
     Source,
@@ -326,7 +327,8 @@ class Udev:
             self._gone(source.path)
         else:
             self._seen(source)
-        if device.action in ("add", "remove", "change"):
+        # Bound: only then the report descriptors of a USB interface can be read.
+        if device.action in ("add", "remove", "change") or (device.action == "bind" and source.subsystem == "usb"):
             self._show_in_parent(source)
 
     def _source(self, device: pyudev.Device) -> Source:
@@ -377,6 +379,7 @@ class Udev:
 def _read_all(complaints: Complaints) -> tuple[list[Device], dict[str, BlockNode]]:
     """All devices of the tree, parents first, and all block devices. In a thread: with a libudev context of its own."""
     context = pyudev.Context()
+    NAMES.forget()
     names: dict[str, str] = {}
     devices = []
     blocks = {}

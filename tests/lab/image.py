@@ -29,7 +29,7 @@ PACKAGES = """
     linux-image-amd64 initramfs-tools busybox-static cpio xz-utils binutils kmod
     systemd systemd-sysv udev dbus dbus-bin polkitd openssh-server procps util-linux fdisk less strace
     libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients libvirt-dbus qemu-system-x86 qemu-utils mdevctl
-    pciutils usbutils lsscsi iproute2 udisks2 lvm2 cryptsetup-bin mdadm e2fsprogs dosfstools
+    pciutils pci.ids usbutils usb.ids lsscsi iproute2 udisks2 lvm2 cryptsetup-bin mdadm e2fsprogs dosfstools
     python3 python3-dbus-next python3-libvirt python3-pyudev python3-lxml
     python3-rich python3-argcomplete
 """.split()  # noqa: SIM905
