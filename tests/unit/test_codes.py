@@ -30,10 +30,7 @@ def test_a_part_in_brackets_is_left_out_where_a_detail_is_missing() -> None:
 def test_a_sentence_in_another_language_is_made_from_the_same_details() -> None:
     found = codes.blocker("hub", "usb_1_1", what="QEMU USB Hub")
     german = "An {what} hängen andere: nur diese lassen sich zuweisen."
-    assert (
-        codes.say(german, dict(found.details))
-        == "An QEMU USB Hub hängen andere: nur diese lassen sich zuweisen."
-    )
+    assert codes.say(german, dict(found.details)) == "An QEMU USB Hub hängen andere: nur diese lassen sich zuweisen."
 
 
 def test_brackets_and_braces_in_a_detail_are_only_text() -> None:
