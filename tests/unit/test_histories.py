@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 import hostpassd.audit
 import hostpassd.bus.access
 from hostpassd import names
-from hostpassd.bus import objects
+from hostpassd.bus import present
 from hostpassd.config import Config
 from hostpassd.daemon import Daemon
 from hostpassd.events import DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
@@ -416,7 +416,7 @@ class Operations(RuleBasedStateMachine):
         assert not differences, "\n".join(differences)
         jobs = self.life.state.jobs.values()
         assert {p: f[names.JOB] for p, f in client.tree.items() if p not in told} == {
-            names.job_path(job.number): objects.job_properties(job) for job in jobs
+            names.job_path(job.number): present.job_properties(job) for job in jobs
         }
         assert sorted(rows_of_devices(client.tree)) == sorted(rows_of_machines(client.tree)) == sorted(client.holds)
         self.sound = True
@@ -433,7 +433,7 @@ class Operations(RuleBasedStateMachine):
         ):
             fresh.apply(event)
         entities = [("device", name) for name in fresh.devices] + [("machine", uuid) for uuid in fresh.machines]
-        return {objects.path_of(entity): plain(objects.interfaces_of(fresh, entity)) for entity in entities}
+        return {present.path_of(entity): plain(present.interfaces_of(fresh, entity)) for entity in entities}
 
     def _note_ours(self) -> None:
         for job in self.life.state.jobs.values():

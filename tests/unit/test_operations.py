@@ -300,6 +300,6 @@ async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
         await house.daemon._operations.start(dataclasses.replace(wish, machine=OTHER, device=PAIR[0].name), _nobody)
-    assert "the running machine ab2Jc has" in str(blocked.value)
+    assert "The running machine ab2Jc has" in str(blocked.value)
     assert house.records()[0]["MACHINE_NAME"] == "ab2Jc"
     await asyncio.sleep(0)
