@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hostpassd.host.device import TEXT_LIMIT
-from tests.bus.busd import Client, Heard, PrivateBus, Refused
+from tests.bus.busd import PATIENCE, Client, Heard, PrivateBus, Refused
 from tests.bus.conftest import NewClient
 from tests.bus.mockhost import MockHost
 
@@ -21,7 +21,6 @@ ROOT, MANAGER = "/org/hostpassd1", "org.hostpassd1.Manager"
 DEVICES = ROOT + "/devices/"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
-PATIENCE = 30
 UNIT = Path(__file__).resolve().parents[2] / "systemd" / "hostpassd.service"
 
 MACHINES = """<node xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>
