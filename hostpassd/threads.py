@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_Queue = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class InOrder(Executor):
-    """Makes calls one after the other, in the order of `submit`, in a thread that lives as long as there are any.
+    """Makes calls in one thread, one after the other in the order of `submit`, which one thread alone may use.
 
     The end of the process does not wait for it, unlike for a ThreadPoolExecutor's: a call that hangs keeps nobody.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._working = False
-        self._lock = threading.Lock()
+        self._calls: _Queue = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, self._calls.put, None)
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """The result, to be, of FN called with these arguments."""
+        if self._thread is None:
+            thread = threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
         future: Future[_T] = Future()
-        with self._lock:
-            if not self._working:
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
-                self._working = True
-            self._calls.append((future, lambda: fn(*args, **kwargs)))
+        self._calls.put((future, lambda: fn(*args, **kwargs)))
         return future
 
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._calls:
-                    self._working = False
-                    return
-                future, call = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = call()
-            except BaseException as error:  # the caller's to deal with, whatever it is
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+
+def _work(calls: _Queue) -> None:
+    while call := calls.get():
+        future, make = call
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            result = make()
+        except BaseException as error:  # the caller's to deal with, whatever it is
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        del call, future, make  # while it waits for the next one nothing of this one is kept

@@ -173,8 +173,11 @@ class Executor:
 
     async def _intend(self, number: int, at: int, step: Step) -> None:
         """Before the effect of STEP. What is lent is on disk already: to give it back nothing more has to be."""
-        with contextlib.suppress(*([errors.StateFolderError] if isinstance(step, GiveBack) else [])):
+        try:
             await self._intents.step(number, at)
+        except errors.StateFolderError:
+            if not isinstance(step, GiveBack):
+                raise
 
     async def _drivers_back(self, devices: list[str]) -> None:
         """libvirt gives a managed device back by itself, a moment after its removal."""
