@@ -43,7 +43,8 @@ AGENT = "org.freedesktop.PolicyKit1.AuthenticationAgent"
 # Seconds after which a test that waits has failed.
 PATIENCE = 20
 
-# What Debian's system bus has; and root, as which the tests run the daemon's parts, may own our name and call agents.
+# What Debian's system bus has; and the user who runs it, as whom the daemon's parts run too, may own our name and call
+# agents. polkit's policy comes with polkitd: where that is not installed, the bus does without both.
 BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -64,8 +65,8 @@ BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
   </policy>
   <include>{policy}</include>
-  <include>{polkit}</include>
-  <policy user="root">
+  <include ignore_missing="yes">{polkit}</include>
+  <policy user="{uid}">
     <allow own="org.hostpassd1"/>
     <allow send_interface="org.freedesktop.PolicyKit1.AuthenticationAgent"/>
   </policy>
@@ -78,6 +79,10 @@ polkit.addRule(function(action, subject) {{
     return action.lookup("probe") == "{probe}" ? polkit.Result.YES : polkit.Result.NOT_HANDLED;
 }});
 """
+
+
+class BusDidNotStart(Exception):
+    """The bus ended before it listened; why, in its own words."""
 
 
 class PrivateBus:
@@ -93,19 +98,25 @@ class PrivateBus:
         configuration = self._folder / "bus.conf"
         socket = self._folder / "socket"
         configuration.write_text(
-            BUS_CONFIGURATION.format(socket=socket, policy=self._policy, polkit=POLKIT_POLICY), encoding="utf-8"
+            BUS_CONFIGURATION.format(socket=socket, policy=self._policy, polkit=POLKIT_POLICY, uid=os.getuid()),
+            encoding="utf-8",
         )
         # setpriv: a test run that is killed takes its bus along, and that takes its polkitd along.
         command = ["setpriv", "--pdeathsig", "TERM", "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog"]
-        self.process = subprocess.Popen(
-            [*command, f"--config-file={configuration}", "--print-address"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        words = self._folder / "words"
+        with words.open("w", encoding="utf-8") as stderr:
+            self.process = subprocess.Popen(
+                [*command, f"--config-file={configuration}", "--print-address"],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
         assert self.process.stdout
         self.address = self.process.stdout.readline().strip()
-        assert self.address, "dbus-daemon did not start"
+        if not self.address:
+            said = words.read_text(encoding="utf-8").strip()
+            self.__exit__()
+            raise BusDidNotStart(f"dbus-daemon did not start: {said}")
         return self
 
     def __exit__(self, *_: object) -> None:
