@@ -157,7 +157,7 @@ class Polkit:
             self._place(undo, ACTIONS / self._actions.name, self._actions.read_text(encoding="utf-8"))
             self._place(undo, self._rule_file(), self._rules)
             self._connection = await MessageBus(bus_address=self._bus.address).connect()
-            undo.callback(self._connection.disconnect)
+            undo.callback(hang_up, self._connection)
             self._changed = asyncio.Event()
             self._connection.add_message_handler(self._hear)
             await self.ask(*DRIVER, "AddMatch", "s", [f"type='signal',interface='{AUTHORITY[2]}'"])
@@ -240,6 +240,13 @@ class Polkit:
     def _hear(self, message: Any) -> None:
         if message.member in ("Changed", "NameOwnerChanged"):
             self._changed.set()
+
+
+def hang_up(connection: Any) -> None:
+    """Leaves the bus, and closes the socket, which dbus-next would leave to the garbage collector."""
+    asyncio.get_running_loop().remove_reader(connection._fd)
+    connection._stream.close()
+    connection._sock.close()
 
 
 def _sweep() -> None:

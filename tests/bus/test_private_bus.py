@@ -20,4 +20,4 @@ async def test_a_host_without_polkit_has_a_bus(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(busd, "POLKIT_POLICY", tmp_path / "missing.conf")
     with busd.PrivateBus() as bus:
         connection = await MessageBus(bus_address=bus.address).connect()
-        connection.disconnect()
+        busd.hang_up(connection)
