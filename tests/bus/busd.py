@@ -43,8 +43,8 @@ AGENT = "org.freedesktop.PolicyKit1.AuthenticationAgent"
 # Seconds after which a test that waits has failed.
 PATIENCE = 20
 
-# What Debian's system bus has; and the user who runs it, as whom the daemon's parts run too, may own our name and call
-# agents. polkit's policy comes with polkitd: where that is not installed, the bus does without both.
+# What Debian's system bus has; and the user who runs it, as whom the daemon's parts run too, may own our name, stand in
+# for polkit and call agents. polkit's policy comes with polkitd: where that is not installed, the bus does without.
 BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -68,6 +68,8 @@ BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus
   <include ignore_missing="yes">{polkit}</include>
   <policy user="{uid}">
     <allow own="org.hostpassd1"/>
+    <allow own="org.freedesktop.PolicyKit1"/>
+    <allow send_destination="org.freedesktop.PolicyKit1"/>
     <allow send_interface="org.freedesktop.PolicyKit1.AuthenticationAgent"/>
   </policy>
 </busconfig>
@@ -110,6 +112,7 @@ class PrivateBus:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
+                start_new_session=True,  # Ctrl-C at a terminal is not for the bus
             )
         assert self.process.stdout
         self.address = self.process.stdout.readline().strip()
