@@ -614,7 +614,11 @@ class Router:
         """Connects to the bus at ADDRESS, without one to the system bus. Raises OSError or dbus-next's AuthError."""
         connection = _Connection(bus_address=address, bus_type=BusType.SYSTEM)
         connection.add_message_handler(self._on_message)
-        await connection.connect()
+        try:
+            await connection.connect()
+        except BaseException:
+            connection.release()
+            raise
         self._connection = connection
         self._start(self._watch(connection))
 

@@ -13,9 +13,9 @@ import pytest
 
 from tests.lab.front import Front, Recording
 from tests.lab.guest import Guest
-from tests.lab.image import cache_folder
 from tests.lab.install import install
 from tests.lab.machine import PATIENCE, Host
+from tests.roots import cache_folder
 
 
 @pytest.fixture(scope="session")

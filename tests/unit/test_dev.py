@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def stub(folder: Path, name: str, body: str) -> None:
     program.chmod(0o755)
 
 
-@pytest.mark.parametrize("words", [[], ["frobnicate"], ["lint", "x"], ["install", "--prefix"], ["uninstall", "x"]])
+@pytest.mark.parametrize("words", [[], ["frobnicate"], ["lint", "x"], ["check", "-x"], ["install", "--prefix"]])
 def test_a_wrong_word_is_one_sentence_and_exit_2(words: list[str]) -> None:
     done = dev(*words)
     assert (done.returncode, done.stdout) == (2, "")
@@ -41,8 +42,10 @@ def test_a_wrong_word_is_one_sentence_and_exit_2(words: list[str]) -> None:
 def test_help_names_every_word() -> None:
     done = dev("help")
     assert done.returncode == 0
-    for word in ("run", "test", "lint", "lab", "bench", "install", "uninstall", "help"):
-        assert f"./dev {word}" in done.stdout
+    words = re.search(r"^WORDS='(.*) or (.*)'$", (REPOSITORY / "dev").read_text(), re.MULTILINE)
+    assert words
+    for word in (*words[1].split(", "), words[2]):
+        assert f"\n./dev {word} " in done.stdout
 
 
 def test_what_is_installed_is_taken_off_again_and_nothing_else(tmp_path: Path) -> None:
