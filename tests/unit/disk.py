@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from hostpassd.passthrough import rowfile
 
 class Died(BaseException):
     """The daemon was killed here."""
+
+
+def no_room(call: str) -> None:
+    """What `Disk.at` does on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 Image = dict[str, bytes]  # the files of a folder

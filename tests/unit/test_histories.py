@@ -44,6 +44,7 @@ from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store
 from hostpassd.state import State
 from tests.unit.clockwork import Clockwork
+from tests.unit.disk import Disk, no_room
 from tests.unit.listener import OBJECT_MANAGER, Bus, Reply, Tree, plain, rows_of_devices, rows_of_machines
 from tests.unit.truth import STUBS, URI, Ear, Host, Libvirt, Udev
 from tests.unit.world import block, bridge, hostdev, keyboard, mdev, net, pci, scsi, usb
@@ -212,6 +213,8 @@ class Operations(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="hostpassd-histories-"))
+        self.patches = pytest.MonkeyPatch()
+        self.disk = Disk(self.patches)
         self.mistakes = _Mistakes()
         logging.getLogger("hostpassd").addHandler(self.mistakes)
         self.numbers = 10
@@ -276,6 +279,11 @@ class Operations(RuleBasedStateMachine):
             self.libvirt.destroy(uuid)
         elif machine:
             self.libvirt.start(uuid)
+
+    @rule(full=st.booleans())
+    def fill(self, full: bool) -> None:
+        """There is no room any more in the state folder, or there is."""
+        self.disk.at = no_room if full else lambda call: None
 
     @rule()
     def blink(self) -> None:
@@ -452,6 +460,7 @@ class Operations(RuleBasedStateMachine):
         """Everything that can still happen happens, and then nothing is left over."""
         libvirt = self.libvirt
         libvirt.fail, libvirt.moods, libvirt.late = set(), {}, False
+        self.fill(False)
         if not libvirt.connected:
             self.blink()
         self.prompts(False)
@@ -514,6 +523,7 @@ class Operations(RuleBasedStateMachine):
             if hasattr(self, "life"):
                 self.life.kill()
             logging.getLogger("hostpassd").removeHandler(self.mistakes)
+            self.patches.undo()
             shutil.rmtree(self.folder)
 
 

@@ -26,7 +26,7 @@ from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Store, Unstore
 from hostpassd.passthrough.rowfile import rows_in
-from tests.unit.disk import Disk
+from tests.unit.disk import Disk, no_room
 from tests.unit.test_execute import GPU, LUN, NIC, PAIR, STICK, World, reborn
 from tests.unit.world import URI, UUID, hostdev
 
@@ -68,10 +68,6 @@ def rows(folder: Path) -> list[Any]:
         assert text is not None
         found.append(json.loads(text))
     return found
-
-
-def full(call: str) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fine(call: str) -> None:
@@ -116,7 +112,7 @@ def test_whatever_happens_to_the_disk_a_new_log_knows_what_the_old_one_did(
 
         def fail(call: str) -> None:
             if disk.moments in failing:
-                full(call)
+                no_room(call)
 
         async def live() -> None:
             log = log_in(tmp_path)
@@ -150,7 +146,7 @@ async def test_each_step_is_read_as_it_was_written(tmp_path: Path) -> None:
 async def test_a_write_that_failed_half_way_does_not_swallow_the_next(tmp_path: Path, disk: Disk) -> None:
     log = log_in(tmp_path)
     await log.lend("other", URI, "e1000e")
-    disk.at = lambda call: full(call) if call == "write" else None
+    disk.at = lambda call: no_room(call) if call == "write" else None
     with pytest.raises(errors.StateFolderError, match=f"the state folder {tmp_path} is full: free some room"):
         await log.begin(1, plan(), URI)
     disk.at = fine
@@ -163,7 +159,7 @@ async def test_a_write_that_failed_half_way_does_not_swallow_the_next(tmp_path: 
 async def test_the_end_is_written_before_the_file_is_written_anew(tmp_path: Path, disk: Disk) -> None:
     log = log_in(tmp_path)
     await log.begin(1, plan(), URI)
-    disk.at = lambda call: full(call) if call == "replace" else None
+    disk.at = lambda call: no_room(call) if call == "replace" else None
     await log.end(1)
     assert rows(tmp_path)[-1] == {"end": 1} and not log.trouble.is_set()
     assert log_in(tmp_path).unfinished == ()
@@ -222,7 +218,7 @@ async def test_an_operation_whose_end_cannot_be_written_is_done_and_is_written_b
     tmp_path: Path, disk: Disk
 ) -> None:
     world = World(tmp_path)
-    world.libvirt.after = lambda call: setattr(disk, "at", full) if call == "attach_live" else None
+    world.libvirt.after = lambda call: setattr(disk, "at", no_room) if call == "attach_live" else None
     assert (await world.do("assign", NIC)).state == "done"
     assigned = world.truth()
     assert rows(tmp_path)[-1]["step"] == 1 and world.intents.problem
@@ -243,14 +239,14 @@ async def test_what_could_not_be_written_is_written_by_itself_when_there_is_room
     world = World(tmp_path)
     keeping = asyncio.create_task(world.operations.keep_log())
     tries: list[str] = []
-    world.libvirt.after = lambda call: setattr(disk, "at", full) if call == "attach_live" else None
+    world.libvirt.after = lambda call: setattr(disk, "at", no_room) if call == "attach_live" else None
     assert (await world.do("assign", NIC)).state == "done"
 
     def run_out(call: str) -> None:
         tries.append(call)
         if len(tries) > 3:
             disk.at = fine
-        full(call)
+        no_room(call)
 
     disk.at = run_out
     while world.intents.trouble.is_set():
@@ -277,7 +273,7 @@ async def test_with_nowhere_to_write_operations_are_refused_until_there_is(tmp_p
 async def test_the_service_manager_is_told_why_there_are_no_operations(tmp_path: Path, disk: Disk) -> None:
     daemon = Daemon(Config(hypervisors=(URI,)), tmp_path, None)
     assert "operations" not in daemon._status()
-    disk.at = full
+    disk.at = no_room
     with pytest.raises(errors.StateFolderError):
         await daemon._intents.catch_up()
     assert daemon._status().endswith("; no operations: " + daemon._intents.problem) and "full" in daemon._status()
@@ -397,7 +393,7 @@ async def test_what_a_refused_operation_was_to_stand_for_is_kept(tmp_path: Path,
     def fail(call: str) -> None:
         go_on.wait(60)
         disk.at = fine  # the next one goes well
-        full(call)
+        no_room(call)
 
     disk.at = fail
     refused, other = (asyncio.create_task(call) for call in (log.begin(2, plan(), URI), log.lend("b", URI, "")))
