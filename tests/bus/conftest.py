@@ -11,7 +11,7 @@ import pytest
 from hostpassd import names
 from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
-from tests.bus.busd import Client, PrivateBus
+from tests.bus.busd import Client, PrivateBus, brokers
 
 NewClient = Callable[[int], Awaitable[Client]]
 
@@ -22,10 +22,24 @@ def specification() -> Specification:
     return Specification.load()
 
 
+BROKERS, WHY_NOT_ALL = brokers()
+
+
+def pytest_report_header() -> str:
+    """Says on which message buses the tests run, and why not on others."""
+    return f"message buses: {', '.join(BROKERS)}{WHY_NOT_ALL and f' ({WHY_NOT_ALL})'}"
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> str:
+    """Each of the programs that are a message bus."""
+    return str(request.param)
+
+
 @pytest.fixture
-def bus() -> Iterator[PrivateBus]:
+def bus(broker: str) -> Iterator[PrivateBus]:
     """A private bus."""
-    with PrivateBus() as private:
+    with PrivateBus(broker=broker) as private:
         yield private
 
 

@@ -996,9 +996,9 @@ async def test_introspection_looks_at_no_other_objects(served: Router) -> None:
 async def test_call_and_its_errors(served: Router, client: Client) -> None:
     [names_] = await served.call(*DRIVER, "ListNames")
     assert names.BUS_NAME in names_
-    with pytest.raises(BusCallError, match=r"org\.example") as caught:
+    with pytest.raises(BusCallError) as caught:
         await served.call("org.example", "/", PEER, "Ping")
-    assert caught.value.name == STANDARD_ERROR + "ServiceUnknown"
+    assert caught.value.name == STANDARD_ERROR + "ServiceUnknown" and caught.value.message
     async with asyncio.timeout(PATIENCE):
         with pytest.raises(TimeoutError):
             await served.call(client.name, "/agent", AGENT, "BeginAuthentication", timeout=0.05)
