@@ -1,8 +1,4 @@
-"""The daemon's face on D-Bus: dispatch, properties, introspection, object manager, all driven by dbus/*.xml.
-
-The only importer of dbus_next, of which it takes transport, message types and marshalling. What the wire needs and
-Python does not say (variants of properties, 8-byte alignment) is made here from the signatures of the specification.
-"""
+"""The daemon's face on D-Bus: dispatch, properties, introspection, object manager, all driven by dbus/*.xml."""
 
 from __future__ import annotations
 
@@ -11,15 +7,13 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import re
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from dbus_next import BusType, Message, MessageFlag, MessageType, Variant
 from dbus_next._private.constants import LITTLE_ENDIAN
-from dbus_next._private.marshaller import Marshaller
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.aio import MessageBus
 from dbus_next.signature import SignatureTree
@@ -27,6 +21,8 @@ from dbus_next.signature import SignatureTree
 from hostpassd import errors, names
 from hostpassd.bus import spec
 from hostpassd.bus.spec import InterfaceSpec, MethodSpec, Specification
+from hostpassd.bus.tree import Batch, Draft, Interfaces, Object, Signal, Table, Telling
+from hostpassd.bus.wire import Wire, frame, join, marshal
 
 __all__ = [
     "Batch",
@@ -78,12 +74,6 @@ DOCTYPE = (
     ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
 )
 
-Interfaces = dict[str, dict[str, Any] | None]
-"""An object's interfaces, each with the values of its properties: plain Python of the property's signature.
-
-None is an interface that the object has not. In a change, what is left out stays as it is.
-"""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
@@ -101,27 +91,6 @@ Handler = Callable[[Call], Awaitable[Sequence[Any]]]
 """Answers a call with its out arguments, or raises HostpassError."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Signal:
-    """A signal of an object that is there, with its plain arguments."""
-
-    path: str
-    interface: str
-    member: str
-    args: Sequence[Any] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Batch:
-    """Changes that belong together, told in the order of these fields."""
-
-    added: Mapping[str, Interfaces] = dataclasses.field(default_factory=dict)  # paths that are not there, every value
-    changed: Mapping[str, Interfaces] = dataclasses.field(default_factory=dict)  # what differs is told, unless const
-    signals: Sequence[Signal] = ()
-    removed: Sequence[str] = ()  # one that is not there is left out
-    last: Mapping[str, Interfaces] = dataclasses.field(default_factory=dict)
-
-
 class BusCallError(Exception):
     """A call of ours was answered with the error NAME, or (Disconnected) cannot be answered any more."""
 
@@ -135,158 +104,7 @@ class NameTaken(Exception):
     """The bus does not give us the name we asked for."""
 
 
-# --- the wire ---
-
-_PATH = re.compile(r"/|(/[A-Za-z0-9_]+)+")
-_UNSENDABLE = re.compile("[\0\ud800-\udfff]")
-_PADDING = [bytes(n) for n in (0, 7, 6, 5, 4, 3, 2, 1)]  # by length modulo 8
-
-
-class _Wire:
-    """Plain values to bytes, with dbus-next's marshaller, by the signatures of the specification."""
-
-    def __init__(self, specification: Specification, log: logging.Logger) -> None:
-        self._spec = specification
-        self._log = log
-        self._warned = False
-
-    def marshal(self, signature: str, body: Iterable[Any]) -> bytes:
-        """BODY, one value per type of SIGNATURE, as bytes. Raises ValueError where a value has not its type."""
-        return _marshal(
-            signature, [self.fit(type_, value) for type_, value in zip(_types(signature), body, strict=True)]
-        )
-
-    def complete(self, interface: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """VALUES of all properties of INTERFACE, fit to be marshalled. Raises as fit, KeyError if one is missing."""
-        unknown = set(values) - set(self._spec.interfaces[interface].properties)
-        if unknown:
-            raise KeyError(f"{interface} has no property {sorted(unknown)}")
-        return {
-            key: self.fit_property(interface, key, values[key]) for key in self._spec.interfaces[interface].properties
-        }
-
-    def fit_property(self, interface: str, key: str, value: Any) -> Any:
-        """VALUE of the property KEY, fit to be marshalled. Raises as fit, KeyError if there is no such property."""
-        signature = self._spec.interfaces[interface].properties[key].signature
-        try:
-            return self.fit(_types(signature)[0], value)
-        except Exception as error:
-            error.add_note(f"{interface}.{key} {signature}: {value!a}")
-            raise
-
-    def variant(self, interface: str, key: str, value: Any) -> Any:
-        """VALUE of the property KEY, fit already, as a variant. Raises ValueError if it has not its type."""
-        signature = self._spec.interfaces[interface].properties[key].signature
-        try:
-            return Variant(signature, value)
-        except ValueError as error:
-            error.add_note(f"{interface}.{key} {signature}: {value!a}")
-            raise
-
-    def variants(self, interface: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """VALUES, fit already, as a{sv}. Raises as variant."""
-        return {key: self.variant(interface, key, value) for key, value in values.items()}
-
-    def entry(self, path: str, interfaces: Mapping[str, Mapping[str, Any]]) -> bytes:
-        """An object's entry of a{oa{sa{sv}}}, which is at once the body of its InterfacesAdded."""
-        dressed = {name: self.variants(name, values) for name, values in interfaces.items()}
-        return _marshal("oa{sa{sv}}", [_path(path), dressed])
-
-    def fit(self, type_: Any, value: Any) -> Any:
-        """VALUE as dbus-next wants it for TYPE_, and such that the bus does not hang up on us for it."""
-        match type_.token:
-            case "s":
-                return self._sendable(value)
-            case "o":
-                return _path(value)
-            case "a":
-                return self._fit_array(type_.children[0], value)
-            case "(":
-                return [self.fit(child, item) for child, item in zip(type_.children, value, strict=True)]
-            case "v":
-                return Variant(value.type, self.fit(value.type, value.value))
-        return value
-
-    def _fit_array(self, child: Any, value: Any) -> Any:
-        if child.token == "{":
-            key_type, value_type = child.children
-            return {self.fit(key_type, key): self.fit(value_type, item) for key, item in value.items()}
-        if child.token == "y":
-            return bytes(value)
-        return [self.fit(child, item) for item in value]
-
-    def _sendable(self, text: str) -> str:
-        # A NUL makes the bus close the connection, a lone surrogate cannot be encoded; strings are cleaned where they
-        # enter, so this is the last line of defence.
-        if text.isascii() and "\0" not in text:
-            return text
-        clean = _UNSENDABLE.sub("\N{REPLACEMENT CHARACTER}", text)
-        if clean != text and not self._warned:
-            self._warned = True
-            self._log.warning("A string with NUL or surrogates came as far as the bus: %a. Said once.", text)
-        return clean
-
-
-def _types(signature: str) -> list[Any]:
-    types: list[Any] = SignatureTree._get(signature).types
-    return types
-
-
-def _marshal(signature: str, body: list[Any]) -> bytes:
-    return bytes(Marshaller(signature, body).marshall())
-
-
-def _path(value: str) -> str:
-    # dbus-next lets a trailing newline pass, the bus does not.
-    if not _PATH.fullmatch(value):
-        raise ValueError(f"{value!a} is no object path")
-    return value
-
-
-def _pad(data: bytes) -> bytes:
-    return _PADDING[len(data) % 8]
-
-
-def _join(entries: Sequence[bytes]) -> bytes:
-    """The elements of an array of dictionary entries or structs, each marshalled from offset 0: they are 8-aligned."""
-    parts: list[bytes] = []
-    for entry in entries:
-        parts += (entry, _PADDING[len(entry) % 8])
-    return b"".join(parts[:-1])  # no padding after the last one
-
-
-def _string_field(code: int, type_: bytes, value: str) -> bytes:
-    raw = value.encode()
-    return struct.pack("<BBcxI", code, 1, type_, len(raw)) + raw + b"\0" if raw else b""
-
-
-def _frame(
-    kind: MessageType,
-    serial: int,
-    *,
-    flags: int = 0,
-    path: str = "",
-    interface: str = "",
-    member: str = "",
-    error_name: str = "",
-    reply_serial: int = 0,
-    destination: str = "",
-    signature: str = "",
-    body: bytes = b"",
-) -> bytes:
-    """A whole message around a marshalled body; dbus-next only sends bodies that it marshals itself."""
-    fields = [
-        _string_field(1, b"o", path),
-        _string_field(2, b"s", interface),
-        _string_field(3, b"s", member),
-        _string_field(4, b"s", error_name),
-        struct.pack("<BBcxI", 5, 1, b"u", reply_serial) if reply_serial else b"",
-        _string_field(6, b"s", destination),
-        struct.pack("<BBcxB", 8, 1, b"g", len(signature)) + signature.encode() + b"\0" if signature else b"",
-    ]
-    array = _join([field for field in fields if field])
-    head = struct.pack("<cBBBIII", b"l", kind.value, flags, 1, len(body), serial, len(array))
-    return b"".join((head, array, _pad(array), body))
+# --- the connection ---
 
 
 class _Frame:
@@ -398,188 +216,6 @@ class _Connection(MessageBus):  # type: ignore[misc]
         self._sock.close()
 
 
-# --- the objects ---
-
-
-@dataclasses.dataclass(slots=True)
-class _Object:
-    interfaces: dict[str, dict[str, Any]]
-    entry: bytes | None = None  # {oa{sa{sv}}} of GetManagedObjects; None: to be marshalled again
-
-
-class _Table:
-    """The objects that are there, and the tree of nodes that their paths make."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, _Object] = {}
-        self._children: dict[str, set[str]] = {}
-        self._link(names.ROOT)
-
-    def put(self, path: str, thing: _Object) -> None:
-        """THING is at PATH from now on."""
-        if path not in self.objects:
-            self._link(path)
-        self.objects[path] = thing
-
-    def drop(self, path: str) -> None:
-        """Nothing is at PATH any more. Nodes above it that lead nowhere go too."""
-        if self.objects.pop(path, None):
-            self._unlink(path)
-
-    def is_node(self, path: str) -> bool:
-        """Whether PATH is an object or leads to one."""
-        return path in self.objects or path in self._children or path == names.ROOT
-
-    def children(self, path: str) -> list[str]:
-        """The names of the nodes directly below PATH."""
-        return sorted(self._children.get(path, ()))
-
-    def _link(self, path: str) -> None:
-        while path != "/":
-            parent, name = _split(path)
-            siblings = self._children.setdefault(parent, set())
-            if name in siblings:
-                return
-            siblings.add(name)
-            path = parent
-
-    def _unlink(self, path: str) -> None:
-        while not self.is_node(path):
-            parent, name = _split(path)
-            self._children[parent].remove(name)
-            if self._children[parent]:
-                return
-            del self._children[parent]
-            path = parent
-
-
-def _split(path: str) -> tuple[str, str]:
-    parent, _, name = path.rpartition("/")
-    return parent or "/", name
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Telling:
-    """A signal ready to be sent."""
-
-    path: str
-    interface: str
-    member: str
-    signature: str
-    body: bytes
-
-
-class _Draft:
-    """What a batch comes to. All of it is checked and marshalled before any of it is done.
-
-    Before anybody can hear (HEARD is false) nothing is told, and an added object is marshalled when it is asked for:
-    at the start that is half of the time.
-    """
-
-    def __init__(self, specification: Specification, table: _Table, wire: _Wire, heard: bool) -> None:
-        self._heard = heard
-        self._spec = specification
-        self._table = table
-        self._wire = wire
-        self.objects: dict[str, _Object | None] = {}
-        self.tellings: list[_Telling] = []
-
-    def fill(self, batch: Batch) -> None:
-        """Works BATCH out. Raises ValueError, KeyError and the like, with notes on where, if it does not fit."""
-        for path, interfaces in batch.added.items():
-            self._at(path, self._add, interfaces)
-        for path, changes in batch.changed.items():
-            self._at(path, self._change, changes)
-        for signal in batch.signals:
-            self._at(signal.path, self._signal, signal)
-        for path in batch.removed:
-            self._at(path, self._remove, None)
-        for path, changes in batch.last.items():
-            self._at(path, self._change, changes)
-
-    def _at(self, path: str, step: Callable[[str, Any], None], what: Any) -> None:
-        try:
-            step(path, what)
-        except Exception as error:
-            error.add_note(f"in {step.__name__[1:]} of {path}")
-            raise
-
-    def _find(self, path: str) -> _Object | None:
-        return self.objects[path] if path in self.objects else self._table.objects.get(path)
-
-    def _get(self, path: str) -> _Object:
-        thing = self._find(path)
-        if thing is None:
-            raise ValueError("there is no such object")
-        return thing
-
-    def _add(self, path: str, interfaces: Interfaces) -> None:
-        if self._find(path):
-            raise ValueError("it is there already")
-        complete = {
-            name: self._wire.complete(name, values) for name, values in interfaces.items() if values is not None
-        }
-        if not self._heard:
-            self.objects[path] = _Object(complete)
-            return
-        entry = self._wire.entry(path, complete)
-        self.objects[path] = _Object(complete, entry)
-        self._tell_manager(path, "InterfacesAdded", "oa{sa{sv}}", entry)
-
-    def _change(self, path: str, changes: Interfaces) -> None:
-        old = self._get(path)
-        new = dict(old.interfaces)
-        self._appear(path, new, changes)
-        for name, values in changes.items():
-            if values is not None and name in old.interfaces:
-                new[name] = self._change_values(path, name, old.interfaces[name], values)
-        self._go(path, new, [name for name, values in changes.items() if values is None and name in new])
-        if any(new.get(name) is not old.interfaces.get(name) for name in new.keys() | old.interfaces.keys()):
-            self.objects[path] = _Object(new)
-
-    def _appear(self, path: str, interfaces: dict[str, dict[str, Any]], changes: Interfaces) -> None:
-        fresh = {name: values for name, values in changes.items() if values is not None and name not in interfaces}
-        if fresh:
-            complete = {name: self._wire.complete(name, values) for name, values in fresh.items()}
-            interfaces.update(complete)
-            self._tell_manager(path, "InterfacesAdded", "oa{sa{sv}}", self._wire.entry(path, complete))
-
-    def _go(self, path: str, interfaces: dict[str, dict[str, Any]], gone: list[str]) -> None:
-        if gone:
-            for name in gone:
-                del interfaces[name]
-            self._tell_manager(path, "InterfacesRemoved", "oas", _marshal("oas", [path, gone]))
-
-    def _change_values(self, path: str, name: str, old: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        declared = self._spec.interfaces[name].properties
-        fit = {key: self._wire.fit_property(name, key, value) for key, value in values.items() if value != old.get(key)}
-        fresh = {key: value for key, value in fit.items() if value != old[key]}
-        variants = self._wire.variants(name, fresh)
-        told = {key: variant for key, variant in variants.items() if not declared[key].const}
-        if told:
-            body = _marshal("sa{sv}as", [name, told, []])
-            self.tellings.append(_Telling(path, spec.PROPERTIES, "PropertiesChanged", "sa{sv}as", body))
-        return {**old, **fresh} if fresh else old
-
-    def _signal(self, path: str, signal: Signal) -> None:
-        if signal.interface not in self._get(path).interfaces:
-            raise ValueError(f"it has no {signal.interface}")
-        signature = self._spec.interfaces[signal.interface].signals[signal.member].signature
-        body = self._wire.marshal(signature, signal.args)
-        self.tellings.append(_Telling(path, signal.interface, signal.member, signature, body))
-
-    def _remove(self, path: str, _: None) -> None:
-        thing = self._find(path)
-        if thing:
-            self.objects[path] = None
-            self._tell_manager(path, "InterfacesRemoved", "oas", _marshal("oas", [path, list(thing.interfaces)]))
-
-    def _tell_manager(self, path: str, member: str, signature: str, body: bytes) -> None:
-        # The specification's ObjectManager tells of what is below it, so not of itself.
-        if path != names.ROOT:
-            self.tellings.append(_Telling(names.ROOT, spec.OBJECT_MANAGER, member, signature, body))
-
-
 # --- the router ---
 
 
@@ -593,8 +229,8 @@ class Router:
     def __init__(self, specification: Specification, *, log: logging.Logger) -> None:
         self._spec = specification
         self._log = log
-        self._wire = _Wire(specification, log)
-        self._table = _Table()
+        self._wire = Wire(specification, log)
+        self._table = Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
         self._quick: set[tuple[str, str]] = set()
         self._connection: _Connection | None = None
@@ -664,7 +300,7 @@ class Router:
         What does not fit the specification raises (ValueError, KeyError and the like, with notes on where), and
         then nothing of BATCH was done.
         """
-        draft = _Draft(self._spec, self._table, self._wire, self._named)
+        draft = Draft(self._spec, self._table, self._wire, self._named)
         draft.fill(batch)
         for path, thing in draft.objects.items():
             if thing:
@@ -682,7 +318,7 @@ class Router:
                 self._entry(path, thing)
                 await asyncio.sleep(0)
 
-    def _emit(self, telling: _Telling) -> None:
+    def _emit(self, telling: Telling) -> None:
         self._send(
             MessageType.SIGNAL,
             path=telling.path,
@@ -810,7 +446,7 @@ class Router:
         """Queues a message and returns its serial; without a connection it goes nowhere."""
         self._serial = self._serial % 0xFFFFFFFF + 1
         if self._connection:
-            self._connection.queue(_frame(kind, self._serial, **fields))
+            self._connection.queue(frame(kind, self._serial, **fields))
         return self._serial
 
     # --- what comes in ---
@@ -972,13 +608,13 @@ class Router:
 
     def _get(self, path: str, interface: str, key: str) -> bytes:
         owner, value = self._property(path, interface, key)
-        return _marshal("v", [self._wire.variant(owner, key, value)])
+        return marshal("v", [self._wire.variant(owner, key, value)])
 
     def _get_all(self, path: str, interface: str) -> bytes:
         everything: dict[str, Any] = {}
         for name, values in self._values(path, interface).items():
             everything |= self._wire.variants(name, values)
-        return _marshal("a{sv}", [everything])
+        return marshal("a{sv}", [everything])
 
     def _set(self, path: str, interface: str, key: str, _: Any) -> bytes:
         owner, _ = self._property(path, interface, key)
@@ -1000,10 +636,10 @@ class Router:
         return {interface: interfaces[interface]} if interface in interfaces else {}
 
     def _managed_objects(self) -> bytes:
-        array = _join([self._entry(path, thing) for path, thing in self._table.objects.items() if path != names.ROOT])
+        array = join([self._entry(path, thing) for path, thing in self._table.objects.items() if path != names.ROOT])
         return struct.pack("<I4x", len(array)) + array
 
-    def _entry(self, path: str, thing: _Object) -> bytes:
+    def _entry(self, path: str, thing: Object) -> bytes:
         thing.entry = thing.entry or self._wire.entry(path, thing.interfaces)
         return thing.entry
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from hostpassd import errors, names
 from hostpassd.bus import router as router_module
-from hostpassd.bus import spec
+from hostpassd.bus import spec, wire
 from hostpassd.bus.router import Batch, BusCallError, Call, NameTaken, Router, Signal, Variant
 from hostpassd.bus.spec import Specification
 from tests.bus.busd import AGENT, DRIVER, PATIENCE, Client, Heard, PrivateBus, Refused
@@ -463,7 +463,7 @@ def test_frames_are_byte_for_byte_the_librarys_own(path: str, body: str, destina
         serial=serial,
     )
     for message in (signal_, reply, error):
-        ours = router_module._frame(
+        ours = wire.frame(
             message.message_type,
             serial,
             path=message.path or "",
@@ -901,7 +901,7 @@ async def test_a_message_of_unknown_type_does_not_reach_us(served: Router, clien
         return []
 
     served.handle(MANAGER, "Rescan", rescan)
-    good = router_module._frame(
+    good = wire.frame(
         MessageType.METHOD_CALL, 99, path=ROOT, interface=MANAGER, member="Rescan", destination=names.BUS_NAME
     )
     await client.send_raw(good)
@@ -1036,7 +1036,7 @@ async def test_a_stranger_cannot_tell_that_a_caller_vanished(served: Router, cli
     root = served._connection
     assert root
     async with served.vanished(client.name) as gone:
-        fake = router_module._frame(
+        fake = wire.frame(
             MessageType.SIGNAL,
             99,
             path=DRIVER[1],
