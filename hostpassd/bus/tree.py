@@ -8,8 +8,9 @@ from typing import Any
 
 from hostpassd import names
 from hostpassd.bus import spec
+from hostpassd.bus.connection import marshal
 from hostpassd.bus.spec import Specification
-from hostpassd.bus.wire import Wire, marshal
+from hostpassd.bus.wire import Wire
 
 Interfaces = dict[str, dict[str, Any] | None]
 """An object's interfaces, each with the values of its properties: plain Python of the property's signature.

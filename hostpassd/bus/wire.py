@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dbus_next import MessageType, Variant
-from dbus_next._private.marshaller import Marshaller
-from dbus_next.signature import SignatureTree
 
+from hostpassd.bus.connection import marshal, types_of
 from hostpassd.bus.spec import Specification
 
 _PATH = re.compile(r"/|(/[A-Za-z0-9_]+)+")
@@ -102,17 +101,6 @@ class Wire:
             self._warned = True
             self._log.warning("A string with NUL or surrogates came as far as the bus: %a. Said once.", text)
         return clean
-
-
-def types_of(signature: str) -> list[Any]:
-    """The complete types of SIGNATURE, each with its `token` and its `children`."""
-    types: list[Any] = SignatureTree._get(signature).types
-    return types
-
-
-def marshal(signature: str, body: list[Any]) -> bytes:
-    """BODY, whose values are as dbus-next wants them, as bytes."""
-    return bytes(Marshaller(signature, body).marshall())
 
 
 def checked_path(value: str) -> str:

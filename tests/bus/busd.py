@@ -401,7 +401,11 @@ class Client:
 
     async def send_raw(self, data: bytes) -> None:
         """Puts DATA on the wire as it is. Returns when the bus has read it or hung up."""
-        await self._order("raw", data=list(data))
+        await self._order("raw", data=list(data), answered=0)
+
+    async def call_raw(self, data: bytes, serial: int) -> Any:
+        """Puts DATA on the wire as it is, a call of SERIAL; returns the body of its reply. Raises Refused."""
+        return await asyncio.wait_for(self._order("raw", data=list(data), answered=serial), PATIENCE)
 
     async def be_agent(self, subject: Client) -> None:
         """Registers as the polkit agent of SUBJECT's process; both must have one user id."""
@@ -474,10 +478,12 @@ class _Caller:
         if flags & 1:
             _tell(id=id, kind="sent", body=None)
 
-    async def _do_raw(self, id: int, data: list[int]) -> None:
+    async def _do_raw(self, id: int, data: list[int], answered: int) -> None:
         loop = asyncio.get_running_loop()
+        self._calls[answered] = id
         await loop.sock_sendall(self._bus._sock, bytes(data))
-        _tell(id=id, kind="sent", body=None)
+        if not answered:
+            _tell(id=id, kind="sent", body=None)
 
     async def _do_agent(self, id: int, pid: int) -> None:
         body = [["unix-process", process_details(pid, os.getuid())], "C", "/agent"]

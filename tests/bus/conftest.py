@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from hostpassd import names
 from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from tests.bus.busd import Client, PrivateBus, brokers
+from tests.bus.fakebus import FakeBus
 
 NewClient = Callable[[int], Awaitable[Client]]
 
@@ -71,3 +73,19 @@ async def new_client(bus: PrivateBus) -> AsyncIterator[NewClient]:
 async def client(new_client: NewClient) -> Client:
     """A caller that is nobody."""
     return await new_client(65534)
+
+
+@pytest.fixture
+async def fake(tmp_path: Path) -> AsyncIterator[FakeBus]:
+    """A bus that the test plays."""
+    async with FakeBus(tmp_path).serving() as made:
+        yield made
+
+
+@pytest.fixture
+async def alone(fake: FakeBus, specification: Specification) -> AsyncIterator[Router]:
+    """A router on it."""
+    made = Router(specification, log=logging.getLogger("hostpassd"))
+    await made.connect(fake.address)
+    yield made
+    await made.close()

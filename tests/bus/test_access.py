@@ -148,8 +148,8 @@ async def test_a_caller_that_vanishes_cancels_its_prompt(
     assert cancelled.body == [cookie]
     with pytest.raises(Cancelled):
         await asyncio.wait_for(checks[0], PATIENCE)
-    assert not router._watched
-    assert not router._pending
+    assert not router.peers._waiting
+    assert not router.peers._asked
 
 
 async def test_a_cancelled_check_cancels_its_prompt(
@@ -208,11 +208,11 @@ async def test_who_waits_for_a_place_can_vanish(
     await other.stop()
     with pytest.raises(Cancelled):
         await asyncio.wait_for(second, PATIENCE)
-    assert access._asking == {client.uid: 1} and list(router._watched) == [client.name]
+    assert access._asking == {client.uid: 1} and len(router.peers._waiting) == 1
     first.cancel()
     await agent.wait_for(CANCEL)
     await asyncio.wait({first})
-    assert not access._asking and not router._watched and not router._pending
+    assert not access._asking and not router.peers._waiting and not router.peers._asked
 
 
 async def test_more_checks_than_places(checks: Checks, polkit: Polkit, client: Client, new_client: NewClient) -> None:
@@ -255,7 +255,7 @@ async def test_a_frozen_polkit_is_a_no(
     name, message = await refusal(assign(client))
     assert name == NOT_AUTHORIZED
     assert "polkit does not answer" in message
-    assert not router._pending
+    assert not router.peers._asked
 
 
 async def test_a_prompt_may_take_longer_than_an_answer_without_one(
