@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,13 @@ POLKIT_POLICY = Path("/usr/share/dbus-1/system.d/org.freedesktop.PolicyKit1.conf
 ACTIONS = Path("/usr/share/polkit-1/actions")
 RULES = Path("/etc/polkit-1/rules.d")
 POLKITD = "/usr/lib/polkit-1/polkitd"
+
+# The two message buses of the world, and how the second is started. It is not installed, which would have it take the
+# place of the host's own bus: `./dev test` unpacks it.
+DBUS_DAEMON, DBUS_BROKER = "dbus-daemon", "dbus-broker"
+BECOME_BROKER = Path(__file__).with_name("broker.py")
+BROKER_UNPACKED = [os.environ[key] for key in ("HOSTPASSD_DBUS_BROKER",) if key in os.environ]
+OWN_MOUNTS = ["unshare", "--mount", "--propagation", "private"]
 
 DRIVER = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 AUTHORITY = (
@@ -87,40 +95,74 @@ class BusDidNotStart(Exception):
     """The bus ended before it listened; why, in its own words."""
 
 
-class PrivateBus:
-    """A dbus-daemon of its own, of type system, under POLICY (the shipped one). A context manager."""
+def brokers() -> tuple[list[str], str]:
+    """The message buses that tests can run on here and, where that is not all of them, why."""
+    if os.getuid() != 0:
+        return [DBUS_DAEMON], f"{DBUS_BROKER} needs root"
+    if subprocess.run([*OWN_MOUNTS, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        return [DBUS_DAEMON], f"{DBUS_BROKER} needs a mount namespace, which cannot be made here"
+    return [DBUS_DAEMON, DBUS_BROKER], ""
 
-    def __init__(self, policy: Path = SHIPPED_POLICY) -> None:
+
+class PrivateBus:
+    """A bus of its own, of type system, under POLICY (the shipped one), served by BROKER. A context manager."""
+
+    def __init__(self, policy: Path = SHIPPED_POLICY, broker: str = DBUS_DAEMON) -> None:
         self._policy = policy
+        self._broker = broker
         self.address = ""
 
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="hostpassd-bus-"))
         self._folder.chmod(0o755)  # callers with other user ids reach the socket
-        configuration = self._folder / "bus.conf"
-        socket = self._folder / "socket"
-        configuration.write_text(
-            BUS_CONFIGURATION.format(socket=socket, policy=self._policy, polkit=POLKIT_POLICY, uid=os.getuid()),
+        self._configuration = self._folder / "bus.conf"
+        self._configuration.write_text(
+            BUS_CONFIGURATION.format(
+                socket=self._folder / "socket", policy=self._policy, polkit=POLKIT_POLICY, uid=os.getuid()
+            ),
             encoding="utf-8",
         )
+        started = self._start_broker() if self._broker == DBUS_BROKER else self._start_daemon()
+        if not started:
+            said = (self._folder / "words").read_text(encoding="utf-8").strip()
+            self.__exit__()
+            raise BusDidNotStart(f"{self._broker} did not start: {said}")
+        return self
+
+    def _start_daemon(self) -> bool:
+        command = ["dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", f"--config-file={self._configuration}"]
+        self._spawn([*command, "--print-address"])
+        assert self.process.stdout
+        self.address = self.process.stdout.readline().strip()
+        return bool(self.address)
+
+    def _start_broker(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as bus, socket.socket(socket.AF_UNIX) as client:
+            bus.bind(str(self._folder / "socket"))
+            (self._folder / "socket").chmod(0o666)
+            bus.listen(128)
+            command = [sys.executable, "-B", str(BECOME_BROKER), str(bus.fileno()), str(self._configuration)]
+            self._spawn([*OWN_MOUNTS, *command, *BROKER_UNPACKED], bus.fileno())
+            bus.close()
+            self.address = f"unix:path={self._folder / 'socket'}"
+            client.settimeout(PATIENCE)
+            client.connect(str(self._folder / "socket"))
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"\0AUTH\r\n")  # answered once it serves; hung up on if it ends before
+                return bool(client.recv(1))
+        return False
+
+    def _spawn(self, command: list[str], *passed: int) -> None:
         # setpriv: a test run that is killed takes its bus along, and that takes its polkitd along.
-        command = ["setpriv", "--pdeathsig", "TERM", "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog"]
-        words = self._folder / "words"
-        with words.open("w", encoding="utf-8") as stderr:
+        with (self._folder / "words").open("w", encoding="utf-8") as stderr:
             self.process = subprocess.Popen(
-                [*command, f"--config-file={configuration}", "--print-address"],
+                ["setpriv", "--pdeathsig", "TERM", *command],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
                 start_new_session=True,  # Ctrl-C at a terminal is not for the bus
+                pass_fds=passed,
             )
-        assert self.process.stdout
-        self.address = self.process.stdout.readline().strip()
-        if not self.address:
-            said = words.read_text(encoding="utf-8").strip()
-            self.__exit__()
-            raise BusDidNotStart(f"dbus-daemon did not start: {said}")
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -369,7 +411,11 @@ class Client:
 
     async def send_raw(self, data: bytes) -> None:
         """Puts DATA on the wire as it is. Returns when the bus has read it or hung up."""
-        await self._order("raw", data=list(data))
+        await self._order("raw", data=list(data), answered=0)
+
+    async def call_raw(self, data: bytes, serial: int) -> Any:
+        """Puts DATA on the wire as it is, a call of SERIAL; returns the body of its reply. Raises Refused."""
+        return await asyncio.wait_for(self._order("raw", data=list(data), answered=serial), PATIENCE)
 
     async def be_agent(self, subject: Client) -> None:
         """Registers as the polkit agent of SUBJECT's process; both must have one user id."""
@@ -442,10 +488,12 @@ class _Caller:
         if flags & 1:
             _tell(id=id, kind="sent", body=None)
 
-    async def _do_raw(self, id: int, data: list[int]) -> None:
+    async def _do_raw(self, id: int, data: list[int], answered: int) -> None:
         loop = asyncio.get_running_loop()
+        self._calls[answered] = id
         await loop.sock_sendall(self._bus._sock, bytes(data))
-        _tell(id=id, kind="sent", body=None)
+        if not answered:
+            _tell(id=id, kind="sent", body=None)
 
     async def _do_agent(self, id: int, pid: int) -> None:
         body = [["unix-process", process_details(pid, os.getuid())], "C", "/agent"]

@@ -180,8 +180,8 @@ async def test_a_caller_that_vanishes_cancels_its_prompt(
     assert cancelled.body == [cookie]
     with pytest.raises(Cancelled):
         await asyncio.wait_for(checks[0], PATIENCE)
-    assert not router._watched
-    assert not router._pending
+    assert not router.peers._waiting
+    assert not router.peers._asked
 
 
 async def test_a_cancelled_check_cancels_its_prompt(
@@ -430,7 +430,7 @@ async def test_a_frozen_polkit_is_a_no(
     name, message = await refusal(assign(client))
     assert name == NOT_AUTHORIZED
     assert "polkit does not answer" in message
-    assert not router._pending
+    assert not router.peers._asked
 
 
 async def test_a_prompt_may_take_longer_than_an_answer_without_one(

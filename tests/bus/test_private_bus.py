@@ -10,14 +10,14 @@ from dbus_next.aio import MessageBus
 from tests.bus import busd
 
 
-def test_why_a_bus_does_not_start_is_told(tmp_path: Path) -> None:
+def test_why_a_bus_does_not_start_is_told(tmp_path: Path, broker: str) -> None:
     missing = tmp_path / "missing.conf"
-    with pytest.raises(busd.BusDidNotStart, match=str(missing)), busd.PrivateBus(missing):
+    with pytest.raises(busd.BusDidNotStart, match=str(missing)), busd.PrivateBus(missing, broker):
         pass
 
 
-async def test_a_host_without_polkit_has_a_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_host_without_polkit_has_a_bus(tmp_path: Path, broker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(busd, "POLKIT_POLICY", tmp_path / "missing.conf")
-    with busd.PrivateBus() as bus:
+    with busd.PrivateBus(broker=broker) as bus:
         connection = await MessageBus(bus_address=bus.address).connect()
         busd.hang_up(connection)

@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 import signal
-import socket
 import struct
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +22,15 @@ from dbus_next.signature import SignatureTree
 from hypothesis import strategies as st
 
 from hostpassd import errors, names
+from hostpassd.bus import connection, spec, wire
 from hostpassd.bus import router as router_module
-from hostpassd.bus import spec
+from hostpassd.bus.connection import Incoming
 from hostpassd.bus.router import Batch, BusCallError, Call, NameTaken, Router, Signal, Variant
 from hostpassd.bus.spec import Specification
+from tests.bus import fakebus
 from tests.bus.busd import AGENT, DRIVER, PATIENCE, Client, Heard, PrivateBus, Refused
 from tests.bus.conftest import NewClient
+from tests.bus.fakebus import DESTINATION, INTERFACE, MEMBER, PATH, REPLY_SERIAL, FakeBus
 
 ROOT, MANAGER, DEVICE, NET = names.ROOT, names.MANAGER, names.DEVICE, names.DEVICE_NET
 PROPERTIES, PEER, INTROSPECTABLE, OBJECT_MANAGER = (
@@ -463,7 +465,7 @@ def test_frames_are_byte_for_byte_the_librarys_own(path: str, body: str, destina
         serial=serial,
     )
     for message in (signal_, reply, error):
-        ours = router_module._frame(
+        ours = wire.frame(
             message.message_type,
             serial,
             path=message.path or "",
@@ -506,7 +508,7 @@ def fold(objects: dict[str, Any], heard: Heard) -> None:
 
 
 async def test_an_answer_that_the_bus_would_not_carry_is_an_error(served: Router, client: Client) -> None:
-    big = "x" * (router_module.MESSAGE_LIMIT // 4)
+    big = "x" * (connection.MESSAGE_LIMIT // 4)
     for number in range(4):
         served.publish(Batch(added={names.device_path(f"big{number}"): {DEVICE: device(Label=big)}}))
     name, message = await refusal(client, ROOT, OBJECT_MANAGER, "GetManagedObjects")
@@ -558,23 +560,23 @@ async def test_who_asks_and_does_not_read_fills_no_memory(
     served: Router, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers are made only as fast as they go out, however many calls there are."""
-    monkeypatch.setattr(router_module, "UNSENT_LIMIT", 1 << 20)
+    monkeypatch.setattr(connection, "UNSENT_LIMIT", 1 << 20)
     served.publish(Batch(changed={ONE: {DEVICE: {"Label": "x" * (1 << 20)}}}))
-    connection = served._connection
-    assert connection
-    queue, most = connection.queue, 0
+    line = served._connection
+    assert line
+    queue, most = line.queue, 0
 
     def spy(data: bytes) -> None:
         nonlocal most
         queue(data)
-        most = max(most, connection._unsent)
+        most = max(most, line._unsent)
 
-    monkeypatch.setattr(connection, "queue", spy)
+    monkeypatch.setattr(line, "queue", spy)
     asking = [client.begin(ONE, PROPERTIES, "Get", "ss", DEVICE, "Label") for _ in range(60)]
     answers = await asyncio.gather(*asking)
     assert [len(value["v"][1]) for [value] in answers] == [1 << 20] * 60
     assert 1 << 20 <= most < 3 << 20
-    assert connection._unsent == 0 and connection._reads
+    assert line._unsent == 0 and await client.call(ROOT, PEER, "Ping") == []
 
 
 # --- hostile strings ---
@@ -779,6 +781,143 @@ class Waiting:
                 await self._begun.acquire()
 
 
+async def test_nothing_is_built_for_who_wants_no_answer(
+    served: Router, client: Client, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(message: Incoming, *_: Any) -> bytes:
+        assert message.wants_reply, message
+        return b""
+
+    monkeypatch.setattr(served, "_answer_standard", build)
+    root = await new_client(0)
+    for one, interface in ((client, True), (root, False)):  # only root may leave the interface out
+        await one.begin(ROOT, OBJECT_MANAGER if interface else None, "GetManagedObjects", no_reply=True)
+        await one.begin(ROOT, INTROSPECTABLE if interface else None, "Introspect", no_reply=True)
+        await one.begin(ONE, PROPERTIES if interface else None, "GetAll", "s", DEVICE, no_reply=True)
+        await one.call(ROOT, PEER, "Ping")
+    assert served.counters["calls-refused"] == 0
+    assert served.counters["calls-without-use"] == 3  # what names its interface does not even wait
+
+
+async def test_calls_under_way_when_the_bus_goes_are_no_fault(
+    served: Router, bus: PrivateBus, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = asyncio.Semaphore(0)
+
+    async def wait(_: Call) -> Sequence[Any]:
+        begun.release()
+        return await served.call(client.name, "/agent", AGENT, "BeginAuthentication", timeout=None)
+
+    served.handle(MANAGER, "Rescan", wait)
+    for _ in range(3):
+        client.begin(ROOT, MANAGER, "Rescan")
+        await begun.acquire()
+    bus.stop()
+    async with asyncio.timeout(PATIENCE):
+        await served.lost
+        while served._running:
+            await asyncio.sleep(0)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def queue_of(
+    served: list[Incoming], refused: list[Incoming], ready: Callable[[], bool] = lambda: True
+) -> router_module.CallQueue:
+    return router_module.CallQueue(served.append, refused.append, ready)
+
+
+def call_of(sender: str, serial: int, size: int = 100) -> Incoming:
+    return Incoming(MessageType.METHOD_CALL, 0, serial, sender=sender, data=bytes(size))
+
+
+async def turn() -> None:
+    """The loop goes round once."""
+    await asyncio.sleep(0)
+
+
+async def test_callers_have_their_turns_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "CALLS_PER_TURN", 4)
+    served: list[Incoming] = []
+    queue = queue_of(served, [])
+    for sender, count in (("a", 6), ("b", 1), ("c", 3)):
+        for serial in range(count):
+            queue.put(call_of(sender, serial))
+    order, seen = ["a0", "b0", "c0", "a1", "c1", "a2", "c2", "a3", "a4", "a5"], []
+    for until in (4, 8, 10, 10):
+        await turn()
+        seen = [f"{call.sender}{call.serial}" for call in served]
+        assert seen == order[:until]
+    queue.put(call_of("d", 0))
+    await turn()
+    assert served[-1].sender == "d"
+
+
+async def test_a_turn_has_a_bounded_time_for_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "SHARE", 0)
+    served: list[Incoming] = []
+    queue = queue_of(served, [])
+    queue.put(call_of("a", 1))
+    await turn()
+    assert not served
+
+
+async def test_who_has_more_waiting_than_its_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Incoming] = []
+    refused: list[Incoming] = []
+    queue = queue_of(served, refused)
+    count = router_module.WAITING_PER_SENDER // (1024 + 200)
+    for serial in range(count + 5):
+        queue.put(call_of("a", serial))
+    queue.put(call_of("b", 0))
+    assert [call.serial for call in refused] == list(range(count, count + 5))
+    while queue._lines:
+        await turn()
+    assert len(served) == count + 1 and queue._weight == 0
+
+
+async def test_where_all_wait_the_newest_of_who_has_most_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "WAITING", 10 * (1024 + 200))
+    served: list[Incoming] = []
+    refused: list[Incoming] = []
+    queue = queue_of(served, refused)
+    for sender, count in (("a", 7), ("b", 3), ("c", 2), ("d", 1)):
+        for serial in range(count):
+            queue.put(call_of(sender, serial))
+    assert [(call.sender, call.serial) for call in refused] == [("a", 6), ("a", 5), ("a", 4)]
+    queue.put(call_of("e", 0, size=6000))
+    assert refused[-1].sender == "e"
+    while queue._lines:
+        await turn()
+    assert len(served) == 10 and queue._weight == 0
+
+
+async def test_calls_wait_while_nothing_can_be_answered() -> None:
+    served: list[Incoming] = []
+    ready = False
+    queue = queue_of(served, [], lambda: ready)
+    queue.put(call_of("a", 1))
+    await turn()
+    await turn()
+    assert not served and not queue._awake  # nor does the loop spin for it
+    ready = True
+    queue.wake()
+    await turn()
+    assert len(served) == 1
+
+
+async def test_a_flood_of_one_keeps_no_other_from_being_served(fake: FakeBus, alone: Router) -> None:
+    """The other's call is answered while hundreds that came before it wait."""
+    alone.publish(Batch(added={ROOT: {MANAGER: manager()}}))
+    fields = {PATH: ROOT, INTERFACE: OBJECT_MANAGER, MEMBER: "GetManagedObjects"}
+    flood = [fakebus.message(fakebus.CALL, fields, serial=serial) for serial in range(1, 1001)]
+    await fake.send(b"".join(flood) + fakebus.ping(7777, sender=":1.77"))
+    answers = [await fake.take() for _ in range(1001)]
+    [place] = [place for place, answer in enumerate(answers) if answer.destination == ":1.77"]
+    turns = 1 + len(b"".join(flood)) // connection.SHARE  # until it has been read
+    assert place <= (turns + 1) * router_module.CALLS_PER_TURN < 500
+    assert {answer.error_name for answer in answers} <= {"", ERROR + "LimitExceeded"}
+
+
 async def test_calls_of_one_sender_are_limited(served: Router, client: Client, new_client: NewClient) -> None:
     method = Waiting(served)
     waiting = [client.begin(ROOT, MANAGER, "Rescan") for _ in range(router_module.CALLS_PER_SENDER)]
@@ -854,7 +993,7 @@ async def test_a_flood_from_one_who_leaves_leaves_nothing(
     await client.stop()
     method.go.set()
     await asyncio.wait_for(_until_idle(served, idle), PATIENCE)
-    assert not served._running and not served._waiting and not served._watched and not served._pending
+    assert not served._running and not served._waiting and not served.peers._waiting and not served.peers._asked
     assert await (await new_client(client.uid)).call(ROOT, PEER, "Ping") == []
 
 
@@ -879,17 +1018,33 @@ async def test_a_cancelled_handler_is_answered(served: Router, client: Client) -
     assert name == ERROR + "Cancelled"
 
 
-async def test_signatures_of_strangers_are_not_kept_for_ever(served: Router, client: Client) -> None:
-    for number in range(1, 200):
-        await refusal(client, ROOT, MANAGER, "Rescan", "y" * number, *[0] * number)
-    kept = len(SignatureTree._cache)
-    assert kept > 150
-    router_limit = 100
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router_module, "SIGNATURES_KEPT", router_limit)
-        await client.call(ROOT, PEER, "Ping")
-    assert len(SignatureTree._cache) < router_limit
-    assert set(await managed(client)) == {ONE, TWO}
+async def test_signatures_of_strangers_are_not_kept(served: Router, client: Client) -> None:
+    """Whatever they are the signatures of: calls, values in calls, signals and answers that nobody waits for."""
+    fields = {PATH: ROOT, INTERFACE: MANAGER, DESTINATION: names.BUS_NAME}
+    await refusal(client, ROOT, MANAGER, "Assign", "ssa{sv}", "m", "d", {})
+    fakebus.message(fakebus.RETURN, {**fields, MEMBER: "X", REPLY_SERIAL: 1}, "y", b"")
+    known = set(SignatureTree._cache)
+    for number in range(1, 120):
+        signature = "y" * number
+        options = {"x": {"v": [f"({signature})", [0] * number]}}
+        await refusal(client, ROOT, MANAGER, "Assign", "ssa{sv}", "m", "d", options)
+        await refusal(client, ROOT, MANAGER, "Rescan", signature, *[0] * number)
+        for kind, more in ((fakebus.SIGNAL, {MEMBER: "X"}), (fakebus.RETURN, {REPLY_SERIAL: number})):
+            unwanted = fakebus.message(kind, {**fields, **more}, signature, bytes(number), serial=99, sender="")
+            await client.send_raw(unwanted)
+    assert await client.call(ROOT, PEER, "Ping") == []
+    assert set(SignatureTree._cache) == known
+
+
+async def test_a_header_field_that_is_not_known_costs_nobody_anything(served: Router, client: Client) -> None:
+    """dbus-broker passes them on; dbus-next takes the connection for broken."""
+    fields = {PATH: "/", INTERFACE: PEER, MEMBER: "Ping", DESTINATION: names.BUS_NAME}
+    for serial, value in enumerate((Variant("s", "x"), Variant("a{sv}", {"x": Variant("ay", b"x")})), start=900):
+        call = fakebus.message(
+            MessageType.METHOD_CALL.value, {77: value, **fields, 200: value}, serial=serial, sender=""
+        )
+        assert await client.call_raw(call, serial) == []
+    assert await client.call(ROOT, PEER, "Ping") == []
 
 
 async def test_a_message_of_unknown_type_does_not_reach_us(served: Router, client: Client) -> None:
@@ -901,7 +1056,7 @@ async def test_a_message_of_unknown_type_does_not_reach_us(served: Router, clien
         return []
 
     served.handle(MANAGER, "Rescan", rescan)
-    good = router_module._frame(
+    good = wire.frame(
         MessageType.METHOD_CALL, 99, path=ROOT, interface=MANAGER, member="Rescan", destination=names.BUS_NAME
     )
     await client.send_raw(good)
@@ -988,73 +1143,3 @@ async def test_introspection_looks_at_no_other_objects(served: Router) -> None:
 
     served._table.objects = Unlisted(served._table.objects)
     assert 'name="net_one"' in served._introspect(names.DEVICES)
-
-
-# --- calls of ours ---
-
-
-async def test_call_and_its_errors(served: Router, client: Client) -> None:
-    [names_] = await served.call(*DRIVER, "ListNames")
-    assert names.BUS_NAME in names_
-    with pytest.raises(BusCallError, match=r"org\.example") as caught:
-        await served.call("org.example", "/", PEER, "Ping")
-    assert caught.value.name == STANDARD_ERROR + "ServiceUnknown"
-    async with asyncio.timeout(PATIENCE):
-        with pytest.raises(TimeoutError):
-            await served.call(client.name, "/agent", AGENT, "BeginAuthentication", timeout=0.05)
-    assert not served._pending
-
-
-async def test_uid_of(served: Router, client: Client) -> None:
-    assert await served.uid_of(client.name) == 65534
-    with pytest.raises(errors.Cancelled):
-        await served.uid_of(":1.999")
-
-
-async def test_vanished(served: Router, client: Client, new_client: NewClient) -> None:
-    other = await new_client(1)
-    async with served.vanished(client.name) as gone, served.vanished(other.name) as other_gone:
-        async with served.vanished(client.name) as again:
-            assert not gone.is_set()
-        await client.stop()
-        async with asyncio.timeout(PATIENCE):
-            await gone.wait()
-        assert not again.is_set()
-        assert not other_gone.is_set()
-        async with served.vanished(client.name) as at_once:
-            assert at_once.is_set()
-    assert not served._watched
-
-
-async def test_vanished_leaves_no_match_rule(served: Router, client: Client) -> None:
-    for _ in range(600):  # the bus allows 512
-        async with served.vanished(client.name):
-            pass
-
-
-async def test_a_stranger_cannot_tell_that_a_caller_vanished(served: Router, client: Client) -> None:
-    root = served._connection
-    assert root
-    async with served.vanished(client.name) as gone:
-        fake = router_module._frame(
-            MessageType.SIGNAL,
-            99,
-            path=DRIVER[1],
-            interface=DRIVER[2],
-            member="NameOwnerChanged",
-            destination=root.unique_name,
-            signature="sss",
-            body=bytes(Marshaller("sss", [client.name, client.name, ""]).marshall()),
-        )
-        await client.send_raw(fake)
-        await client.call(ROOT, PEER, "Ping")
-        assert not gone.is_set()
-
-
-def test_a_full_socket_is_no_error() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        patient = router_module._PatientSocket(ours, lambda count: None)
-        while patient.send(memoryview(bytes(65536))):
-            pass
