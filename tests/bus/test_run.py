@@ -20,6 +20,9 @@ def test_it_shows_a_simulated_host_with_an_assign_and_a_dismiss() -> None:
     assert "the stored configuration of demo now has usb_1_1_2\n" in done.stdout
     assert "the stored configuration of demo now has nothing\n" in done.stdout
     assert done.stdout.endswith('s "running"\n')
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("Of the simulated host")[2].split("```")[1].strip().splitlines()
+    assert [line for line in shown if line != "..." and line not in done.stdout.splitlines()] == []
 
 
 def test_ctrl_c_ends_it_quietly() -> None:

@@ -55,7 +55,7 @@ def guest(host: Host) -> Iterator[Callable[..., Guest]]:
         yield make
 
 
-@pytest.hookimpl(hookwrapper=True)  # type: ignore[untyped-decorator]  # pytest 7.2, Debian 12's, has no other kind
+@pytest.hookimpl(hookwrapper=True)  # pytest 7.2, Debian 12's, has no other kind
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """Lets the recorder see whether the test failed."""
     outcome = yield

@@ -82,28 +82,39 @@ def test_uninstalling_what_is_not_there_says_so(tmp_path: Path) -> None:
     assert "not installed" in done.stderr
 
 
-def missing_package(tmp_path: Path, *, uid: int, apt_status: int) -> subprocess.CompletedProcess[str]:
-    """What './dev run' does where one package is missing and apt-get ends with APT_STATUS."""
+def missing_package(tmp_path: Path, *, uid: int, update: int = 0, install: int = 0) -> subprocess.CompletedProcess[str]:
+    """What './dev run' does where one package is missing and apt-get's commands end with those statuses."""
     stub(tmp_path, "dpkg-query", '[ "$4" = python3-pyudev ] || echo installed')
     stub(tmp_path, "id", f"echo {uid}")
-    stub(tmp_path, "apt-get", f'echo "$@" >>{tmp_path}/apt-calls; echo said by apt; exit {apt_status}')
+    status = f"[ $1 = update ] && exit {update}; exit {install}"
+    stub(tmp_path, "apt-get", f'echo "$@" >>{tmp_path}/apt-calls; echo said by apt; {status}')
     return dev("run", PATH=f"{tmp_path}:{os.environ['PATH']}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a policy for new services is laid down meanwhile")
-def test_only_what_is_missing_is_asked_of_apt_and_its_failure_is_told(tmp_path: Path) -> None:
-    done = missing_package(tmp_path, uid=0, apt_status=100)
+@pytest.mark.parametrize(("update", "could"), [(0, "not"), (100, "neither read the package lists afresh nor")])
+def test_only_what_is_missing_is_asked_of_apt_and_its_failure_is_told(tmp_path: Path, update: int, could: str) -> None:
+    done = missing_package(tmp_path, uid=0, update=update, install=100)
     assert done.returncode == 1
     calls = (tmp_path / "apt-calls").read_text().splitlines()
-    assert calls[0] == "update"
+    assert calls[0] == "update --error-on=any"
     assert len(calls) == 2
     assert calls[1].endswith("install -y --no-install-recommends python3-pyudev")
-    assert "said by apt" in done.stderr
-    assert "dev: apt-get could not install python3-pyudev" in done.stderr
+    assert done.stderr.count("said by apt") == 1 + bool(update)
+    assert done.stderr.splitlines()[-1].startswith(f"dev: apt-get could {could} install python3-pyudev (")
 
 
 def test_who_is_not_root_is_told_what_to_install(tmp_path: Path) -> None:
-    done = missing_package(tmp_path, uid=1000, apt_status=0)
+    done = missing_package(tmp_path, uid=1000)
     assert done.returncode == 1
     assert done.stderr.endswith("apt-get install --no-install-recommends python3-pyudev\n")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "apt-calls").exists()
+
+
+def test_another_system_than_debian_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    done = dev("run", PATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("dev: This is not a Debian system")
+    assert done.stderr.count("\n") == 1
