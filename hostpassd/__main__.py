@@ -14,9 +14,10 @@ from pathlib import Path
 # used here. That is a tenth of the start.
 sys.modules["gi"] = None  # type: ignore[assignment]
 
-from hostpassd import __version__, config, errors  # noqa: E402
+from hostpassd import __version__, capabilities, config, errors  # noqa: E402
 from hostpassd.bus.router import NameTaken  # noqa: E402
 from hostpassd.daemon import Daemon  # noqa: E402
+from hostpassd.host.udev import Armed, arm  # noqa: E402
 from hostpassd.logs import Lines  # noqa: E402
 
 log = logging.getLogger("hostpassd")
@@ -25,6 +26,12 @@ log = logging.getLogger("hostpassd")
 def main() -> int:
     """Runs the daemon; the exit status."""
     arguments = _arguments()
+    try:
+        armed = arm()
+    except OSError as error:
+        log.error("uevents cannot be listened to: %s", error)
+        return 1
+    _give_up_capabilities()
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[Lines()])
     try:
         settings = config.load(arguments.config)
@@ -35,15 +42,23 @@ def main() -> int:
         settings = dataclasses.replace(settings, hypervisors=tuple(arguments.uri))
     folder = arguments.state_folder
     try:
-        asyncio.run(_run(settings, folder, arguments.bus_address))
+        asyncio.run(_run(settings, folder, arguments.bus_address, armed))
     except (OSError, NameTaken, errors.HostpassError) as error:
         log.error("%s", error)
         return 1
     return 0
 
 
-async def _run(settings: config.Config, folder: Path, bus_address: str | None) -> None:
-    await Daemon(settings, folder, bus_address).run()
+async def _run(settings: config.Config, folder: Path, bus_address: str | None, armed: Armed) -> None:
+    await Daemon(settings, folder, bus_address, armed).run()
+
+
+def _give_up_capabilities() -> None:
+    """Nothing that follows needs any. Before the first thread is started: each has its own."""
+    try:
+        capabilities.give_up_all()
+    except OSError as error:
+        log.warning("the capabilities that hostpassd was started with cannot be given up: %s", error)
 
 
 def _arguments() -> argparse.Namespace:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from hostpassd.config import Config
-from hostpassd.events import Event, HypervisorChanged, MachinesListed
+from hostpassd.events import Event, FilesHang, HypervisorChanged, MachinesListed
 from hostpassd.faults import vital
-from hostpassd.host.udev import Udev
+from hostpassd.host.reading import Reader
+from hostpassd.host.udev import Armed, Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.machine import Hold
@@ -32,10 +33,14 @@ from hostpassd.passthrough.execute import Executor
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.plan import Options
+from hostpassd.shared import Shared
 from hostpassd.state import Changes, State
 
-# Seconds: a Sync that takes longer is an error; a start does not wait longer for libvirt than this.
+# Seconds: a Sync or a Rescan that takes longer is an error; between two Rescans, which anybody may ask for, there are
+# RESCAN_PAUSE; a start does not wait longer for libvirt than START_LIMIT.
 SYNC_LIMIT = 10.0
+RESCAN_LIMIT = 60.0
+RESCAN_PAUSE = 1.0
 START_LIMIT = 10.0
 # Seconds that a job waits for udev to show what it did.
 SETTLE_LIMIT = 5.0
@@ -44,15 +49,18 @@ SETTLE_LIMIT = 5.0
 class Daemon:
     """One hostpassd: everything made here and joined here."""
 
-    def __init__(self, config: Config, state_folder: Path, bus_address: str | None) -> None:
+    def __init__(self, config: Config, state_folder: Path, bus_address: str | None, armed: Armed | None = None) -> None:
         self._bus_address = bus_address
         # Instances must not repeat over a restart: no daemon hands out a million in a second.
         self._state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
         self._router = Router(Specification.load(), log=logging.getLogger("hostpassd.bus"))
         self._publisher = Publisher(self._state, self._router)
         self._intents = IntentLog(state_folder / "intents", config.hypervisors)
-        self._udev = Udev(self.emit, self._refresh_uses)
-        self._uses = HostUses(self.emit, self._udev.node_of, self._udev.blocks, str(state_folder))
+        self._reader = Reader(self._files_hang)
+        self._udev = Udev(self.emit, self._refresh_uses, self._reader, armed)
+        self._uses = HostUses(
+            self.emit, self._udev.node_of, self._udev.blocks, self._udev.nics, str(state_folder), self._reader
+        )
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
         self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._intents)
         self._audit_log = AuditLog()
@@ -62,6 +70,8 @@ class Daemon:
         ManagerMethods(
             self._state, self._router, access, self._operations, self._publisher, self._sync, self._rescan, default
         )
+        self._synced = Shared(self._catch_up)
+        self._rescanned = Shared(self._read_afresh, RESCAN_PAUSE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._told = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -141,6 +151,8 @@ class Daemon:
                 if set(self._state.hypervisors) >= set(self._hypervisors) and not self._awaiting_lists():
                     self._told.set()
                 notify(self._status())
+            case FilesHang():
+                notify(self._status())
             case MachinesListed():
                 if not self._awaiting_lists():
                     self._told.set()
@@ -178,21 +190,41 @@ class Daemon:
             await self._udev.settled(asyncio.get_running_loop().time() + SETTLE_LIMIT)
 
     async def _sync(self) -> None:
-        try:
-            async with asyncio.timeout(SYNC_LIMIT) as limit:
-                await self._udev.settled(limit.when() or 0.0)
-                await asyncio.gather(*(self._refresh(h) for h in self._hypervisors.values()))
-                await self._uses.read_now()
-        except TimeoutError:
-            raise errors.TimedOut("udev or libvirt did not answer within 10 seconds: try again") from None
+        """Returns when all that happened before the call is in the state."""
+        async with _limited(SYNC_LIMIT):
+            await self._synced()
 
     async def _rescan(self) -> None:
-        await self._udev.scan()
+        """Returns when everything has been read afresh since the call."""
+        async with _limited(RESCAN_LIMIT):
+            await self._rescanned()
+
+    async def _catch_up(self) -> None:
+        async with _limited(SYNC_LIMIT) as limit:
+            await self._udev.settled(limit.when() or 0.0)
+            await self._read_others()
+
+    async def _read_afresh(self) -> None:
+        async with _limited(RESCAN_LIMIT):
+            await self._udev.scan()
+            await self._read_others()
+
+    async def _read_others(self) -> None:
         await asyncio.gather(*(self._refresh(h) for h in self._hypervisors.values()))
-        await self._uses.read_now()
+        try:
+            await self._uses.read_now()
+        except OSError as error:
+            raise errors.Failed(f"what the host uses its devices for cannot be read ({error}): try again") from None
 
     def _refresh_uses(self) -> None:
         self._uses.refresh()
+
+    def _files_hang(self, files: tuple[str, ...]) -> None:
+        """Other files hang than before: what was not read of one that answers again is read now."""
+        if set(self._state.hanging) - set(files):
+            self._udev.scan_soon()
+            self._uses.refresh()
+        self.emit(FilesHang(files))
 
     async def _refresh(self, hypervisor: Hypervisor) -> None:
         """Reads all machines again; those of a hypervisor that is away stay as they were, marked stale."""
@@ -203,7 +235,8 @@ class Daemon:
         held = sum(1 for machine in self._state.machines for _ in self._state.holds_of(machine))
         lost = [h.uri for h in self._state.hypervisors.values() if not h.connected]
         text = f"STATUS={len(self._state.devices)} devices, {len(self._state.machines)} machines, {held} held"
-        text += f"; no answer from {', '.join(lost)}" if lost else ""
+        silent = [*lost, *self._state.hanging]
+        text += f"; no answer from {', '.join(silent)}" if silent else ""
         return text + (f"; no operations: {self._intents.problem}" if self._intents.problem else "")
 
     async def _watchdog(self) -> None:
@@ -229,6 +262,16 @@ class Daemon:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(vital)
+
+
+@contextlib.asynccontextmanager
+async def _limited(seconds: float) -> AsyncIterator[asyncio.Timeout]:
+    """What takes longer than that is TimedOut."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield limit
+    except TimeoutError:
+        raise errors.TimedOut(f"udev or libvirt did not answer within {seconds:g} seconds: try again") from None
 
 
 def _gone(hold: Hold) -> tuple[str, str]:

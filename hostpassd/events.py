@@ -24,16 +24,27 @@ class DeviceGone:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DevicesScanned:
-    """A fresh scan of everything, parents first: what is not in it is gone."""
+    """A fresh scan of everything, parents first: what is not in it is gone.
+
+    `unread`: the sysfs paths of devices that are there, and cannot be read at present.
+    """
 
     devices: tuple[Device, ...]
+    unread: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FilesHang:
+    """These files of the kernel, and no others, do not answer: what they would tell is not known."""
+
+    files: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostUse:
     """One thing the host itself uses a device for."""
 
-    kind: str  # mount, swap, storage-stack, address, default-route, bridge, bond
+    kind: str  # mount, swap, storage-stack, address, default-route, bridge, bond, vlan, macvlan, namespace
     detail: str  # for people: "/home on /dev/sda2", "192.0.2.7/24"
     system: bool = False  # the host cannot live without it (a file system of /, /boot, /usr, /var; swap; own state)
 
@@ -153,6 +164,7 @@ Event = (
     DeviceSeen
     | DeviceGone
     | DevicesScanned
+    | FilesHang
     | HostUsesRead
     | HypervisorChanged
     | MachineRead

@@ -14,6 +14,7 @@ from hostpassd.events import (
     DeviceSeen,
     DevicesScanned,
     Event,
+    FilesHang,
     HostUse,
     HostUsesRead,
     HypervisorChanged,
@@ -139,6 +140,7 @@ class State:
         self.jobs: dict[int, Job] = {}
         self.hypervisors: dict[str, HypervisorState] = {}
         self.missing: dict[str, tuple[Missing, ...]] = {}
+        self.hanging: tuple[str, ...] = ()  # files of the kernel that do not answer
         self.excluded_classes = excluded_classes
         self.never = never
         self._next_instance = first_instance
@@ -261,8 +263,8 @@ class State:
 
     @property
     def degraded(self) -> bool:
-        """Whether a hypervisor cannot be reached."""
-        return any(not h.connected for h in self.hypervisors.values())
+        """Whether a hypervisor cannot be reached, or something of the host cannot be read."""
+        return bool(self.hanging) or any(not h.connected for h in self.hypervisors.values())
 
     # --- writing ---
 
@@ -273,8 +275,11 @@ class State:
                 self._see(device)
             case DeviceGone(path):
                 self._lose(self._by_path.get(path))
-            case DevicesScanned(devices):
-                self._scanned(devices)
+            case DevicesScanned(devices, unread):
+                self._scanned(devices, unread)
+            case FilesHang(files):
+                self.hanging = files
+                self._changes.change(MANAGER)
             case HostUsesRead(uses, nodes):
                 self._read_uses(uses)
                 self._read_nodes(nodes)
@@ -305,8 +310,8 @@ class State:
 
     # --- devices ---
 
-    def _scanned(self, devices: tuple[Device, ...]) -> None:
-        seen = {device.name for device in devices}
+    def _scanned(self, devices: tuple[Device, ...], unread: tuple[str, ...]) -> None:
+        seen = {device.name for device in devices} | {self._by_path.get(path) for path in unread}
         for name in [name for name in self.devices if name not in seen]:
             self._lose(name)
         for device in devices:
@@ -400,6 +405,7 @@ class State:
         """The physical function and the virtual ones show each other, and only as long as both are here."""
         for name in (device.pci and device.pci.physical_function, *self._functions.get(device.name, ())):
             self._touch(name)
+        self._spread_physical(device)
 
     def _find_only_keyboards(self) -> None:
         """What all keyboards of a seat are below, as each: a handful of names, whatever the size of the tree."""
@@ -431,6 +437,18 @@ class State:
                 self._leaves[ancestor.name] += by
                 if had != (self._leaves[ancestor.name] > 0):
                     self._touch(ancestor.name)
+
+    def _spread_holds(self, name: str) -> None:
+        """Brings up to date what spreads upward because of the holds on NAME."""
+        self._spread_again(name)
+        device = self.devices.get(name)
+        if device:
+            self._spread_physical(device)
+
+    def _spread_physical(self, device: Device) -> None:
+        """What a virtual function is held by, its physical one spreads, too."""
+        if device.pci and device.pci.physical_function:
+            self._spread_again(device.pci.physical_function)
 
     def _spread_again(self, name: str) -> None:
         """Brings up to date what NAME spreads upward."""
@@ -531,7 +549,7 @@ class State:
         self._resolve(machine.uuid)
         if old and old.name != machine.name:
             for hold in list(self.holds_of(machine.uuid)):
-                self._spread_again(hold.device)
+                self._spread_holds(hold.device)
 
     def _lose_machine(self, uuid: str) -> None:
         machine = self.machines.get(uuid)
@@ -639,10 +657,7 @@ class State:
             if not rows:
                 del self._holds_on[device]
             self._touch(device)
-            self._spread_again(device)
-            here = self.devices.get(device)
-            if here and here.pci and here.pci.physical_function:
-                self._spread_again(here.pci.physical_function)
+            self._spread_holds(device)
             if before and after and (before.live, before.config) != (after.live, after.config):
                 self._changes.holds_changed.append((before, after))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -49,3 +51,29 @@ def _work(calls: _Queue) -> None:
         else:
             future.set_result(result)
         del call, future, make  # while it waits for the next one nothing of this one is kept
+
+
+def in_thread(call: Callable[[], _T], name: str) -> asyncio.Future[_T]:
+    """Makes CALL in a new thread called NAME, which the end of the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def deliver(result: Any, error: Exception | None) -> None:
+        if future.done():
+            return
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def work() -> None:
+        result, failure = None, None
+        try:
+            result = call()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(deliver, result, failure)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return future

@@ -11,7 +11,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from hostpassd.host.device import clean
 
@@ -25,6 +25,8 @@ _HOP = struct.Struct("=HBBi")  # length, flags, hops, index
 _ERROR, _DONE = 2, 3
 _GET_LINK, _GET_ADDRESS, _GET_ROUTE = 18, 22, 26
 _REQUEST, _DUMP, _INTERRUPTED = 0x1, 0x300, 0x10
+_SEQUENCE = 1
+_BUSY = (errno.EAGAIN, errno.EBUSY, errno.EINTR)
 _TYPE_MASK = 0x3FFF  # without the flags for nested attributes and byte order
 
 _LINK_NAME, _LINK_LOWER, _LINK_MASTER, _LINK_INFO, _LINK_LOWER_NAMESPACE = 3, 5, 10, 18, 37
@@ -60,15 +62,32 @@ class Network:
     links: tuple[Link, ...]
     addresses: tuple[tuple[int, str], ...] = ()
     default_routes: tuple[tuple[int, str], ...] = ()
+    whole: bool = True  # False: it changed all the while; what is in here was there at one time or another
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dump:
+    """What the kernel has of one kind."""
+
+    rows: tuple[bytes, ...]
+    whole: bool
 
 
 def read() -> Network:
     """The network of this namespace now. Raises OSError."""
-    return Network(tuple(_links()), tuple(_addresses()), tuple(_default_routes()))
+    links = _dump(_GET_LINK, _LINK.pack(0, 0, 0, 0, 0))
+    addresses = _dump(_GET_ADDRESS, _ADDRESS.pack(0, 0, 0, 0, 0))
+    routes = _dump(_GET_ROUTE, _ROUTE.pack(0, 0, 0, 0, 0, 0, 0, 0, 0))
+    return Network(
+        tuple(_links(links.rows)),
+        tuple(_addresses(addresses.rows)),
+        tuple(_default_routes(routes.rows)),
+        links.whole and addresses.whole and routes.whole,
+    )
 
 
-def _links() -> Iterator[Link]:
-    for payload in _dump(_GET_LINK, _LINK.pack(0, 0, 0, 0, 0)):
+def _links(rows: Iterable[bytes]) -> Iterator[Link]:
+    for payload in rows:
         index = _LINK.unpack_from(payload)[2]
         attributes = parse_attributes(payload[_LINK.size :])
         elsewhere = _LINK_LOWER_NAMESPACE in attributes
@@ -81,8 +100,8 @@ def _links() -> Iterator[Link]:
         )
 
 
-def _addresses() -> Iterator[tuple[int, str]]:
-    for payload in _dump(_GET_ADDRESS, _ADDRESS.pack(0, 0, 0, 0, 0)):
+def _addresses(rows: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+    for payload in rows:
         _, length, _, _, index = _ADDRESS.unpack_from(payload)
         attributes = parse_attributes(payload[_ADDRESS.size :])
         address = attributes.get(_ADDRESS_LOCAL) or attributes.get(_ADDRESS_PEER, b"")
@@ -90,8 +109,8 @@ def _addresses() -> Iterator[tuple[int, str]]:
             yield index, f"{ipaddress.ip_address(address)}/{length}"
 
 
-def _default_routes() -> Iterator[tuple[int, str]]:
-    for payload in _dump(_GET_ROUTE, _ROUTE.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
+def _default_routes(rows: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+    for payload in rows:
         route = _ROUTE.unpack_from(payload)
         if route[1] == 0 and route[7] == _UNICAST:
             yield from _hops(parse_attributes(payload[_ROUTE.size :]))
@@ -130,30 +149,37 @@ def parse_attributes(data: bytes) -> Attributes:
     return attributes
 
 
-def _dump(request: int, payload: bytes) -> list[bytes]:
-    """What the kernel has of that kind; anew, if it changed while it was told."""
+def _dump(request: int, payload: bytes) -> Dump:
+    """What the kernel has of that kind; asked anew if it changed while it was told.
+
+    Where it changes all the while (containers come and go) it is all that was told in any attempt: a use that is over
+    by now is better than one that is not seen.
+    """
+    rows: dict[bytes, None] = {}
     for _ in range(_ATTEMPTS):
-        found = _dump_once(request, payload)
-        if found is not None:
-            return found
-    raise OSError(errno.EAGAIN, "the network kept changing while it was read")
+        dump = _dump_once(request, payload)
+        if dump.whole:
+            return dump
+        rows |= dict.fromkeys(dump.rows)
+    return Dump(tuple(rows), whole=False)
 
 
-def _dump_once(request: int, payload: bytes) -> list[bytes] | None:
-    found: list[bytes] = []
+def _dump_once(request: int, payload: bytes) -> Dump:
+    rows: list[bytes] = []
     whole = True
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
         netlink.settimeout(_TIMEOUT)
-        netlink.send(_MESSAGE.pack(_MESSAGE.size + len(payload), request, _REQUEST | _DUMP, 1, 0) + payload)
+        netlink.send(_MESSAGE.pack(_MESSAGE.size + len(payload), request, _REQUEST | _DUMP, _SEQUENCE, 0) + payload)
         while True:
-            for kind, flags, body in _messages(netlink.recv(1 << 17)):
+            data, (sender, _) = netlink.recvfrom(1 << 17)
+            for kind, flags, body in _messages(data) if sender == 0 else ():  # who may can send to the port of others
                 whole = whole and not flags & _INTERRUPTED
-                if kind == _DONE:
-                    return found if whole else None
-                if kind == _ERROR:
-                    number = -struct.unpack_from("=i", body)[0]
-                    raise OSError(number, os.strerror(number))
-                found.append(body)
+                if kind in (_DONE, _ERROR):
+                    error = -struct.unpack_from("=i", body)[0] if len(body) >= 4 else 0
+                    if error not in (0, *_BUSY):
+                        raise OSError(error, os.strerror(error))
+                    return Dump(tuple(rows), whole and error == 0)
+                rows.append(body)
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hostpassd.host.device import (
     Block,
@@ -28,6 +28,7 @@ from hostpassd.host.device import (
     device_name,
 )
 from hostpassd.host.hwdb import Names
+from hostpassd.host.reading import Files
 from hostpassd.host.usbmarks import all_interfaces, marks
 from hostpassd.host.usbport import read_socket
 from hostpassd.model.naming import label
@@ -73,22 +74,38 @@ _SCSI_TYPES = {
 }
 
 
-class Complaints:
-    """Warnings about unreadable files, each once for a device and a file name, until the device has gone."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Header:
+    """The configuration header of a PCI function."""
+
+    type: int
+    multifunction: bool = False
+    off_bus: bool = False
+
+
+class Memory:
+    """What is remembered of devices from one reading to the next: their headers, and what was complained of."""
 
     def __init__(self) -> None:
-        self._made: dict[str, set[str]] = {}
+        self.headers: dict[str, Header] = {}
+        self._complaints: dict[str, set[str]] = {}
 
-    def unreadable(self, path: str, name: str, error: Exception) -> None:
-        """Say that NAME of the device at PATH cannot be read, if that has not been said."""
-        made = self._made.setdefault(path, set())
+    def complain(self, path: str, name: str, error: Exception) -> None:
+        """Warn that NAME of the device at PATH cannot be read, if that has not been said."""
+        made = self._complaints.setdefault(path, set())
         if name not in made:
             made.add(name)
             log.warning("%s of %s cannot be read: %s", name, clean(path), error)
 
     def forget(self, path: str) -> None:
-        """The device at PATH has gone: one that comes to its place is complained of anew."""
-        self._made.pop(path, None)
+        """The device at PATH has gone: what comes to its place is another one."""
+        self.headers.pop(path, None)
+        self._complaints.pop(path, None)
+
+    def keep(self, paths: Collection[str]) -> None:
+        """Only at PATHS there are devices."""
+        for path in [path for path in {**self.headers, **self._complaints} if path not in paths]:
+            self.forget(path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,8 +116,10 @@ class Source:
     subsystem: str
     devtype: str
     prop: Callable[[str], str]
-    complaints: Complaints
     child: Callable[[str], Source | None]  # what udev knows of the device in the folder of that name
+    files: Files
+    memory: Memory
+    afresh: bool  # read also what does not change as long as the device is there
     names: Names = NAMES  # by ids, for what udev has no names
 
     @property
@@ -115,14 +134,10 @@ class Source:
     def read_parts(self, name: str, *parts: tuple[int, int]) -> list[bytes]:
         """PARTS (offset, size) of the file NAME; all empty if there is no such file or it cannot be read."""
         try:
-            descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return [os.pread(descriptor, size, offset) for offset, size in parts]
-            finally:
-                os.close(descriptor)
+            return self.files.read(f"{self.path}/{name}", *parts)
         except OSError as error:
             if error.errno not in _ABSENT:
-                self.complaints.unreadable(self.path, name, error)
+                self.memory.complain(self.path, name, error)
             return [b"" for _ in parts]
 
     def text(self, name: str) -> str:
@@ -284,26 +299,35 @@ def _pci_function(source: Source) -> Pci:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Header:
-    type: int
-    multifunction: bool = False
-    off_bus: bool = False
+def _header(source: Source, class_code: int) -> Header:
+    """What the configuration header says, or said last; what the class implies where it could never be read."""
+    known = source.memory.headers.get(source.path)
+    if known is None or source.afresh:
+        known = _read_header(source) or known
+        if known is not None:
+            source.memory.headers[source.path] = known
+    return known or Header({0x0604: 1, 0x0607: 2}.get(class_code >> 8, 0))
 
 
-def _header(source: Source, class_code: int) -> _Header:
-    """What the configuration header says; what the class implies where the header cannot be read.
+def _read_header(source: Source) -> Header | None:
+    """The header; None: it cannot be read, or not without waking the device (seconds, and a laptop's battery).
 
     Only what is needed is read: each word is an access to the device, tens of microseconds in a virtual machine.
     """
+    if source.text("power_state") in _ASLEEP:
+        return None
     vendor, header_type = source.read_parts("config", (0x00, 2), (0x0E, 1))
     if not header_type:
-        return _Header({0x0604: 1, 0x0607: 2}.get(class_code >> 8, 0))
-    return _Header(
+        return None
+    return Header(
         type=header_type[0] & 0x7F,
         multifunction=bool(header_type[0] & 0x80),
         off_bus=vendor == b"\xff\xff",
     )
+
+
+# To read the header of such a device the kernel wakes it, or the ports above it.
+_ASLEEP = frozenset({"D3hot", "D3cold"})
 
 
 def _class_name(source: Source, class_code: int) -> str:

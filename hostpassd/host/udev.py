@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import functools
+import itertools
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 
 import pyudev
 
@@ -17,11 +20,13 @@ from hostpassd.errors import TimedOut
 from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
 from hostpassd.faults import vital
 from hostpassd.host.device import Device, clean
+from hostpassd.host.reading import Files, Hung, Reader
 from hostpassd.host.sysfs import (
     KINDS,
     NAMES,
     SHOWS_IN_PARENT,
-    Complaints,
+    VIRTUAL,
+    Memory,
     Source,
     describe,
     kind_of,
@@ -33,10 +38,12 @@ from hostpassd.host.uses import BlockNode
 log = logging.getLogger(__name__)
 
 _BATCH = 64  # uevents taken in one turn of the loop
+_QUEUE = 256  # uevents taken and not read yet; the others wait in the kernel
 _RECEIVE_BUFFER = 128 << 20  # bytes; what udev itself asks for
 _QUIET = 0.5  # seconds between two looks at udevd's queue
 _KNOWN_LIMIT = 100_000  # uevents waited for; past it they are counted as lost
 
+_RUN = "/run/udev"  # udevd's folder
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1
 _SO_RCVBUFFORCE = 33
@@ -121,62 +128,88 @@ class Outstanding:
             self._awaited.remove(awaited)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Armed:
+    """The open sockets that uevents come by."""
+
+    source: str  # udev, kernel
+    context: pyudev.Context
+    monitor: pyudev.Monitor
+    kernel: socket.socket | None  # the kernel's own beside udev's
+    busy: bool  # udevd had a queue by then
+
+
+def arm() -> Armed:
+    """Open the sockets: from now on no uevent is missed. Raises OSError if there is no netlink to be had.
+
+    With CAP_NET_ADMIN, which nothing else needs, they hold storms of uevents.
+    """
+    # Without udevd (containers, tests) there is only the kernel to listen to.
+    source = "udev" if os.path.exists(f"{_RUN}/control") else "kernel"
+    kernel = _kernel_socket() if source == "udev" else None
+    busy = os.path.exists(f"{_RUN}/queue")
+    context = pyudev.Context()
+    monitor = pyudev.Monitor.from_netlink(context, source=source)
+    monitor.start()
+    with socket.socket(fileno=os.dup(monitor.fileno())) as handle:
+        _enlarge(handle)
+    return Armed(source, context, monitor, kernel, busy)
+
+
 class Udev:
     """The live view of the host's devices.
 
-    `arm`, then `scan`: what happens during a scan is kept by the kernel and follows it. EMIT gets every event, on
-    the loop. USES_CHANGED is called where a block or network device came, changed or went, in the tree or not
-    (device mapper, md). RUN is udevd's folder. BLOCKS: all block devices by sysfs path, in the tree or not.
+    `arm` (ARMED: the sockets are open), then `scan`: what happens meanwhile is kept by the kernel and follows it. EMIT
+    gets every event, on the loop. USES_CHANGED is called where a block or network device came, changed or went, in the
+    tree or not (device mapper, md). BLOCKS: all block devices by sysfs path, in the tree or not. NICS: the devices that
+    network interfaces are or were of.
+
+    uevents are received on the loop; the devices are read by READER, one job after the other: a scan where one is
+    wanted, else the next uevents.
     """
 
     def __init__(
         self,
         emit: Callable[[Event], None],
         uses_changed: Callable[[], None] = lambda: None,
-        run: str = "/run/udev",
+        reader: Reader | None = None,
+        armed: Armed | None = None,
     ) -> None:
         self._emit = emit
         self._uses_changed = uses_changed
-        # Without udevd (containers, tests) there is only the kernel to listen to.
-        self.source = "udev" if os.path.exists(f"{run}/control") else "kernel"
-        self._queue = f"{run}/queue"
-        self._context = pyudev.Context()
+        self._armed = armed
         self._monitor: pyudev.Monitor | None = None
+        self._listening = False
         self._kernel: socket.socket | None = None
         self._outstanding = Outstanding()
         self._lost = False  # uevents not known here may still be in udevd's queue
-        self._scanning = asyncio.Lock()
-        self._rescan: asyncio.Task[DevicesScanned] | None = None
         self.blocks: dict[str, BlockNode] = {}
+        self.nics: set[str] = set()
         self._names: dict[str, str] = {}
-        self._complaints = Complaints()
+        self._memory = Memory()
+        self._reader = reader or Reader()
+        self._queue: deque[pyudev.Device] = deque()
+        self._wanted: asyncio.Future[DevicesScanned] | None = None  # the next scan
+        self._scanning = False
+        self._working: asyncio.Task[None] | None = None
+        self._received = 0  # uevents, ever
+        self._handled = 0
+        self._step: asyncio.Future[None] | None = None
 
     def arm(self) -> None:
-        """Open the sockets: from now on no uevent is missed. Raises OSError if there is no netlink to be had."""
-        if self.source == "udev":
-            self._kernel = _kernel_socket()
-            self._lost = os.path.exists(self._queue)
-        self._monitor = pyudev.Monitor.from_netlink(self._context, source=self.source)
-        self._monitor.start()
-        with socket.socket(fileno=os.dup(self._monitor.fileno())) as handle:
-            _enlarge(handle)
-        log.debug("listening to %s", self.source)
+        """Take the sockets, opened by now: from here on no uevent is missed. Raises OSError."""
+        self._armed = self._armed or arm()
+        self._monitor, self._kernel = self._armed.monitor, self._armed.kernel
+        self._lost = self._kernel is not None and self._armed.busy
+        log.debug("listening to %s", self._armed.source)
 
     async def scan(self) -> DevicesScanned:
-        """Read every device afresh, off the loop, and emit (and return) the result; uevents wait until that is done."""
-        async with self._scanning:
-            self._pause()
-            try:
-                devices, blocks = await asyncio.to_thread(_read_all, self._complaints)
-                self._names = {device.sysfs_path: device.name for device in devices}
-                self.blocks.clear()
-                self.blocks.update(blocks)
-                event = DevicesScanned(tuple(devices))
-                self._emit(event)
-                self._uses_changed()
-                return event
-            finally:
-                self._resume()
+        """Read every device afresh, and emit that. One scan, begun after the call, serves all who call until then."""
+        return await asyncio.shield(self._want_scan())
+
+    def scan_soon(self) -> None:
+        """Have every device read afresh."""
+        self._want_scan()
 
     async def settled(self, deadline: float) -> None:
         """Return when every uevent that the kernel sent before the call has been through udevd and been emitted.
@@ -186,25 +219,20 @@ class Udev:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._drained()
-                if self.source == "udev":
+                if self._kernel is not None:
                     await self._passed_on()
         except TimeoutError:
             raise TimedOut("udev did not finish its queue in time; try again when the host is calmer.") from None
 
     def node_of(self, sysfs_path: str) -> str | None:
         """The name of the nearest device in the tree at or above SYSFS_PATH."""
-        while len(sysfs_path) > 1:
-            name = self._names.get(sysfs_path)
-            if name is not None:
-                return name
-            sysfs_path = sysfs_path.rpartition("/")[0]
-        return None
+        return _nearest(sysfs_path, self._names)
 
     def close(self) -> None:
         """Listen no more."""
         self._pause()
-        if self._rescan is not None:
-            self._rescan.cancel()
+        if self._working is not None:
+            self._working.cancel()
         if self._kernel is not None:
             self._kernel.close()
         self._monitor = self._kernel = None
@@ -212,11 +240,13 @@ class Udev:
     # --- reading sockets ---
 
     def _pause(self) -> None:
-        if self._monitor is not None:
+        if self._monitor is not None and self._listening:
+            self._listening = False
             asyncio.get_running_loop().remove_reader(self._monitor.fileno())
 
     def _resume(self) -> None:
-        if self._monitor is not None:
+        if self._monitor is not None and not self._listening:
+            self._listening = True
             asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._read)
 
     def _read(self) -> bool:
@@ -230,10 +260,15 @@ class Udev:
         assert self._monitor is not None
         try:
             for _ in range(_BATCH):
+                if len(self._queue) >= _QUEUE:
+                    self._pause()
+                    return True
                 device = self._monitor._receive_device()
                 if device is None:
                     return False
-                self._take(device)
+                self._queue.append(device)
+                self._received += 1
+                self._work()
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
@@ -244,7 +279,7 @@ class Udev:
         """Note what the kernel sent. Read along with the monitor, so that a uevent wakes the daemon once, not twice."""
         while self._kernel is not None:
             try:
-                message = self._kernel.recv(8192)
+                message, (port, _) = self._kernel.recvfrom(8192)
             except BlockingIOError:
                 break
             except OSError as error:
@@ -252,7 +287,7 @@ class Udev:
                     raise
                 self._lost = True
                 continue
-            number = _number_in(message)
+            number = 0 if port else _number_in(message)  # of the kernel's own port; others can send to the group, too
             if number:
                 self._outstanding.sent(number)
         self._outstanding.caught_up()
@@ -263,22 +298,18 @@ class Udev:
     def _overflowed(self) -> None:
         """uevents were lost: read everything and let the state make the difference."""
         self._lost = True
-        if self._rescan is None or self._rescan.done():
+        if self._wanted is None:
             log.warning("uevents came faster than they could be read and some were lost: reading all devices again")
-            self._rescan = asyncio.get_running_loop().create_task(self.scan())
-            self._rescan.add_done_callback(vital)
-        self._pause()
+            self._want_scan()
 
     async def _drained(self) -> None:
         """All that is in the sockets now has been emitted, and no scan is under way."""
-        while True:
-            if self._rescan is not None and not self._rescan.done():
-                await asyncio.wait([self._rescan])
-            async with self._scanning:
-                more = self._monitor is not None and self._read()
-            if not more:
-                return
-            await asyncio.sleep(0)
+        more = True
+        while more:
+            more = self._monitor is not None and self._read()
+            received = self._received
+            while self._handled < received or self._wanted is not None or self._scanning:
+                await self._next_step()
 
     async def _passed_on(self) -> None:
         """udevd has passed on all that the kernel had sent.
@@ -301,44 +332,150 @@ class Udev:
         await self._drained()
 
     def _udevd_is_busy(self) -> bool:
-        return os.path.exists(self._queue)  # udevd keeps this file while it has something queued
+        return os.path.exists(f"{_RUN}/queue")  # udevd keeps this file while it has something queued
 
-    # --- uevents to events ---
+    # --- reading devices ---
 
-    def _take(self, device: pyudev.Device) -> None:
+    def _want_scan(self) -> asyncio.Future[DevicesScanned]:
+        if self._wanted is None:
+            self._wanted = asyncio.get_running_loop().create_future()
+            self._work()
+        return self._wanted
+
+    def _work(self) -> None:
+        """Have read what is to be read."""
+        if self._working is None or self._working.done():
+            self._working = asyncio.get_running_loop().create_task(self._work_off())
+            self._working.add_done_callback(vital)
+
+    async def _work_off(self) -> None:
+        while self._wanted is not None or self._queue:
+            if self._wanted is not None:
+                wanted, self._wanted = self._wanted, None
+                await self._scan(wanted)
+            else:
+                await self._take()
+            step, self._step = self._step, None
+            if step is not None:
+                step.set_result(None)
+
+    async def _next_step(self) -> None:
+        if self._step is None:
+            self._step = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._step)
+
+    async def _scan(self, wanted: asyncio.Future[DevicesScanned]) -> None:
+        self._scanning = True
         try:
-            self._handle(device)
-        except UnicodeDecodeError as error:
-            log.warning("a device whose name is not UTF-8 is left out: %r", error.object)
+            found = await self._read_all()
+            event = DevicesScanned(tuple(found.devices), tuple(found.unread))
+            self._note(found)
+            self._emit(event)
+            self._uses_changed()
+        except Exception as error:
+            wanted.set_exception(error)
+            wanted.exception()  # perhaps nobody waits for it; the task's own is vital
+            raise
         finally:
+            self._scanning = False
+        wanted.set_result(event)
+        self._resume()
+
+    def _note(self, found: _Everything) -> None:
+        unread = {path: self._names[path] for path in found.unread if path in self._names}
+        self._names = {device.sysfs_path: device.name for device in found.devices} | unread
+        self._memory.keep(self._names.keys() | found.blocks.keys())
+        self.blocks.clear()
+        self.blocks.update(found.blocks)
+        self.nics |= found.nics
+
+    async def _read_all(self) -> _Everything:
+        while True:
+            with contextlib.suppress(Hung):  # then once more, without the file that it hung at
+                return await self._reader.run(functools.partial(_read_all, self._memory))
+
+    async def _take(self) -> None:
+        devices = list(itertools.islice(self._queue, _BATCH))
+        batch = _Batch(self._names, self._memory)
+        try:
+            await self._reader.run(functools.partial(batch.read, devices))
+        except Hung:
+            return  # then once more, without the file that it hung at
+        for device in devices:
+            self._queue.popleft()
             if self._kernel is not None:
                 self._outstanding.passed(device.sequence_number)
+        self._handled += len(devices)
+        self._apply(batch)
+        self._resume()
 
-    def _handle(self, device: pyudev.Device) -> None:
-        source = self._source(device)
-        if source.subsystem == "block":
-            self._note_block(source, gone=device.action == "remove")
-        if source.subsystem in _USED_BY_HOST:
+    def _apply(self, batch: _Batch) -> None:
+        for path, name in batch.names.items():
+            if name is None:
+                self._names.pop(path, None)
+            else:
+                self._names[path] = name
+        for path, block in batch.blocks.items():
+            if block is None:
+                self.blocks.pop(path, None)
+            else:
+                self.blocks[path] = block
+        self.nics |= batch.nics
+        self.nics -= batch.gone
+        for event in batch.events:
+            self._emit(event)
+        if batch.uses_changed:
             self._uses_changed()
+        if batch.moved:
+            self._want_scan()
+
+
+class _Batch:
+    """What some uevents come to: read in a thread, put into effect on the loop, or not at all.
+
+    NAMES: those of all devices, by sysfs path, which nobody changes meanwhile.
+    """
+
+    def __init__(self, names: Mapping[str, str], memory: Memory) -> None:
+        self.names: dict[str, str | None] = {}  # those that changed; None: of none in the tree any more
+        self.events: list[Event] = []
+        self.blocks: dict[str, BlockNode | None] = {}
+        self.nics: set[str] = set()
+        self.gone: set[str] = set()
+        self.uses_changed = False
+        self.moved = False  # something has another path now, and what is below it has no uevents of its own
+        self._known = names
+        self._memory = memory
+
+    def read(self, devices: list[pyudev.Device], files: Files) -> None:
+        """Read what DEVICES, the uevents', are now."""
+        for device in devices:
+            try:
+                self._handle(device, files)
+            except UnicodeDecodeError as error:
+                log.warning("a device whose name is not UTF-8 is left out: %r", error.object)
+
+    def _handle(self, device: pyudev.Device, files: Files) -> None:
+        source = _source_of(device, files, self._memory)
+        gone = device.action == "remove"
+        if source.subsystem == "block":
+            self.blocks[source.path] = None if gone else _block_node(source)
+        if source.subsystem == "net" and not gone and (nic := _nic_of(source.path)):
+            self.nics.add(nic)
+        if source.subsystem in _USED_BY_HOST:
+            self.uses_changed = True
         old = source.prop("DEVPATH_OLD")
         if old and f"/sys{old}" != source.path:
-            self._moved(f"/sys{old}")
-        if device.action == "remove":
+            self._leave(f"/sys{old}")
+        if gone:
+            self._memory.forget(source.path)
             self._gone(source.path)
+            self.gone.add(source.path)
         else:
             self._seen(source)
         # Bound: only then the report descriptors of a USB interface can be read.
         if device.action in ("add", "remove", "change") or (device.action == "bind" and source.subsystem == "usb"):
-            self._show_in_parent(source)
-
-    def _source(self, device: pyudev.Device) -> Source:
-        return _source_of(device, self._complaints)
-
-    def _note_block(self, source: Source, *, gone: bool) -> None:
-        if gone:
-            self.blocks.pop(source.path, None)
-        else:
-            self.blocks[source.path] = _block_node(source)
+            self._show_in_parent(source, device.context, files)
 
     def _seen(self, source: Source) -> None:
         kind = kind_of(source)
@@ -346,56 +483,80 @@ class Udev:
             # A driver of mediated devices let go of its parent: it may have been a node as that alone.
             self._gone(source.path)
             return
-        seen = describe(source, kind, self.node_of(source.path.rpartition("/")[0]))
+        seen = describe(source, kind, self._nearest(source.path.rpartition("/")[0]))
         if seen is not None:
-            self._names[source.path] = seen.name
-            self._emit(DeviceSeen(seen))
+            self.names[source.path] = seen.name
+            self.events.append(DeviceSeen(seen))
 
     def _gone(self, path: str) -> None:
-        self._complaints.forget(path)
-        if self._names.pop(path, None) is not None:
-            self._emit(DeviceGone(path))
+        if self._name_of(path) is not None:
+            self.names[path] = None
+            self.events.append(DeviceGone(path))
 
-    def _moved(self, old: str) -> None:
-        """What was at OLD has another name now. What is below it has no uevents of its own: that needs a scan."""
-        if self._names.get(old, "net_").startswith("net_"):
+    def _leave(self, old: str) -> None:
+        """What was at OLD has another name now."""
+        if (self._name_of(old) or "net_").startswith("net_"):
             self._gone(old)  # no node of the tree is below a network interface
-        elif self._rescan is None or self._rescan.done():
-            self._rescan = asyncio.get_running_loop().create_task(self.scan())
-            self._rescan.add_done_callback(vital)
+        else:
+            self.moved = True
 
-    def _show_in_parent(self, source: Source) -> None:
+    def _show_in_parent(self, source: Source, context: pyudev.Context, files: Files) -> None:
         shows = SHOWS_IN_PARENT.get(source.subsystem)
         folder = source.path.rpartition("/")[0]
-        if shows is None or folder not in self._names or not shows(source):
+        if shows is None or self._name_of(folder) is None or not shows(source):
             return
-        with contextlib.suppress(pyudev.DeviceNotFoundError):
-            self._seen(self._source(pyudev.Devices.from_sys_path(self._context, folder)))
+        with contextlib.suppress(TimeoutError):
+            parent = _source_at(context, folder, files, self._memory)
+            if parent is not None:
+                self._seen(parent)
+
+    def _name_of(self, path: str) -> str | None:
+        return self.names[path] if path in self.names else self._known.get(path)
+
+    def _nearest(self, path: str) -> str | None:
+        while len(path) > 1:
+            name = self._name_of(path)
+            if name is not None:
+                return name
+            path = path.rpartition("/")[0]
+        return None
 
 
 # Everything, blocking.
 
 
-def _read_all(complaints: Complaints) -> tuple[list[Device], dict[str, BlockNode]]:
-    """All devices of the tree, parents first, and all block devices. In a thread: with a libudev context of its own."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Everything:
+    """What a scan found: devices of the tree, parents first."""
+
+    devices: list[Device] = dataclasses.field(default_factory=list)
+    unread: list[str] = dataclasses.field(default_factory=list)  # what is there and hangs
+    blocks: dict[str, BlockNode] = dataclasses.field(default_factory=dict)
+    nics: set[str] = dataclasses.field(default_factory=set)
+
+
+def _read_all(memory: Memory, files: Files) -> _Everything:
+    """Everything there is. In a thread: with a libudev context of its own."""
     context = pyudev.Context()
     NAMES.forget()
+    found = _Everything(nics=set(_nics()))
     names: dict[str, str] = {}
-    devices = []
-    blocks = {}
     for path in sorted(set(_paths())):
         try:
-            source = _source_of(pyudev.Devices.from_sys_path(context, path), complaints)
-        except (pyudev.DeviceNotFoundError, UnicodeError):
-            continue  # vanished, or has a name that no bus and no terminal can carry
+            source = _source_at(context, path, files, memory, afresh=True)
+        except TimeoutError:
+            found.unread.append(path)
+            continue
+        if source is None:
+            continue
         if source.subsystem == "block":
-            blocks[path] = _block_node(source)
+            found.blocks[path] = _block_node(source)
         kind = kind_of(source)
-        device = describe(source, kind, _nearest(path, names)) if kind else None
+        device = describe(source, kind, _nearest(path.rpartition("/")[0], names)) if kind else None
         if device is not None:
             names[path] = device.name
-            devices.append(device)
-    return devices, blocks
+            found.devices.append(device)
+    return found
 
 
 def _block_node(source: Source) -> BlockNode:
@@ -403,10 +564,12 @@ def _block_node(source: Source) -> BlockNode:
     return BlockNode(own_nodes(source), pool)
 
 
-def _nearest(path: str, names: dict[str, str]) -> str | None:
-    while path := path.rpartition("/")[0]:
+def _nearest(path: str, names: Mapping[str, str]) -> str | None:
+    """The name of the device at PATH, or the nearest above it."""
+    while len(path) > 1:
         if path in names:
             return names[path]
+        path = path.rpartition("/")[0]
     return None
 
 
@@ -418,6 +581,20 @@ def _paths() -> Iterator[str]:
                 yield path
 
 
+def _nics() -> Iterator[str]:
+    """The devices of any bus that network interfaces are of, in whatever network namespace."""
+    with contextlib.suppress(OSError):
+        for bus in os.listdir("/sys/bus"):
+            for path in _listed(f"/sys/bus/{bus}/devices"):
+                if os.path.exists(f"{path}/net"):
+                    yield path
+
+
+def _nic_of(path: str) -> str:
+    """The device that the network interface at PATH is of; '' for a virtual one."""
+    return "" if path.startswith(VIRTUAL) else path.rpartition("/net/")[0]
+
+
 def _listed(*folders: str) -> Iterator[str]:
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):
@@ -426,7 +603,20 @@ def _listed(*folders: str) -> Iterator[str]:
                     yield "/sys/" + os.readlink(f"{folder}/{name}").lstrip("./")
 
 
-def _source_of(device: pyudev.Device, complaints: Complaints) -> Source:
+def _source_at(
+    context: pyudev.Context, path: str, files: Files, memory: Memory, *, afresh: bool = False
+) -> Source | None:
+    """The device at PATH; None: vanished, or of a name that no bus and no terminal can carry. Raises TimeoutError."""
+    files.begin(f"{path}/uevent")
+    try:
+        return _source_of(pyudev.Devices.from_sys_path(context, path), files, memory, afresh=afresh)
+    except (pyudev.DeviceNotFoundError, UnicodeError):
+        return None
+    finally:
+        files.end()
+
+
+def _source_of(device: pyudev.Device, files: Files, memory: Memory, *, afresh: bool = False) -> Source:
     path = device.sys_path
     properties = device.properties
 
@@ -436,17 +626,16 @@ def _source_of(device: pyudev.Device, complaints: Complaints) -> Source:
         except KeyError:
             return ""
         except UnicodeDecodeError as error:
-            complaints.unreadable(path, name, error)
+            memory.complain(path, name, error)
             return ""
         return value
 
     def child(name: str) -> Source | None:
-        try:
-            return _source_of(pyudev.Devices.from_sys_path(device.context, f"{path}/{name}"), complaints)
-        except (pyudev.DeviceNotFoundError, UnicodeError):
-            return None
+        with contextlib.suppress(TimeoutError):
+            return _source_at(device.context, f"{path}/{name}", files, memory)
+        return None
 
-    return Source(path, device.subsystem or "", device.device_type or "", prop, complaints, child)
+    return Source(path, device.subsystem or "", device.device_type or "", prop, child, files, memory, afresh)
 
 
 # Netlink.

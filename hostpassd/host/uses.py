@@ -7,7 +7,9 @@ Device nodes are never touched: under the shipped unit there are none. Numbers a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import ipaddress
 import logging
 import os
@@ -20,14 +22,24 @@ from hostpassd.events import Event, HostUse, HostUsesRead
 from hostpassd.faults import vital
 from hostpassd.host import rtnetlink
 from hostpassd.host.device import clean
+from hostpassd.host.reading import Files, Hung, Reader
 from hostpassd.host.rtnetlink import Link, Network
 from hostpassd.host.sysfs import VIRTUAL
+from hostpassd.shared import Shared
 
 log = logging.getLogger(__name__)
 
 # What the host cannot live without, with all that is mounted below it. /efi is where some mount what others have at
 # /boot/efi.
 _SYSTEM_FOLDERS = ("/boot", "/efi", "/usr", "/var")
+
+# But not what is mounted below these: users make folders there (/var/home is /home where / is read-only), and have
+# things mounted on them.
+_USERS_FOLDERS = ("/var/home", "/var/tmp")
+
+# File systems over several devices: they have no device's number, and the kernel tells one of the devices, or all with
+# colons, as their source. The source of any other is whatever the one who mounts says, and users may mount FUSE.
+_NAME_THEIR_DEVICES = frozenset({"btrfs", "bcachefs"})
 
 _MASTERS = {"bridge": "bridge", "openvswitch": "bridge", "bond": "bond", "team": "bond"}
 # macvtap is left out: it is a machine's, and shows as its hold.
@@ -57,8 +69,9 @@ class BlockNode:
 class Sysfs:
     """The links and small files that storage is resolved by; ROOT is another folder in tests."""
 
-    def __init__(self, root: str = "/sys") -> None:
+    def __init__(self, root: str = "/sys", files: Files | None = None) -> None:
         self._root = root
+        self._files = files or Files()
 
     def real(self, path: str) -> str | None:
         """Where PATH (below /sys, without it) leads, as /sys/devices/...; None: nowhere."""
@@ -74,11 +87,14 @@ class Sysfs:
         except OSError:
             return []
 
+    def has(self, path: str) -> bool:
+        """Whether there is PATH (/sys/...)."""
+        return os.path.exists(self._root + path.removeprefix("/sys"))
+
     def text(self, path: str) -> str:
         """The text of the file PATH (/sys/...); '' if there is none."""
         try:
-            with open(self._root + path.removeprefix("/sys"), "rb") as file:
-                return os.fsdecode(file.read(4096)).strip()
+            return os.fsdecode(self._files.read(self._root + path.removeprefix("/sys"), (0, 4096))[0]).strip()
         except OSError:
             return ""
 
@@ -96,6 +112,8 @@ class Mount:
     @property
     def system(self) -> bool:
         """Whether the host cannot live without it."""
+        if any(self.point != folder and _within(self.point, folder) for folder in _USERS_FOLDERS):
+            return False
         return self.point == "/" or any(_within(self.point, folder) for folder in _SYSTEM_FOLDERS)
 
 
@@ -238,7 +256,8 @@ class Storage:
             return self._under(self._sysfs.real(f"dev/block/{mount.number}"), depth)
         if mount.type == "zfs":
             return self._under_pool(mount.source.partition("/")[0], depth)
-        # File systems over several devices have a number of their own, and name one device, or all with colons.
+        if mount.type not in _NAME_THEIR_DEVICES:
+            return []
         devices = [place for source in re.split(":(?=/)", mount.source) if (place := self._named(source))]
         if mount.type == "btrfs":
             devices = self._btrfs(devices)
@@ -328,7 +347,10 @@ class Storage:
 def network_uses(network: Network) -> Uses:
     """The uses of each interface, by its name."""
     by_index = {link.index: link for link in network.links}
-    return {link.name: tuple(_uses_of_link(link, by_index, network)) for link in network.links}
+    found: dict[str, dict[HostUse, None]] = {}
+    for link in network.links:  # which can have one twice, as it was and as it is
+        found.setdefault(link.name, {}).update(dict.fromkeys(_uses_of_link(link, by_index, network)))
+    return {name: tuple(uses) for name, uses in found.items()}
 
 
 def _uses_of_link(link: Link, by_index: dict[int, Link], network: Network) -> Iterator[HostUse]:
@@ -377,6 +399,15 @@ def lowest(link: Link, network: Network) -> list[str]:
     return [known.name for known in found]
 
 
+def elsewhere(sysfs: Sysfs, nics: Iterable[str]) -> Uses:
+    """The devices with interfaces in other network namespaces, a container's say: what they do there cannot be seen.
+
+    Their folder of interfaces is there as long as they have one, and shows those of this namespace only.
+    """
+    hidden = [nic for nic in nics if sysfs.has(f"{nic}/net") and not sysfs.names(f"{nic}/net")]
+    return {nic: (HostUse("namespace", "a network interface in another network namespace"),) for nic in hidden}
+
+
 def random_generator(sysfs: Sysfs) -> Nodes:
     """What is behind /dev/hwrng. The kernel tells the name that a driver gave, which only for some says the device."""
     folder = "/sys/class/misc/hw_random"
@@ -395,14 +426,23 @@ def random_generator(sysfs: Sysfs) -> Nodes:
 # Reading and watching.
 
 
-def read_uses(state_folder: str, blocks: Mapping[str, BlockNode]) -> tuple[Uses, Nodes]:
-    """All uses of physical devices by sysfs path, and what leads to them. Blocking, some ms. Raises OSError."""
-    sysfs = Sysfs()
-    mounts = parse_mounts(_read("/proc/self/mountinfo"))
-    swaps = parse_swaps(_read("/proc/swaps"))
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reading:
+    """What the host does with its devices. `uses`: of physical devices, by sysfs path."""
+
+    uses: Uses
+    nodes: Nodes
+    whole: bool = True  # False: the network changed all the while; something may be in here that was
+
+
+def read_uses(state_folder: str, blocks: Mapping[str, BlockNode], nics: Collection[str], files: Files) -> Reading:
+    """All uses, and what leads to the devices. Blocking, some ms. Raises OSError."""
+    sysfs = Sysfs(files=files)
+    mounts = parse_mounts(_read(files, "/proc/self/mountinfo"))
+    swaps = parse_swaps(_read(files, "/proc/swaps"))
     storage = Storage(sysfs, mounts, swaps, state_folder, blocks, _imported_pools())
-    found = storage.uses()
     network = rtnetlink.read()
+    found = storage.uses() | elsewhere(sysfs, nics)
     for name, uses in network_uses(network).items():
         place = sysfs.real(f"class/net/{name}")
         if uses and place and not place.startswith(VIRTUAL):
@@ -412,7 +452,7 @@ def read_uses(state_folder: str, blocks: Mapping[str, BlockNode]) -> tuple[Uses,
         if (place := sysfs.real(f"class/net/{link.name}")) and place.startswith(VIRTUAL):
             below = (sysfs.real(f"class/net/{name}") for name in lowest(link, network))
             nodes[link.name] = tuple(path for path in below if path and not path.startswith(VIRTUAL))
-    return found, nodes
+    return Reading(found, nodes, network.whole)
 
 
 def _imported_pools() -> list[str]:
@@ -422,36 +462,44 @@ def _imported_pools() -> list[str]:
         return []  # no ZFS here
 
 
-def _read(path: str) -> str:
+def _read(files: Files, path: str) -> str:
+    files.begin(path)
     try:
         with open(path, "rb") as file:
             return os.fsdecode(file.read())
     except FileNotFoundError:
         return ""  # a kernel without swap has no /proc/swaps
+    finally:
+        files.end()
 
 
 class HostUses:
     """Reads the host's uses when they change, and emits each reading.
 
     NODE_OF names the nearest device of the tree at or above a sysfs path. BLOCKS: all block devices, by sysfs path.
-    STATE_FOLDER: where the daemon keeps its own state, which it cannot live without.
+    NICS: the devices that network interfaces are or were of. STATE_FOLDER: where the daemon keeps its own state, which
+    it cannot live without.
     """
 
     _DELAY = 0.05  # seconds that changes are gathered for
+    _AGAIN = 2.0  # seconds after a reading that is not whole
 
     def __init__(
         self,
         emit: Callable[[Event], None],
         node_of: Callable[[str], str | None],
         blocks: Mapping[str, BlockNode],
+        nics: Collection[str],
         state_folder: str,
+        reader: Reader | None = None,
     ) -> None:
         self._emit = emit
         self._node_of = node_of
         self._blocks = blocks
+        self._nics = nics
+        self._reader = reader or Reader()
         self._state_folder = state_folder
-        self._reading = asyncio.Lock()
-        self._next: asyncio.Task[HostUsesRead] | None = None
+        self._shared = Shared(self._read_now)
         self._timer: asyncio.TimerHandle | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._files: list[int] = []
@@ -476,9 +524,7 @@ class HostUses:
 
     async def read_now(self) -> HostUsesRead:
         """A reading that begins after the call; emitted, too. Raises OSError; the last reading then stands."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._read_next())
-        return await asyncio.shield(self._next)
+        return await self._shared()
 
     def close(self) -> None:
         """Watch no more."""
@@ -533,17 +579,23 @@ class HostUses:
         except OSError as error:
             log.error("what the host uses its devices for cannot be read, the last reading stands: %s", error)
 
-    async def _read_next(self) -> HostUsesRead:
-        async with self._reading:
-            self._next = None
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            # A copy: the loop goes on writing meanwhile.
-            uses, nodes = await asyncio.to_thread(read_uses, self._state_folder, dict(self._blocks))
-            event = HostUsesRead(self._by_name(uses), self._with_names(nodes))
-            self._emit(event)
-            return event
+    async def _read_now(self) -> HostUsesRead:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        reading = await self._read()
+        event = HostUsesRead(self._by_name(reading.uses), self._with_names(reading.nodes))
+        self._emit(event)
+        if not reading.whole and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._AGAIN, self._due)
+        return event
+
+    async def _read(self) -> Reading:
+        while True:
+            # Copies: the loop goes on writing meanwhile.
+            blocks, nics = dict(self._blocks), frozenset(self._nics)
+            with contextlib.suppress(Hung):  # then once more, without the file that it hung at
+                return await self._reader.run(functools.partial(read_uses, self._state_folder, blocks, nics))
 
     def _with_names(self, nodes: Nodes) -> dict[str, tuple[str, ...]]:
         named = {node: filter(None, map(self._node_of, places)) for node, places in nodes.items()}

@@ -27,13 +27,15 @@ from hostpassd.machines.machine import (
 # What strtoull takes at base 0, which is how libvirt reads an address (virXMLPropUInt): 010 is 8, 0x10 is 16.
 _NUMBER = re.compile(r"[ \t\n\r\f\v]*\+?(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))")
 _PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}):([01][0-9a-fA-F])\.([0-7])")
-_DOCTYPE = re.compile(r"\s*(?:<\?.*?\?>\s*|<!--.*?-->\s*)*<!DOCTYPE", re.DOTALL)
 
 # A generator of random numbers is the machine's own; these two are the host's for everybody.
 _SHARED_RANDOM = frozenset({"/dev/random", "/dev/urandom"})
 
 _NODE_TAGS = {"storage": "block", "misc": "char"}
 
+
+# The longest string that libvirt sends or takes (REMOTE_STRING_MAX of its protocol), in bytes.
+_LONGEST = 4 << 20
 
 # While lxml parses it puts its own loader of external entities into libxml2, for the whole process. Two threads that
 # parse at once can leave it there for good, and libvirt, which shares libxml2, then crashes in it when it reads a file
@@ -48,7 +50,7 @@ class _Broken(ValueError):
 def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[str]]:
     """The claims on host devices in XML, one half of a domain, and a warning for each that cannot be read.
 
-    ValueError: XML is no XML at all, or has a document type, which libvirt never writes.
+    ValueError: XML is no XML at all, has a document type, which libvirt never writes, or is longer than it can send.
     """
     claims: list[Claim] = []
     warnings: list[str] = []
@@ -56,6 +58,11 @@ def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[str]]:
         if not _doubles_serial(element, claim, claims):
             claims.append(claim)
     return tuple(claims), warnings
+
+
+def is_live(xml: str) -> bool:
+    """Whether XML is a running machine's live half, which alone has an id. ValueError: XML cannot be read."""
+    return _parse(xml).get("id") is not None
 
 
 def claim_of(element_xml: str) -> Claim:
@@ -160,15 +167,34 @@ def without_claim(domain_xml: str, claim: Claim) -> str:
 
 
 def _parse(xml: str) -> etree._Element:
-    if _DOCTYPE.match(xml):
-        raise ValueError("The XML has a document type, which libvirt never writes.")
-    # huge_tree: metadata can be larger than libxml2's stock limits; entities cannot be defined without a document type.
-    parser = etree.XMLParser(encoding="utf-8", resolve_entities=False, no_network=True, load_dtd=False, huge_tree=True)
+    data = xml.encode("utf-8", "replace")
+    if len(data) > _LONGEST:
+        raise ValueError(f"The XML is longer than {_LONGEST} bytes, which is more than libvirt can send.")
     try:
         with _PARSING:
-            return etree.fromstring(xml.encode("utf-8", "replace"), parser)
+            if b"<!DOCTYPE" in data:
+                etree.fromstring(data, _parser(target=_NoDocumentType()))
+            return etree.fromstring(data, _parser())
     except etree.XMLSyntaxError as error:
         raise ValueError(f"The XML cannot be read: {clean(str(error))}") from None
+
+
+def _parser(**more: object) -> etree.XMLParser:
+    # Not huge_tree: libxml2's own limits are also what libvirt reads with, and they bound what an entity can grow to.
+    return etree.XMLParser(encoding="utf-8", resolve_entities=False, no_network=True, load_dtd=False, **more)
+
+
+class _NoDocumentType:
+    """Refuses an XML with a document type before libxml2 reads any entity of it.
+
+    A document type's words alone, in a comment or CDATA of the metadata, are fine.
+    """
+
+    def doctype(self, *_: object) -> None:
+        raise ValueError("The XML has a document type, which libvirt never writes.")
+
+    def close(self) -> None:
+        """lxml asks for one."""
 
 
 def _text(element: etree._Element) -> str:
@@ -467,11 +493,14 @@ def _mdev(device: Device) -> Mdev:
 
 
 def _write_usb(source: etree._Element, usb: Usb, stored: bool, unique: bool) -> None:
+    """Live always by bus and number, too: that is this very plug-in, and libvirt checks that the rest is so."""
     if stored:
         source.set("startupPolicy", "optional")
-    etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
-    etree.SubElement(source, "product", id=f"{usb.product_id:#06x}")
-    if not unique:
+    named = usb.vendor_id != 0  # libvirt refuses a vendor of 0
+    if named:
+        etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
+        etree.SubElement(source, "product", id=f"{usb.product_id:#06x}")
+    if not (stored and unique and named):
         etree.SubElement(source, "address", bus=str(usb.bus), device=str(usb.number))
 
 

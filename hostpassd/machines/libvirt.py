@@ -1,7 +1,9 @@
 """The connection to libvirt: its events and answers to our events, our calls to it, and coming back after a loss.
 
 The only importer of libvirt. Every libvirt call blocks, so none is made on the loop; libvirt's callbacks come in a
-thread of its own, and hand over to the loop.
+thread of its own, and hand over to the loop. A call can also hang: libvirt waits without end for a driver that the
+kernel cannot unbind, or for a QEMU that is stopped. Nothing can end it but libvirt, so whoever waits for it can stop
+waiting, and its thread is one that the end of the process does not wait for.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import libvirt
@@ -40,7 +41,7 @@ from hostpassd.events import (
     RemovalFailed,
 )
 from hostpassd.host.device import clean
-from hostpassd.machines.domain_xml import read_claims, read_ports, with_claim, without_claim
+from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, with_claim, without_claim
 from hostpassd.machines.machine import Claim, Machine, Ports, UsbSource
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,16 @@ _PAUSES = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each attempt t
 _LOCAL_PAUSE = 5.0  # seconds at most for a hypervisor on this host
 _NODE_DEVICE_PATIENCE = 5.0  # seconds; libvirt's node devices come later than udev's
 _NODE_DEVICE_STEP = 0.1  # seconds
+_READING_PATIENCE = 30.0  # seconds for one answer to one question; a change of the machine can keep it waiting
+_IDLE_PATIENCE = 45.0  # seconds; libvirt itself waits for a machine's job lock for up to 30
+
+# Changes at once. With the one reading these are fewer than the 5 requests that libvirtd takes from one client at a
+# time (max_client_requests): at that limit it does not read on, answers no keepalive, and the connection would be lost.
+_CHANGES_AT_ONCE = 3
+# Of these, calls that hang: with one more there would be no place for others, and the connection is made afresh.
+_HANGING = 2
+# Calls that hang on earlier connections: each keeps one of libvirtd's 20 workers, which others need as well.
+_LEFT_HANGING = 6
 
 _STATES = {
     libvirt.VIR_DOMAIN_NOSTATE: "no state",
@@ -98,14 +109,18 @@ class Hypervisor:
     are all listed again.
 
     Changes raise HypervisorUnavailable (not connected, or lost during the call: it may have been made or not),
-    HypervisorRefused with libvirt's own words, NoSuchMachine, NotSupported; when one returns, the machine has been read
-    again and that was emitted.
+    HypervisorRefused with libvirt's own words, NoSuchMachine, NotSupported; when one returns or libvirt has refused it,
+    the machine has been read again and that was emitted.
+
+    Who cancels a change gives it up: libvirt can be at it yet. `wait_until_idle` waits for those; too many that hang,
+    and a reading that does, have the connection given up and made afresh, so that others get on.
     """
 
     def __init__(self, uri: str, emit: Callable[[Event], None]) -> None:
         self.uri = uri
         self._emit = emit
         self._link: _Link | None = None
+        self._closing: dict[asyncio.Task[None], _Link] = {}  # earlier connections, as long as calls use them
         self._told: HypervisorChanged | None = None
         self._known: dict[str, Machine] = {}
         self._due: dict[str | None, _Due] = {}  # what is to be read, by UUID; None: everything
@@ -116,6 +131,7 @@ class Hypervisor:
         _start_events()
         attempt = 0
         while True:
+            await self._until_few_hang()
             try:
                 link = await self._open()
             except HypervisorUnavailable as error:
@@ -135,42 +151,42 @@ class Hypervisor:
         NoSuchMachine: neither we nor libvirt know it by that name. HypervisorUnavailable, HypervisorRefused.
         """
         known = (uuid for uuid, machine in self._known.items() if uuid_or_name in (uuid, machine.name))
-        uuid = next(known, None) or await self._call(lambda link: link.uuid_of(uuid_or_name))
-        await self._reread(uuid)
+        await self._reread(next(known, None) or await self._uuid_of(uuid_or_name))
 
     async def attach_live(self, uuid: str, xml: str) -> None:
         """Attach the element XML to the running machine. Where that takes libvirt seconds, so does this."""
-        await self._change(uuid, lambda link: link.attach_live(uuid, xml))
+        await self._change(uuid, lambda connection: connection.attach_live(uuid, xml))
 
     async def attach_stored(self, uuid: str, xml: str) -> None:
         """Add the element XML to the machine's stored configuration. AlreadyAssigned: it has that device."""
-        await self._change(uuid, lambda link: link.attach_stored(uuid, xml))
+        await self._change(uuid, lambda connection: connection.attach_stored(uuid, xml))
 
     async def detach_live(self, uuid: str, alias: str) -> None:
         """Ask the guest to let the device with ALIAS go; whether it did, DeviceRemoved or RemovalFailed says.
 
         NotAssigned: the running machine has no such device.
         """
-        await self._change(uuid, lambda link: link.detach_live(uuid, alias))
+        await self._change(uuid, lambda connection: connection.detach_live(uuid, alias))
 
     async def detach_stored(self, uuid: str, claim: Claim) -> None:
         """Take what makes CLAIM out of the machine's stored configuration; if it is not in it, all is well."""
-        await self._change(uuid, lambda link: link.detach_stored(uuid, claim))
+        await self._change(uuid, lambda connection: connection.detach_stored(uuid, claim))
 
     async def detach_host(self, name: str) -> None:
         """Free the PCI function with libvirt's node device NAME from its host driver. NoSuchDevice after 5 s."""
-        await self._change_node(name, lambda link: link.detach_host(name))
+        await self._change_node(name, lambda connection: connection.detach_host(name))
 
     async def reattach_host(self, name: str) -> None:
         """Give the PCI function with libvirt's node device NAME back to its host driver. NoSuchDevice after 5 s."""
-        await self._change_node(name, lambda link: link.reattach_host(name))
+        await self._change_node(name, lambda connection: connection.reattach_host(name))
 
-    async def wait_until_idle(self, uuid: str) -> None:
+    async def wait_until_idle(self, uuid: str, devices: Collection[str] = ()) -> None:
         """Returns when libvirt works on no earlier change of the machine any more, and it has been read after that.
 
-        An earlier run of this program, or a connection that was lost, can have left such a change behind.
+        An earlier run of this program, a connection that was lost, or somebody who gave up can have left such a change
+        behind. DEVICES: node devices, by name; a change of one of these that was given up is waited for, too.
         """
-        while not await self._call(lambda link: link.wait_for_idle(uuid)):
+        while not await self._is_idle(uuid, {uuid, *devices}):
             pass
         await self._reread(uuid)
 
@@ -180,13 +196,23 @@ class Hypervisor:
         pause = _PAUSES[min(attempt, len(_PAUSES) - 1)]
         return min(pause, _LOCAL_PAUSE) if "///" in self.uri else pause
 
+    async def _until_few_hang(self) -> None:
+        while len(calls := [call for link in self._closing.values() for call in link.calls]) >= _LEFT_HANGING:
+            self._tell(False, f"{len(calls)} calls of libvirt at {self.uri} do not return; it is tried when one does.")
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+
     async def _open(self) -> _Link:
-        # In a thread of its own, and no pool's: against a frozen libvirtd it does not return.
-        opening = _in_thread(functools.partial(_Link, self.uri, self._heard, self._closed, asyncio.get_running_loop()))
+        link = _Link()
+        loop = asyncio.get_running_loop()
+        heard = functools.partial(_hand_over, loop, self._heard, link)
+        closed = functools.partial(_hand_over, loop, self._closed, link)
+        # Against a frozen libvirtd it does not return.
+        opening = _in_thread(functools.partial(_Connection, self.uri, heard, closed))
         await asyncio.wait({opening}, timeout=_OPEN_PATIENCE)
         if not opening.done():
             self._tell(False, f"libvirt at {self.uri} does not answer.")
-        return await opening
+        link.connection = await opening
+        return link
 
     async def _serve(self, link: _Link) -> bool:
         """Read LINK until it is lost. Whether its machines were listed."""
@@ -200,7 +226,9 @@ class Hypervisor:
         finally:
             self._lose(link, f"The connection to {self.uri} was closed.", tell=False)
             reader.cancel()
-            closing = _in_thread(link.close)
+            closing = asyncio.create_task(link.close())
+            self._closing[closing] = link
+            closing.add_done_callback(self._closing.pop)
             await asyncio.wait({closing, reader}, timeout=_CLOSE_PATIENCE)
         return link.listed
 
@@ -227,7 +255,9 @@ class Hypervisor:
 
     # What libvirt's callbacks hand over.
 
-    def _heard(self, uuid: str, event: Event | None) -> None:
+    def _heard(self, link: _Link, uuid: str, event: Event | None) -> None:
+        if link is not self._link:
+            return  # the list of all machines, on the next connection, stands for it
         due = self._touch(uuid)
         if event:
             due.events.append(event)
@@ -278,7 +308,7 @@ class Hypervisor:
         due.succeed()
 
     async def _read(self, link: _Link, uuid: str) -> None:
-        machine = await _in_pool(link.readings, functools.partial(link.read, uuid))
+        machine = await self._ask(link, lambda connection: connection.read(uuid))
         if machine is None:
             self._known.pop(uuid, None)
             self._emit(MachineGone(uuid))
@@ -287,39 +317,107 @@ class Hypervisor:
             self._emit(MachineRead(machine))
 
     async def _list(self, link: _Link) -> None:
-        machines, unread = await _in_pool(link.readings, link.read_all)
-        machines += [self._known[uuid] for uuid in unread if uuid in self._known]
-        self._known = {machine.uuid: machine for machine in machines}
+        machines = [await self._listed(link, domain) for domain in await self._ask(link, _Connection.domains)]
+        self._known = {machine.uuid: machine for machine in machines if machine}
         link.listed = True
         self._tell(True)
-        self._emit(MachinesListed(self.uri, tuple(machines)))
+        self._emit(MachinesListed(self.uri, tuple(self._known.values())))
+
+    async def _listed(self, link: _Link, domain: Any) -> Machine | None:
+        try:
+            return await self._ask(link, lambda connection: connection.read_domain(domain))
+        except HypervisorRefused as error:
+            uuid = domain.UUIDString()
+            _log.error("Machine %s could not be read and is shown as it was, if at all: %s", uuid, error)
+            return self._known.get(uuid)
+
+    async def _ask(self, link: _Link, question: Callable[[_Connection], _T]) -> _T:
+        """The answer to QUESTION, which changes nothing. HypervisorUnavailable: there was none in time."""
+        answer = link.begin(question)
+        await asyncio.wait({answer}, timeout=_READING_PATIENCE)
+        if not answer.done():
+            raise self._silent()
+        return answer.result()
+
+    def _silent(self) -> HypervisorUnavailable:
+        _log.warning("libvirt at %s has not answered for %.0f seconds.", self.uri, _READING_PATIENCE)
+        return HypervisorUnavailable(f"libvirt at {self.uri} has not answered for {_READING_PATIENCE:.0f} seconds.")
+
+    async def _uuid_of(self, uuid_or_name: str) -> str:
+        try:
+            async with asyncio.timeout(_READING_PATIENCE):
+                return await self._call(lambda connection: connection.uuid_of(uuid_or_name), uuid_or_name)
+        except TimeoutError:
+            raise self._silent() from None
 
     # Changing.
 
-    async def _call(self, call: Callable[[_Link], _T]) -> _T:
+    async def _call(self, call: Callable[[_Connection], _T], about: str) -> _T:
+        """Make CALL, which is ABOUT a machine or a node device. Cancelled, it hangs as long as libvirt is at it."""
         link = self._link
-        if link is None:
+        while link and len(link.changes) >= _CHANGES_AT_ONCE and not link.lost.done():
+            await link.first(link.changes)
+        if link is None or link.lost.done():
+            raise self._unavailable()
+        change = link.begin(call)
+        link.changes[change] = None
+        try:
+            await link.first((change,))
+        except asyncio.CancelledError:
+            self._give_up(link, change, about)
+            raise
+        if not change.done():
             raise self._unavailable()
         try:
-            return await _in_pool(link.operations, functools.partial(call, link))
+            return change.result()
         except HypervisorUnavailable as error:
             self._lose(link, str(error))
             raise
 
-    async def _change(self, uuid: str, change: Callable[[_Link], None]) -> None:
+    def _give_up(self, link: _Link, change: asyncio.Future[Any], about: str) -> None:
+        if change.done():
+            return
+        link.changes[change] = about
+        if about in self._known:
+            change.add_done_callback(lambda _: self._touch(about))
+        if len(link.hanging) > _HANGING:
+            reason = f"{len(link.hanging)} calls of libvirt at {self.uri} do not return; it is connected to afresh."
+            _log.warning("%s", reason)
+            self._lose(link, reason)
+
+    async def _is_idle(self, uuid: str, about: Collection[str]) -> bool:
+        """Whether libvirt works on no change of the machine; else comes back when that can have become different."""
+        link = self._link
+        if link is None:
+            raise self._unavailable()
+        if hanging := [change for change, what in link.hanging.items() if what in about]:
+            await link.first(hanging)
+            return False
+        async with link.waiting:
+            try:
+                async with asyncio.timeout(_IDLE_PATIENCE):
+                    return await self._call(lambda connection: connection.wait_for_idle(uuid), uuid)
+            except TimeoutError:
+                return False  # it hangs itself
+
+    async def _change(self, uuid: str, change: Callable[[_Connection], None]) -> None:
         try:
-            await self._call(change)
+            await self._call(change, uuid)
+        except HypervisorUnavailable:
+            raise
         except HostpassError:
-            self._touch(uuid)  # half of it may have happened
+            # Half of it may have happened, and who undoes it looks at what shows.
+            with contextlib.suppress(HypervisorRefused):
+                await self._reread(uuid)
             raise
         await self._reread(uuid)
 
-    async def _change_node(self, name: str, change: Callable[[_Link], None]) -> None:
+    async def _change_node(self, name: str, change: Callable[[_Connection], None]) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _NODE_DEVICE_PATIENCE
         while True:
             try:
-                return await self._call(change)
+                return await self._call(change, name)
             except NoSuchDevice:
                 if loop.time() >= deadline:
                     raise
@@ -347,23 +445,56 @@ class _Due:
 
 
 class _Link:
+    """One connection as the loop sees it: the calls that threads make on it."""
+
+    connection: _Connection
+
+    def __init__(self) -> None:
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.listed = False
+        self.waiting = asyncio.Lock()  # one at a time waits for a machine to be idle: it takes a place meanwhile
+        self.calls: set[asyncio.Future[Any]] = set()  # that have not returned
+        self.changes: dict[asyncio.Future[Any], str | None] = {}  # of these; what it is about, if it was given up
+
+    @property
+    def hanging(self) -> dict[asyncio.Future[Any], str]:
+        """The changes that nobody waits for any more, and what they are about."""
+        return {call: about for call, about in self.changes.items() if about is not None}
+
+    def begin(self, call: Callable[[_Connection], _T]) -> asyncio.Future[_T]:
+        """CALL made in a thread of its own."""
+        made = _in_thread(functools.partial(call, self.connection))
+        self.calls.add(made)
+        made.add_done_callback(self._returned)
+        return made
+
+    async def first(self, calls: Iterable[asyncio.Future[Any]]) -> None:
+        """Returns when one of CALLS has returned, or the connection is lost."""
+        waited: set[asyncio.Future[Any]] = {*calls, self.lost}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+
+    async def close(self) -> None:
+        """Closes the connection once the calls in progress, which use it, have returned."""
+        while self.calls:
+            await asyncio.wait(self.calls)
+        await _in_thread(self.connection.close)
+
+    def _returned(self, call: asyncio.Future[Any]) -> None:
+        self.calls.discard(call)
+        about = self.changes.pop(call, None)
+        error = None if call.cancelled() else call.exception()
+        if about is not None:
+            outcome = f"ended with: {error}" if error else "has been done"
+            _log.warning("A change of %s that was given up because libvirt did not return from it %s", about, outcome)
+
+
+class _Connection:
     """One open connection. Its methods block and raise our own errors; they are for threads.
 
-    The two pools together have fewer threads than the 5 requests that libvirtd takes from one client at a time
-    (max_client_requests): at that limit it does not read on, answers no keepalive, and the connection would be lost.
+    HEARD, with a machine's UUID, and CLOSED are called in libvirt's own thread.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        heard: Callable[[str, Event | None], None],
-        closed: Callable[[_Link, int], None],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.lost: asyncio.Future[None] = loop.create_future()
-        self.listed = False
-        self.readings = ThreadPoolExecutor(1, "libvirt-read")
-        self.operations = ThreadPoolExecutor(3, "libvirt-call")
+    def __init__(self, uri: str, heard: Callable[[str, Event | None], None], closed: Callable[[int], None]) -> None:
         self._uri = uri
         self._callbacks: list[int] = []
         self._warned: set[tuple[str, str]] = set()
@@ -372,15 +503,13 @@ class _Link:
         except libvirt.libvirtError as error:
             raise HypervisorUnavailable(f"libvirt at {uri} cannot be reached: {_words(error)}.") from None
         try:
-            self._listen(functools.partial(_hand_over, loop, heard), functools.partial(_hand_over, loop, closed, self))
+            self._listen(heard, closed)
         except libvirt.libvirtError as error:
             self.close()
             raise HypervisorUnavailable(f"libvirt at {uri} cannot be listened to: {_words(error)}.") from None
 
     def close(self) -> None:
-        """Let go of the connection, once the calls in progress have ended."""
-        self.readings.shutdown()
-        self.operations.shutdown()
+        """Let go of the connection, on which no other call may be in progress."""
         # A connection closed with callbacks still registered keeps its sockets.
         for callback in self._callbacks:
             with contextlib.suppress(libvirt.libvirtError):
@@ -412,28 +541,15 @@ class _Link:
 
     # Reading.
 
-    def read_all(self) -> tuple[list[Machine], list[str]]:
-        """All machines, and the UUIDs of those that could not be read."""
-        machines: list[Machine] = []
-        unread: list[str] = []
+    def domains(self) -> list[Any]:
+        """libvirt's handles of all machines, for `read_domain`."""
         with self._translated():
-            domains = self._connection.listAllDomains()
-        for domain in domains:
-            uuid = domain.UUIDString()
-            try:
-                machine = self._read(domain)
-            except HypervisorRefused as error:
-                _log.error("Machine %s could not be read and is shown as it was, if at all: %s", uuid, error)
-                unread.append(uuid)
-                continue
-            if machine:
-                machines.append(machine)
-        return machines, unread
+            return list(self._connection.listAllDomains())
 
     def read(self, uuid: str) -> Machine | None:
         """The machine with UUID as it is now, or None if there is none."""
         try:
-            return self._read(self._domain(uuid))
+            return self.read_domain(self._domain(uuid))
         except NoSuchMachine:
             return None
 
@@ -444,16 +560,18 @@ class _Link:
         with self._translated():
             return str(self._connection.lookupByName(uuid_or_name).UUIDString())
 
-    def _read(self, domain: Any) -> Machine | None:
+    def read_domain(self, domain: Any) -> Machine | None:
         """DOMAIN as it is now. What changes between two of the calls sends an event, and is read again for it."""
         uuid, name = domain.UUIDString(), domain.name()
         try:
             with self._translated():
                 state, persistent = domain.state()[0], bool(domain.isPersistent())
-                live = domain.XMLDesc() if domain.isActive() else None
+                live = domain.XMLDesc() if state != libvirt.VIR_DOMAIN_SHUTOFF else None
                 stored = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
         except NoSuchMachine:
             return None
+        if live is not None and not self._is_live(name, live):
+            state, live = libvirt.VIR_DOMAIN_SHUTOFF, None  # it has stopped since: this is its stored half
         return Machine(
             uuid=uuid,
             name=name,
@@ -469,15 +587,25 @@ class _Link:
     def _claims(self, name: str, xml: str | None) -> tuple[Claim, ...]:
         if xml is None:
             return ()
-        try:
+        with self._readable(name):
             claims, warnings = read_claims(xml)
-        except ValueError as error:
-            raise HypervisorRefused(f"libvirt's description of the machine {name} is unreadable: {error}") from None
         for warning in warnings:
             if (name, warning) not in self._warned:  # once, and not at each reading
                 self._warned.add((name, warning))
                 _log.warning("Machine %s: %s", clean(name), warning)
         return claims
+
+    def _is_live(self, name: str, xml: str) -> bool:
+        with self._readable(name):
+            return is_live(xml)
+
+    @contextlib.contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            words = f"libvirt's description of the machine {clean(name)} is unreadable: {error}"
+            raise HypervisorRefused(words) from None
 
     # Changing.
 
@@ -489,7 +617,7 @@ class _Link:
         domain = self._domain(uuid)
         with self._translated():
             if self._has_claim(domain, xml):
-                raise AlreadyAssigned(f"The stored configuration of {domain.name()} has the device already.")
+                raise AlreadyAssigned(f"The stored configuration of {clean(domain.name())} has the device already.")
             try:
                 domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
             except libvirt.libvirtError as error:
@@ -509,7 +637,7 @@ class _Link:
                 # libvirt 9 calls an alias that is not there an internal error, so that its code does not tell.
                 if error.get_error_code() in _CANNOT or self._has_alias(domain, alias):
                     raise
-                raise NotAssigned(f"The running {domain.name()} has no device {clean(alias)}.") from None
+                raise NotAssigned(f"The running {clean(domain.name())} has no device {clean(alias)}.") from None
 
     def detach_stored(self, uuid: str, claim: Claim) -> None:
         domain = self._domain(uuid)
@@ -559,7 +687,7 @@ class _Link:
     def _stored_claims(self, domain: Any) -> tuple[Claim, ...]:
         # A transient machine's "inactive" XML is its live one; and to define it again would make it persistent.
         if not domain.isPersistent():
-            raise HypervisorRefused(f"The machine {domain.name()} is transient: it has no stored configuration.")
+            raise HypervisorRefused(f"The machine {clean(domain.name())} is transient: it has no stored configuration.")
         return self._claims(domain.name(), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
 
     def _has_alias(self, domain: Any, alias: str) -> bool:
@@ -642,17 +770,13 @@ def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *argu
         loop.call_soon_threadsafe(call, *arguments)
 
 
-async def _in_pool(pool: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
-    return await asyncio.get_running_loop().run_in_executor(pool, call)
-
-
 def _in_thread(call: Callable[[], _T]) -> asyncio.Future[_T]:
     """CALL made in a thread of its own, which the end of the process does not wait for."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
     def deliver(result: Any, error: Exception | None) -> None:
-        if future.cancelled():
+        if future.done():
             return
         if error:
             future.set_exception(error)
@@ -667,5 +791,5 @@ def _in_thread(call: Callable[[], _T]) -> asyncio.Future[_T]:
         else:
             _hand_over(loop, deliver, result, None)
 
-    threading.Thread(target=work, name="libvirt-open", daemon=True).start()
+    threading.Thread(target=work, name="libvirt-call", daemon=True).start()
     return future

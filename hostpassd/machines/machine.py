@@ -102,8 +102,8 @@ class Machine:
 
     @property
     def active(self) -> bool:
-        """Whether it has a live half now."""
-        return self.state not in ("shut off", "crashed", "no state")
+        """Whether it has a live half now. One that has crashed and is kept (on_crash) still has its devices."""
+        return self.state != "shut off"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

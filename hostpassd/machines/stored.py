@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from hostpassd.errors import HostpassError
 from hostpassd.faults import vital
 from hostpassd.inotify import Watch
-
-_log = logging.getLogger(__name__)
 
 # libvirt writes NAME.xml.new and renames it, and one operation can do so twice. Seconds.
 _SETTLE = 0.1
@@ -41,7 +38,7 @@ def folder_of(uri: str) -> str | None:
 class StoredWatch:
     """Has HYPERVISOR read a machine again when its file in FOLDER changes. To be made on the running event loop.
 
-    A folder that cannot be watched is told to the log, once; what others change is then seen with the next event.
+    The folder can come later, go, or be replaced: then all machines are read again.
     """
 
     def __init__(self, hypervisor: Reader, folder: str) -> None:
@@ -50,24 +47,21 @@ class StoredWatch:
         self._everything = False
         self._timer: asyncio.TimerHandle | None = None
         self._reading: set[asyncio.Task[None]] = set()
-        self._watch: Watch | None = None
-        try:
-            self._watch = Watch(folder, self._changed)
-        except OSError as error:
-            _log.warning("%s cannot be watched: changes to stored configuration may be seen late (%s).", folder, error)
+        self._watch = Watch(folder, self._changed)
 
     def close(self) -> None:
         """End the watch and what it has begun."""
-        if self._watch:
-            self._watch.close()
+        self._watch.close()
         if self._timer:
             self._timer.cancel()
         for task in self._reading:
             task.cancel()
 
     def _changed(self, files: set[str]) -> None:
-        self._everything = self._everything or not files
-        self._names.update(name.removesuffix(".xml") for name in files if name.endswith(".xml"))
+        names = {name.removesuffix(".xml") for name in files if name.endswith(".xml")}
+        # libvirt cannot be asked for a name that is not UTF-8.
+        self._everything = self._everything or not files or not all(map(_is_text, names))
+        self._names |= names
         if (self._names or self._everything) and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_SETTLE, self._read)
 
@@ -91,3 +85,12 @@ class StoredWatch:
         # The machine, or the hypervisor, is gone: the one sends an event, the other is listed on its return.
         with contextlib.suppress(HostpassError):
             await reading
+
+
+def _is_text(name: str) -> bool:
+    """Whether the file name NAME was UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

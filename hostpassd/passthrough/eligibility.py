@@ -26,6 +26,7 @@ _USE_CODES = {
     "bond": "network-in-use",
     "vlan": "network-in-use",
     "macvlan": "network-in-use",
+    "namespace": "network-in-use",
 }
 
 

@@ -175,6 +175,15 @@ async def test_a_text_longer_than_any_name_is_refused_by_everything_that_takes_o
         assert refused.value.name == "org.freedesktop.DBus.Error.InvalidArgs", member
 
 
+async def test_the_daemon_keeps_no_capability(daemon: Daemon) -> None:
+    tasks = Path(f"/proc/{daemon.process.pid}/task")
+    for thread in tasks.iterdir():
+        rows = dict(line.split(":\t", 1) for line in (thread / "status").read_text().splitlines())
+        sets = ("CapInh", "CapPrm", "CapEff", "CapAmb", *(() if os.geteuid() else ("CapBnd",)))
+        assert {name: int(rows[name], 16) for name in sets} == dict.fromkeys(sets, 0), rows["Name"]
+    assert len(list(tasks.iterdir())) > 1  # libvirt's, at least
+
+
 async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, client: Client, root: Client) -> None:
     await client.match()
     options = {"config": {"v": ["b", True]}}

@@ -179,6 +179,12 @@ def test_the_unit_is_valid() -> None:
     assert run.returncode == 0
 
 
+def test_the_unit_is_started_again_without_limit_but_not_over_its_configuration() -> None:
+    lines = UNIT.read_text(encoding="utf-8").splitlines()
+    assert {"StartLimitIntervalSec=0", "Restart=on-failure", "RestartPreventExitStatus=78"} <= set(lines)
+    assert lines.index("StartLimitIntervalSec=0") < lines.index("[Service]")  # elsewhere it is not known
+
+
 def test_the_units_exposure() -> None:
     run = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", UNIT],

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -19,7 +20,7 @@ from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
 from hostpassd.host.device import Block, Device, Mdev, MdevParent, Net, Scsi, Usb, UsbInterface
 from tests.bus.mockhost import MockHost
 
-pytest.importorskip("pyudev")
+pyudev = pytest.importorskip("pyudev")
 
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -141,6 +142,66 @@ def test_pci_headers(host: MockHost, listen: Listen) -> None:
     assert bridge and bridge.header_type == 1 and not bridge.off_bus
     assert cardbus and cardbus.header_type == 2
     assert odd and odd.multifunction and (odd.class_code, odd.numa_node, odd.iommu_group) == (0, -1, -1)
+
+
+def header(device: Device) -> tuple[int, bool]:
+    assert device.pci
+    return device.pci.header_type, device.pci.off_bus
+
+
+@needs_preload
+def test_a_function_that_sleeps_is_not_woken_to_be_read(host: MockHost, listen: Listen) -> None:
+    for number, power in enumerate(("D3cold", "D3hot")):
+        attributes: dict[str, str | bytes] = {"power_state": power, "config": b"\xff" * 64}
+        path = host.pci(f"0000:00:0{number}.0", class_code=0x060400, attributes=attributes)
+        listener = listen()
+        assert header(listener.device(f"pci_0000_00_0{number}_0")) == (1, False)  # as its class says
+        host.change(path)
+        assert [header(event.device) for event in seen(listener.settle())] == [(1, False)]
+        host.remove(path)
+
+
+@needs_preload
+def test_a_header_is_read_once_and_at_each_scan_if_its_function_is_awake(host: MockHost, listen: Listen) -> None:
+    path = host.pci("0000:00:01.0", attributes={"power_state": "D0"})
+    listener = listen()
+    host.write(path, "config", b"\xff" * 64)
+    host.change(path)
+    host.set_driver(path, "vfio-pci")
+    assert {header(event.device) for event in seen(listener.settle())} == {(0, False)}
+    host.write(path, "power_state", "D3cold")
+    assert [header(device) for device in cast(DevicesScanned, listener.ask("scan")[0]).devices] == [(0, False)]
+    host.write(path, "power_state", "D0")
+    assert [header(device) for device in cast(DevicesScanned, listener.ask("scan")[0]).devices] == [(0x7F, True)]
+    # What sleeps, or cannot be read any more, is what it was last.
+    host.write(path, "config", b"")
+    host.change(path)
+    assert [header(event.device) for event in seen(listener.settle())] == [(0x7F, True)]
+    host.remove(path)
+    host.pci("0000:00:01.0")
+    assert header(seen(listener.settle())[-1].device) == (0, False)
+
+
+@needs_preload
+def test_a_file_that_hangs_holds_up_neither_a_scan_nor_uevents(host: MockHost) -> None:
+    host.furnish()
+    nic, stick = host.path("0000:01:00.0"), host.path("1-1.3")
+    listener = Listener(host.environment(), scan=False)
+    listener.ask(f"hang {nic}/config")
+    listener.ask(f"hang {host.path('enp1s0')}")
+    (scanned,) = cast(list[DevicesScanned], listener.ask("scan"))
+    found = {device.name: device for device in scanned.devices}
+    assert set(FURNISHED) - set(found) == {"net_enp1s0"} and scanned.unread == (host.path("enp1s0"),)
+    assert header(found["pci_0000_01_00_0"]) == (0, False)  # not known, which is not dead
+    listener.ask(f"hang {stick}/serial")
+    host.change(stick)
+    host.set_driver(nic, "")
+    events = {event.device.name: event.device for event in seen(listener.settle())}
+    assert events["usb_1_1_3"].serial == "" and events["pci_0000_01_00_0"].driver == ""
+    listener.ask("answer")
+    (scanned,) = cast(list[DevicesScanned], listener.ask("scan"))
+    assert set(FURNISHED) == {device.name for device in scanned.devices} and scanned.unread == ()
+    assert listener.stop().count("does not answer: it is left unread") == 3
 
 
 @needs_preload
@@ -416,6 +477,23 @@ async def test_outstanding_forgets_what_was_lost_and_what_is_older_than_itself()
     assert len(outstanding) == 0
 
 
+async def test_who_is_not_the_kernel_sends_no_uevents_to_wait_for() -> None:
+    from hostpassd.host.udev import Udev
+
+    said = [(b"add@/x\0SEQNUM=7\0", (4711, 1)), (b"add@/y\0SEQNUM=8\0", (0, 1))]
+
+    class Kernel:
+        def recvfrom(self, size: int) -> tuple[bytes, tuple[int, int]]:
+            if not said:
+                raise BlockingIOError
+            return said.pop(0)
+
+    udev = Udev(lambda event: None)
+    udev._kernel = cast(socket.socket, Kernel())
+    udev._read_kernel()
+    assert (len(udev._outstanding), udev._outstanding.newest) == (1, 8)
+
+
 # Beside a real udevd, alone with it in namespaces of its own.
 
 REAL = """
@@ -459,8 +537,8 @@ async def _real() -> None:
     loop = asyncio.get_running_loop()
     events: list[Event] = []
     udev = Udev(events.append)
-    assert udev.source == "udev"
     udev.arm()
+    assert udev._kernel is not None
     scanned = await udev.scan()
     path = next(device.sysfs_path for device in scanned.devices if device.kind == "pci")
     for count in (1, 10, 500):
@@ -503,16 +581,65 @@ def _drain_udevd() -> None:
 # The listener's process.
 
 
+class Lock:
+    """What files of the kernel hang at: whoever opens them, or looks their devices up, waits."""
+
+    def __init__(self) -> None:
+        self._hanging: set[str] = set()
+        self._told: tuple[str, ...] = ()
+        self._news = asyncio.Event()
+        self._free = threading.Event()
+        self._open, self._look_up = os.open, pyudev.Devices.from_sys_path
+
+    def hang(self, path: str) -> None:
+        from hostpassd.host import reading
+
+        reading.PATIENCE, reading._LOOK = 0.5, 0.1
+        self._hanging.add(path)
+
+        def open_file(path: Any, *rest: Any, **more: Any) -> int:
+            self._wait(path)
+            return self._open(path, *rest, **more)
+
+        def look_up(context: Any, path: str) -> Any:
+            self._wait(path)
+            return self._look_up(context, path)
+
+        os.open, pyudev.Devices.from_sys_path = open_file, look_up
+
+    async def answer(self) -> None:
+        """Returns when all that hung is known to answer again."""
+        self._hanging.clear()
+        self._free.set()
+        while self._told:
+            await self._news.wait()
+            self._news.clear()
+
+    def told(self, files: tuple[str, ...]) -> None:
+        self._told = files
+        self._news.set()
+
+    def _wait(self, path: object) -> None:
+        if path in self._hanging:
+            self._free.wait()
+
+
 async def _listener(commands: IO[bytes], answers: IO[bytes]) -> None:
+    from hostpassd.host.reading import Reader
     from hostpassd.host.udev import Udev
 
     loop = asyncio.get_running_loop()
     events: list[Event] = []
     changes: list[Any] = []
-    udev = Udev(events.append, lambda: changes.append(None))
+    lock = Lock()
+    udev = Udev(events.append, lambda: changes.append(None), Reader(lock.told))
     while (command := (await loop.run_in_executor(None, commands.readline)).strip()) != b"quit":
         if command == b"arm":
             udev.arm()
+        elif command.startswith(b"hang "):
+            lock.hang(command.decode().partition(" ")[2])
+        elif command == b"answer":
+            await lock.answer()
         elif command == b"scan":
             await udev.scan()
         else:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import libvirt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -290,7 +294,12 @@ def test_long_and_hostile_strings_are_cut_for_people_and_stay_apart() -> None:
         "<domain><name>a\0b</name></domain>",
         "<!DOCTYPE d [<!ENTITY a 'x'>]><domain>&a;</domain>",
         "<!-- c --> <!DOCTYPE d [<!ENTITY a SYSTEM 'file:///etc/hostname'>]><domain>&a;</domain>",
+        "\ufeff<!DOCTYPE d [<!ENTITY a 'x'>]><domain><devices a='&a;'/></domain>",
+        "<?xml version='1.0' encoding='utf-16'?><!DOCTYPE d [<!ENTITY a 'x'>]><domain a='&a;'/>",
+        "<!DOCTYPE d SYSTEM 'file:///etc/hostname'><domain/>",
+        "<domain>" + "x" * (4 << 20) + "</domain>",
     ],
+    ids=range(9),
 )
 def test_what_is_no_domain_xml_is_an_error_and_no_empty_list(xml: str) -> None:
     with pytest.raises(ValueError):
@@ -298,8 +307,41 @@ def test_what_is_no_domain_xml_is_an_error_and_no_empty_list(xml: str) -> None:
 
 
 def test_a_huge_description_is_read() -> None:
-    xml = domain(pci("0x01")).replace("<metadata>", "<metadata>" + "<a>" * 300 + "x" * 11_000_000 + "</a>" * 300)
+    """As large as libvirt can send one."""
+    xml = domain(pci("0x01"))
+    xml = xml.replace("<metadata>", "<metadata>" + "<a>" * 200 + "x" * ((4 << 20) - 2000) + "</a>" * 200)
     assert len(read_claims(xml)[0]) == 1
+
+
+def test_the_words_of_a_document_type_in_metadata_are_only_words() -> None:
+    words = "<metadata><!-- <!DOCTYPE d [<!ENTITY a 'x'>]> --><![CDATA[<!DOCTYPE d>]]>"
+    assert len(read_claims(domain(pci("0x01")).replace("<metadata>", words))[0]) == 1
+
+
+HOSTILE = """
+import resource
+from hostpassd.machines.domain_xml import read_claims
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+grows = "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 12))
+for xml in (
+    "<!-- -->" * 50_000 + "<domain",
+    "<?x y?> " * 50_000 + "<!DOCTYPE d>",
+    "\ufeff<!-- -->" + "<!-- --> " * 50_000 + "<!DOCTYPE d [<!ENTITY a0 'x'>" + grows + "]><domain a='&a11;'/>",
+    "<a>" * 1_000_000,
+):
+    try:
+        read_claims(xml)
+    except ValueError:
+        print("refused")
+"""
+
+
+def test_what_is_hostile_costs_neither_time_nor_memory() -> None:
+    """In a process of its own, which the kernel ends when it is not done with little of either."""
+    command, folder = [sys.executable, "-c", HOSTILE], Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["refused"] * 4), done.stderr
 
 
 def test_threads_that_read_at_once_leave_libxml2_as_it_was() -> None:
@@ -354,8 +396,25 @@ def test_any_usb_device_written_is_read_again(
     bus: int, number: int, vendor: int, product: int, stored: bool, unique: bool
 ) -> None:
     usb = device("usb", Usb(bus, number, "1-4", vendor, product, 0, 480, ()))
-    place = (None, None) if unique else (bus, number)
-    assert only(hostdev_xml(usb, alias="", stored=stored, unique=unique)).source == UsbSource(vendor, product, *place)
+    names = (vendor, product) if vendor else (None, None)
+    place = (None, None) if stored and unique and vendor else (bus, number)
+    assert only(hostdev_xml(usb, alias="", stored=stored, unique=unique)).source == UsbSource(*names, *place)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("ids", [(0x0951, 0x16), (0x0951, 0), (0, 0x16), (0, 0)])
+def test_libvirt_takes_any_usb_device_as_it_is_written(ids: tuple[int, int], stored: bool, unique: bool) -> None:
+    usb = device("usb", Usb(1, 5, "1-4", *ids, 0, 480, ()))
+    written = hostdev_xml(usb, alias="", stored=stored, unique=unique)
+    whole = f"""<domain type='test'><name>x</name><memory>1024</memory><os><type>hvm</type></os>
+    <devices>{written}</devices></domain>"""
+    connection = libvirt.open("test:///default")
+    try:
+        taken = connection.defineXML(whole).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        assert [claim.source for claim in read_claims(taken)[0]] == [only(written).source]
+    finally:
+        connection.close()
 
 
 def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
@@ -365,6 +424,7 @@ def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
     assert stored.find("source/address") is None
     live = etree.fromstring(hostdev_xml(usb, alias="", stored=False, unique=True))
     assert live.find("source").get("startupPolicy") is None
+    assert dict(live.find("source/address").attrib) == {"bus": "1", "device": "10"}
 
 
 def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:

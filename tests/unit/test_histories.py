@@ -34,7 +34,7 @@ import hostpassd.bus.access
 from hostpassd import names
 from hostpassd.bus import present
 from hostpassd.config import Config
-from hostpassd.daemon import Daemon
+from hostpassd.daemon import RESCAN_PAUSE, Daemon
 from hostpassd.events import DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
 from hostpassd.host.device import Device, MdevParent
 from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, PciSource, UsbSource
@@ -307,6 +307,8 @@ class Operations(RuleBasedStateMachine):
     def sync(self, member: str) -> None:
         """A client wants to be told of everything."""
         reply = self.life.call(member)
+        if not reply.there:
+            self.life.loop.advance(RESCAN_PAUSE)  # two Rescans keep apart
         assert reply.there and not reply.error, reply
 
     # --- operations ---

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hostpassd.host import hwdb, udev
 from hostpassd.host.hwdb import PCI_IDS, USB_IDS, Names
-from hostpassd.host.sysfs import Complaints
+from hostpassd.host.reading import Files
+from hostpassd.host.sysfs import Memory
 
 PCI_TEXT = """\
 #
@@ -250,7 +251,7 @@ def test_a_scan_asks_anew(names: Names, tmp_path: Path, monkeypatch: pytest.Monk
     assert names.pci(0xABCD, 0x0001) == NONE
     (tmp_path / "pci.ids").write_text("abcd  New\n\t0001  Card\n")
     assert names.pci(0xABCD, 0x0001) == NONE
-    udev._read_all(Complaints())
+    udev._read_all(Memory(), Files())
     assert names.pci(0xABCD, 0x0001) == ("New", "Card")
 
 

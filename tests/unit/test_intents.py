@@ -427,7 +427,7 @@ async def test_writes_are_made_in_the_order_in_which_they_were_asked_for(tmp_pat
 
 def store_by_others(world: World, *devices: Device) -> tuple[Claim, ...]:
     """An administrator puts DEVICES into the stored configuration, in the place of what is there."""
-    claims = tuple(hostdev(device, alias="") for device in devices)
+    claims = tuple(hostdev(device, alias="", stored=True) for device in devices)
     world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], stored=claims))
     return claims
 

@@ -1,13 +1,15 @@
-"""The connection to libvirt, against its embedded driver in this process; and the watch on stored configuration."""
+"""The connection to libvirt, against its embedded driver in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
-import os
+import re
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,9 @@ from hostpassd.events import (
     MachinesListed,
     RemovalFailed,
 )
-from hostpassd.inotify import Watch
 from hostpassd.machines import libvirt as ours
 from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.machine import Claim, Machine, PciSource, UsbSource
-from hostpassd.machines.stored import StoredWatch, folder_of
 
 GAMING, OFF, TRANSIENT = (f"aaaaaaaa-2222-3333-4444-00000000000{n}" for n in (1, 2, 3))
 PCI = (
@@ -116,6 +116,8 @@ async def running(uri: str) -> AsyncIterator[tuple[Hypervisor, Tape]]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        while hypervisor._closing:
+            await asyncio.wait(hypervisor._closing)
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ async def test_an_event_during_a_reading_has_the_machine_read_again(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, finish = threading.Event(), threading.Event()
-    read = ours._Link.read
+    read = ours._Connection.read
 
     def slow(self: Any, uuid: str) -> Any:
         machine = read(self, uuid)
@@ -240,7 +242,7 @@ async def test_an_event_during_a_reading_has_the_machine_read_again(
 
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        monkeypatch.setattr(ours._Link, "read", slow)
+        monkeypatch.setattr(ours._Connection, "read", slow)
         first = asyncio.create_task(hypervisor.refresh_machine(GAMING))
         assert await asyncio.to_thread(reading.wait, 10)
         machine = opened.connections[-1].lookupByUUIDString(GAMING)
@@ -495,7 +497,7 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, finish = threading.Event(), threading.Event()
-    read = ours._Link.read
+    read = ours._Connection.read
 
     def stuck(self: Any, uuid: str) -> Any:
         reading.set()
@@ -504,7 +506,7 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
 
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        monkeypatch.setattr(ours._Link, "read", stuck)
+        monkeypatch.setattr(ours._Connection, "read", stuck)
         first = asyncio.create_task(hypervisor.refresh_machine(GAMING))
         await asyncio.sleep(0)  # it waits for the very reading in which the connection is lost
         opened.fire(
@@ -539,68 +541,288 @@ async def test_a_libvirtd_that_does_not_answer_holds_nothing_up(
         await tape.until_listed()
 
 
-# Stored configuration that others change.
+# Calls that do not return.
 
 
-class Reads:
-    """Stands for the hypervisor: what it was asked to read."""
+class Hang:
+    """In the place of a method of libvirt's: a call hangs until it is let go, then it is made, or ends with ERROR."""
 
-    def __init__(self) -> None:
-        self.tape: list[str] = []
-        self.more = asyncio.Event()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        self.error: Exception | None = None
+        self.calm = False  # calls from here on do not hang
+        self.made = 0
+        self._began = threading.Semaphore(0)
+        self._go = threading.Event()
+        real = getattr(owner, name)
 
-    async def refresh(self) -> None:
-        self.tape.append("*")
-        self.more.set()
+        def hang(*arguments: Any) -> Any:
+            self.made += 1
+            self._began.release()
+            if not self.calm:
+                self._go.wait(30)
+            if self.error:
+                raise self.error
+            return real(*arguments)
 
-    async def refresh_machine(self, uuid_or_name: str) -> None:
-        self.tape.append(uuid_or_name)
-        self.more.set()
-        if uuid_or_name == "nobody":
-            raise NoSuchMachine("nobody")
+        monkeypatch.setattr(owner, name, hang)
+
+    async def began(self, count: int = 1) -> None:
+        """So many more calls have been made."""
+        for _ in range(count):
+            assert await asyncio.to_thread(self._began.acquire, timeout=10)
+
+    def let_go(self) -> None:
+        self.calm = True
+        self._go.set()
 
 
-async def test_a_changed_file_has_its_machine_read_once(tmp_path: Path) -> None:
-    reads = Reads()
-    watch = StoredWatch(reads, str(tmp_path))
-    for name in ("nobody", "win 10"):
-        for text in ("a", "b"):  # as libvirt does it
-            (tmp_path / f"{name}.xml.new").write_text(text)
-            os.rename(tmp_path / f"{name}.xml.new", tmp_path / f"{name}.xml")
+@pytest.fixture
+def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hang]:
+    """Definitions of machines: with them this driver's stored halves are changed."""
+    made = Hang(monkeypatch, libvirt.virConnect, "defineXML")
+    yield made
+    made.let_go()
+
+
+async def given_up(*calls: asyncio.Task[None]) -> None:
+    """Whoever made them waits no more."""
+    for call in calls:
+        call.cancel()
     async with asyncio.timeout(5):
-        await reads.more.wait()
-    assert reads.tape == ["nobody", "win 10"]
-    reads.more.clear()
-    (tmp_path / "win 10.xml").unlink()
-    async with asyncio.timeout(5):
-        await reads.more.wait()
-    assert reads.tape == ["nobody", "win 10", "win 10"]
-    watch.close()
+        await asyncio.wait(calls)
+    assert all(call.cancelled() for call in calls)
 
 
-async def test_when_the_folder_goes_everything_is_read(tmp_path: Path) -> None:
-    reads = Reads()
-    (tmp_path / "qemu").mkdir()
-    watch = StoredWatch(reads, str(tmp_path / "qemu"))
-    (tmp_path / "qemu").rmdir()
-    async with asyncio.timeout(5):
-        await reads.more.wait()
-    assert reads.tape == ["*"]
-    watch.close()
+async def hanging(hypervisor: Hypervisor, hang: Hang, count: int) -> list[asyncio.Task[None]]:
+    calls = [asyncio.create_task(hypervisor.attach_stored(OFF, USB)) for _ in range(count)]
+    await hang.began(count)
+    return calls
 
 
-async def test_a_folder_that_cannot_be_watched_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    StoredWatch(Reads(), str(tmp_path / "none")).close()
-    assert len(caplog.records) == 1
-    assert folder_of("qemu:///system?socket=/x") == "/etc/libvirt/qemu"
-    assert folder_of("test:///default") is None
+@pytest.mark.parametrize("outcome", ["done", "refused"])
+async def test_a_call_that_hangs_can_be_given_up_and_is_waited_out_later(
+    uri: str, hang: Hang, outcome: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        await given_up(*await hanging(hypervisor, hang, 1))
+        await hypervisor.refresh()  # others get on
+        await hypervisor.wait_until_idle(GAMING)
+        idle = asyncio.create_task(hypervisor.wait_until_idle(OFF))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(idle), 0.1)
+        if outcome == "refused":
+            hang.error = libvirt.libvirtError("no room")
+        hang.let_go()
+        await idle
+        assert len(tape.last(OFF).stored) == (1 if outcome == "done" else 0)
+    assert ("no room" if outcome == "refused" else "has been done") in caplog.text
 
 
-async def test_a_watch_gives_its_descriptor_back(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    watch = Watch(str(tmp_path), lambda names: None)
-    watch.close()
-    watch.close()
-    with pytest.raises(OSError):
-        Watch(str(tmp_path / "none"), lambda names: None)
-    assert len(os.listdir("/proc/self/fd")) == before
+async def test_a_node_device_that_hangs_is_waited_for_by_name(uri: str, opened: Opened) -> None:
+    go = threading.Event()
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        opened.connections[-1].nodeDeviceLookupByName = lambda name: go.wait(10)
+        call = asyncio.create_task(hypervisor.reattach_host("pci_0000_06_00_0"))
+        await asyncio.sleep(0)
+        await given_up(call)
+        await hypervisor.wait_until_idle(GAMING, {"pci_0000_07_00_0"})
+        idle = asyncio.create_task(hypervisor.wait_until_idle(GAMING, {"pci_0000_06_00_0"}))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(idle), 0.1)
+        go.set()
+        await idle
+
+
+async def test_what_waits_for_a_place_and_is_given_up_is_never_begun(uri: str, hang: Hang) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        calls = await hanging(hypervisor, hang, 3)
+        late = asyncio.create_task(hypervisor.attach_stored(GAMING, PCI))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(late), 0.1)
+        await given_up(late)
+        hang.let_go()
+        await asyncio.wait(calls)
+        assert hang.made == 3
+
+
+async def test_when_too_many_hang_the_connection_is_made_afresh_and_others_get_on(
+    uri: str, hang: Hang, opened: Opened
+) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        calls = await hanging(hypervisor, hang, 3)
+        fourth = asyncio.create_task(hypervisor.attach_stored(GAMING, PCI))
+        await given_up(*calls[:2])
+        assert len(opened.connections) == 1 and not fourth.done()
+        await given_up(calls[2])
+        with pytest.raises(HypervisorUnavailable, match=r"3 calls .* do not return"):
+            await fourth
+        await tape.until_listed(2)
+        hang.calm = True
+        await hypervisor.attach_stored(OFF, PCI)
+        assert len(tape.last(OFF).stored) == 1
+        assert opened.connections[0]._o is not None  # three calls use it
+        hang.let_go()
+        while opened.connections[0]._o is not None:
+            await asyncio.sleep(0.01)
+    assert [event.connected for event in tape.events if isinstance(event, HypervisorChanged)] == [True, False, True]
+
+
+async def test_calls_that_hang_on_and_on_do_not_use_libvirtd_up(uri: str, hang: Hang, opened: Opened) -> None:
+    async with running(uri) as (hypervisor, tape):
+        for connections in (1, 2):
+            await tape.until_listed(connections)
+            await given_up(*await hanging(hypervisor, hang, 3))
+        words = "6 calls of libvirt .* do not return; it is tried when one does"
+        await tape.until(lambda events: re.search(words, getattr(events[-1], "error", "")))
+        assert len(opened.connections) == 2
+        hang.let_go()
+        await tape.until_listed(3)
+
+
+async def test_a_reading_that_hangs_is_told_and_the_connection_is_made_afresh(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_READING_PATIENCE", 0.2)
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        hang = Hang(monkeypatch, libvirt.virDomain, "isPersistent")
+        with pytest.raises(HypervisorUnavailable):
+            await hypervisor.refresh_machine(OFF)
+        lost = [event for event in tape.events if isinstance(event, HypervisorChanged)][1]
+        assert (lost.connected, "has not answered" in lost.error) == (False, True)
+        monkeypatch.setattr(ours, "_READING_PATIENCE", 10)
+        hang.calm = True
+        await tape.until_listed(2)
+        hang.let_go()
+
+
+async def test_a_name_that_is_never_looked_up_ends_too(uri: str, opened: Opened, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ours, "_READING_PATIENCE", 0.2)
+    go = threading.Event()
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        opened.connections[-1].lookupByName = lambda name: go.wait(10)
+        with pytest.raises(HypervisorUnavailable, match=r"has not answered"):
+            await hypervisor.refresh_machine("nobody")
+        go.set()
+
+
+async def test_waiting_for_idle_can_hang_and_then_others_still_can_wait(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_IDLE_PATIENCE", 0.2)
+    hang = Hang(monkeypatch, libvirt.virDomain, "memoryStats")
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        first = asyncio.create_task(hypervisor.wait_until_idle(GAMING))
+        await hang.began()
+        hang.calm = True
+        monkeypatch.setattr(ours, "_IDLE_PATIENCE", 10)
+        await hypervisor.wait_until_idle(OFF)
+        assert not first.done()
+        hang.let_go()
+        await first
+
+
+HANGS = """
+import asyncio, os, sys, threading
+import libvirt
+from hostpassd.machines.libvirt import Hypervisor
+
+async def main():
+    listed = asyncio.Event()
+    hypervisor = Hypervisor(sys.argv[1], lambda event: listed.set())
+    run = asyncio.create_task(hypervisor.run())
+    await listed.wait()
+    begun = threading.Event()
+    setattr(libvirt.virConnect, sys.argv[2], lambda *_: (begun.set(), threading.Event().wait()))
+    calls = [hypervisor.attach_stored("%s", "%s"), hypervisor.detach_host("x"), hypervisor.refresh()]
+    calls = [asyncio.create_task(call) for call in calls]
+    await asyncio.to_thread(begun.wait)
+    run.cancel()
+    await asyncio.wait({run})
+    await asyncio.gather(*calls, return_exceptions=True)
+
+asyncio.run(main())
+print("over")
+""" % (OFF, USB)  # noqa: UP031
+
+
+@pytest.mark.parametrize("method", ["defineXML", "nodeDeviceLookupByName", "listAllDomains"])
+def test_a_call_that_hangs_does_not_keep_the_process_from_ending(uri: str, method: str) -> None:
+    command, folder = [sys.executable, "-c", HANGS, uri, method], Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "over\n"), done.stderr
+    assert done.stderr == ""
+
+
+# What shows when libvirt has refused.
+
+
+async def test_what_is_refused_has_been_read_again_before_its_caller_hears(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt can say no to what it has half done."""
+    define = libvirt.virConnect.defineXML
+
+    def half(connection: Any, xml: str) -> Any:
+        define(connection, xml)
+        raise libvirt.libvirtError("it went wrong after all")
+
+    monkeypatch.setattr(libvirt.virConnect, "defineXML", half)
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        with pytest.raises(HypervisorRefused, match="after all"):
+            await hypervisor.attach_stored(OFF, USB)
+        assert len(tape.last(OFF).stored) == 1
+
+
+async def test_a_refusal_whose_effect_cannot_be_read_any_more_is_a_loss(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+
+        def lost(*_: Any) -> Any:
+            opened.connections[-1].isAlive = lambda: 0
+            raise libvirt.libvirtError("client socket is closed")
+
+        def refused(xml: str) -> None:
+            monkeypatch.setattr(libvirt.virDomain, "state", lost)
+            raise libvirt.libvirtError("no room")
+
+        opened.connections[-1].defineXML = refused
+        with pytest.raises(HypervisorUnavailable):
+            await hypervisor.attach_stored(OFF, USB)
+
+
+async def test_a_machine_that_stops_while_it_is_read_has_no_live_half(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt then describes its stored half where it was asked for the live one."""
+    state = libvirt.virDomain.state
+
+    def stops(domain: Any) -> Any:
+        was = state(domain)
+        if domain.name() == "gaming" and was[0] == libvirt.VIR_DOMAIN_RUNNING:
+            domain.destroy()
+        return was
+
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        monkeypatch.setattr(libvirt.virDomain, "state", stops)
+        await hypervisor.refresh_machine(GAMING)
+        gaming = tape.last(GAMING)
+        assert (gaming.state, gaming.active, gaming.live, len(gaming.stored)) == ("shut off", False, (), 2)
+
+
+async def test_a_machine_that_has_crashed_and_is_kept_has_its_devices(tmp_path: Path) -> None:
+    (tmp_path / "node.xml").write_text(NODE.replace("<test:runstate>1<", "<test:runstate>6<"))
+    async with running(f"test://{tmp_path}/node.xml") as (_, tape):
+        await tape.until_listed()
+    gaming = tape.last(GAMING)
+    assert (gaming.state, gaming.active, len(gaming.live)) == ("crashed", True, 2)

@@ -18,6 +18,7 @@ from hostpassd.daemon import Daemon
 from hostpassd.events import HypervisorChanged
 from hostpassd.host import udev as udev_module
 from hostpassd.host import uses as uses_module
+from hostpassd.host.sysfs import Memory
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
@@ -78,8 +79,15 @@ def scan_again(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
 def scan_what_moved(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(udev_module, "_read_all", plain_fault)
-    daemon._udev._names["/sys/devices/x"] = "pci_x"
-    daemon._udev._moved("/sys/devices/x")
+    batch = udev_module._Batch({"/sys/devices/x": "pci_x"}, Memory())
+    batch._leave("/sys/devices/x")
+    daemon._udev._apply(batch)
+
+
+def read_uevents(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udev_module._Batch, "read", plain_fault)
+    daemon._udev._queue.append(None)
+    daemon._udev._work()
 
 
 def read_host_uses(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +119,7 @@ def publish_in_a_handler(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Non
 FAULTS = [
     scan_again,
     scan_what_moved,
+    read_uevents,
     read_host_uses,
     read_what_was_stored,
     take_an_event_in_a_task_that_goes_on,

@@ -96,6 +96,23 @@ def test_an_identity_that_cannot_be_read_or_is_another_loses_nothing_below() -> 
     assert [b.code for b in blockers(state, state.devices[lun.name])] == ["host-system"]
 
 
+def test_a_device_that_cannot_be_read_now_is_not_gone() -> None:
+    one, two, three = (pci(f"0000:0{n}:00.0", group=n) for n in (1, 2, 3))
+    state = state_of(one, two, three)
+    state.apply(HostUsesRead({two.name: (HostUse("address", "192.0.2.7/24"),)}))
+    state.apply(DevicesScanned((one,), unread=(two.sysfs_path, "/sys/devices/never/seen")))
+    assert set(state.devices) == {one.name, two.name}
+    assert [b.code for b in blockers(state, state.devices[two.name])] == ["network-in-use"]
+
+
+def test_an_interface_in_another_namespace_blocks_its_device() -> None:
+    card = pci("0000:01:00.0", group=1)
+    state = state_of(card)
+    state.apply(HostUsesRead({card.name: (HostUse("namespace", "a network interface in another network namespace"),)}))
+    [blocker] = blockers(state, state.devices[card.name])
+    assert (blocker.code, blocker.severity) == ("network-in-use", "override")
+
+
 def test_a_hold_that_comes_and_goes_in_one_batch_was_never_told() -> None:
     state = state_of(STICK)
     batch = Changes()
@@ -211,6 +228,24 @@ def test_a_virtual_function_changes_when_its_physical_one_goes_or_comes() -> Non
         assert ("device", virtual.name) in batch.changed, event
 
 
+def test_what_holds_a_virtual_function_blocks_all_above_the_physical_one_as_long_as_that() -> None:
+    port = bridge("0000:00:01.0", group=1)
+    physical = pci("0000:02:00.0", port, group=8)
+    virtual = pci("0000:02:10.0", port, group=9, physical=physical)
+    state = state_of(port, physical, virtual)
+
+    def held_live(name: str) -> list[str]:
+        return [b.message for b in blockers(state, state.devices[name]) if b.code == "held-live"]
+
+    state.apply(MachineRead(machine(live=(hostdev(virtual),))))
+    assert len(held_live(port.name)) == 2 and "vm has pci_0000_02_10_0" in held_live(physical.name)[0]
+    [batch] = state.apply(MachineRead(machine("renamed", live=(hostdev(virtual),))))
+    assert "renamed has pci_0000_02_10_0" in held_live(physical.name)[0]
+    assert {("device", d.name) for d in (port, physical, virtual)} <= set(batch.changed)
+    state.apply(DeviceGone(virtual.sysfs_path))
+    assert held_live(physical.name) == held_live(port.name) == []
+
+
 # --- incremental equals from scratch ---
 
 _PORT = bridge("0000:00:01.0", group=1)
@@ -222,18 +257,23 @@ _B = usb("1-2", _HUB, number=4)
 _LUN = scsi(2, 0, 0, 0, _A)
 _DISK = block("sdb", _LUN)
 _IF = net("eth0", _MATE)
-_ALL = (_PORT, _CARD, _MATE, _HUB, _A, _B, _LUN, _DISK, _IF)
+_PF = pci("0000:02:00.0", _PORT, group=8, driver="igb")
+_VF = pci("0000:02:10.0", _PORT, group=9, driver="igbvf", physical=_PF)
+_ALL = (_PORT, _CARD, _MATE, _HUB, _A, _B, _LUN, _DISK, _IF, _PF, _VF)
 
 _claims = st.lists(
-    st.sampled_from([hostdev(_A, "a"), hostdev(_CARD, "c"), hostdev(_MATE, "m"), by_ids("i"), by_ids("n", 1, 4)]),
+    st.sampled_from(
+        [*(hostdev(d, d.name) for d in (_A, _CARD, _MATE, _PF, _VF)), by_ids("i"), by_ids("n", 1, 4)],
+    ),
     max_size=3,
 )
+_names = st.sampled_from(("vm", "renamed"))
 _events = st.one_of(
     st.sampled_from(_ALL).map(DeviceSeen),
     st.sampled_from(_ALL).map(lambda d: DeviceSeen(dataclasses.replace(d, driver="vfio-pci"))),
     st.sampled_from(_ALL).map(lambda d: DeviceGone(d.sysfs_path)),
     st.sampled_from((_A, _B)).map(lambda d: DeviceSeen(usb(d.usb.port if d.usb else "", _HUB, number=77))),
-    st.tuples(_claims, _claims).map(lambda c: MachineRead(machine(live=tuple(c[0]), stored=tuple(c[1])))),
+    st.tuples(_claims, _claims, _names).map(lambda c: MachineRead(machine(c[2], live=tuple(c[0]), stored=tuple(c[1])))),
     st.tuples(_claims, _claims).map(lambda c: MachineRead(machine("b", OTHER, live=tuple(c[0]), stored=tuple(c[1])))),
     st.just(MachineGone(OTHER)),
     st.sets(st.sampled_from((_DISK.name, _IF.name, _CARD.name))).map(
@@ -264,9 +304,9 @@ def _depth(device: Device) -> int:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(_events, max_size=25))
-def test_any_history_gives_what_a_fresh_reading_gives(events: list[DeviceSeen]) -> None:
-    state = State()
+@given(st.booleans(), st.lists(_events, max_size=25))
+def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[DeviceSeen]) -> None:
+    state = state_of(*_ALL) if whole else State()  # most has most to do where there is everything
     uses: dict[str, tuple[HostUse, ...]] = {}
     for event in events:
         before = _told(state)

@@ -10,7 +10,8 @@ import pytest
 
 from hostpassd.host.device import Device
 from hostpassd.host.hwdb import Names
-from hostpassd.host.sysfs import KINDS, Complaints, Source, describe
+from hostpassd.host.reading import Files
+from hostpassd.host.sysfs import KINDS, Memory, Source, describe
 from hostpassd.model.category import category
 
 PCI_IDS = (
@@ -51,8 +52,10 @@ class Sysfs:
             subsystem=subsystem,
             devtype=properties.get("DEVTYPE", ""),
             prop=lambda name: properties.get(name, ""),
-            complaints=Complaints(),
             child=lambda name: None,
+            files=Files(),
+            memory=Memory(),
+            afresh=True,
             names=self.names,
         )
         kind = next(kind for kind in KINDS[subsystem] if kind.covers(source))

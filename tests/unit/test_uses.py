@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import socket
 import struct
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from hostpassd.events import Event, HostUse, HostUsesRead
 from hostpassd.host import rtnetlink, uses
+from hostpassd.host.reading import Files
 from hostpassd.host.rtnetlink import Link, Network
 from hostpassd.host.uses import (
     BlockNode,
@@ -144,7 +148,18 @@ def test_the_mount_that_a_path_is_on() -> None:
 
 @pytest.mark.parametrize(
     ("point", "system"),
-    [("/", True), ("/boot/efi", True), ("/var/lib", True), ("/usr", True), ("/home", False), ("/variety", False)],
+    [
+        ("/", True),
+        ("/boot/efi", True),
+        ("/var", True),
+        ("/var/lib", True),
+        ("/var/home", True),
+        ("/usr", True),
+        ("/home", False),
+        ("/variety", False),
+        ("/var/home/me/disk", False),
+        ("/var/tmp/disk", False),
+    ],
 )
 def test_what_the_host_cannot_live_without(point: str, system: bool) -> None:
     assert Mount("8:1", "/", point, "ext4", "x").system is system
@@ -292,9 +307,29 @@ def test_a_file_system_without_a_number_on_a_mapped_device(disks: Disks) -> None
     assert disks.uses()[SDB][0] == HostUse("mount", "/data on LVM volume vg-data on /dev/sdb")
 
 
-def test_a_tmpfs_that_is_called_like_a_disk(disks: Disks) -> None:
-    disks.mount("0:42", "/tmp", kind="tmpfs", source="sda1")
-    assert disks.uses() == {}
+@pytest.mark.parametrize("source", ["sda1", "/dev/sda1", "/dev/sda1:/dev/sdb", "/dev/mapper/vg-data", "/dev/loop0"])
+@pytest.mark.parametrize("kind", ["fuse", "fuse.sshfs", "fuse.btrfs", "tmpfs", "overlay", "nfs", "9p"])
+def test_what_a_file_system_says_that_it_is_from_leads_nowhere(disks: Disks, kind: str, source: str) -> None:
+    disks.mapped(0, "vg-data", "LVM-1", SDB)
+    disks.add("/sys/devices/virtual/block/loop0", "7:0", loop__backing_file="/home/image")
+    disks.mount("8:16", "/home")
+    before = disks.uses()
+    for point in ("/", "/boot", "/var/tmp/eve", "/home/eve", "/usr/share"):
+        disks.mount("0:42", point, kind=kind, source=source)
+    # Nor does what lies in it: the state folder, a swap file.
+    disks.swaps = [("/var/tmp/eve/swap", True)]
+    assert disks.uses("/var/tmp/eve/state") == before
+
+
+def test_a_fuse_file_system_on_a_block_device_is_told_by_its_number(disks: Disks) -> None:
+    disks.mount("8:16", "/media/me", kind="fuseblk", source="/dev/sda1")
+    assert disks.uses() == {SDB: (HostUse("mount", "/media/me on /dev/sdb"),)}
+
+
+def test_a_source_that_is_no_device_of_a_file_system_that_names_its_own(disks: Disks) -> None:
+    disks.mount("0:40", "/data", kind="btrfs", source="/dev/not-here")
+    disks.mount("0:41", "/more", kind="bcachefs", source="/etc/passwd:/dev/sdb:/dev/../sda")
+    assert disks.uses() == {SDB: (HostUse("mount", "/more on /dev/sdb"),)}
 
 
 def test_swap_partitions_and_files(disks: Disks) -> None:
@@ -321,6 +356,15 @@ def test_what_a_mount_point_is_called_cannot_harm(disks: Disks) -> None:
 
 
 # Network.
+
+
+def test_an_interface_in_another_namespace_is_a_use_of_its_device(disks: Disks) -> None:
+    nic, away, unbound = (f"/sys/devices/pci0/0000:0{number}:00.0" for number in (1, 2, 3))
+    disks.folder(f"{nic}/net/eth0").mkdir(parents=True)
+    disks.folder(f"{away}/net").mkdir(parents=True)
+    disks.folder(unbound).mkdir(parents=True)
+    found = uses.elsewhere(Sysfs(str(disks.root / "sys")), (nic, away, unbound, "/sys/devices/gone"))
+    assert found == {away: (HostUse("namespace", "a network interface in another network namespace"),)}
 
 
 def kinds(network: Network, name: str) -> list[tuple[str, str]]:
@@ -362,6 +406,82 @@ def test_rtnetlink_reads_this_hosts_loopback() -> None:
     assert Link(1, "lo") in network.links
 
 
+def link_row(index: int, name: str, master: int = 0) -> bytes:
+    attributes = struct.pack(f"=HH{-(-len(name) // 4) * 4}s", 4 + len(name), 3, name.encode())
+    return struct.pack("=BxHiII", 0, 1, index, 0, 0) + attributes + struct.pack("=HHI", 8, 10, master)
+
+
+def test_a_network_that_keeps_changing_is_all_that_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [(link_row(2, "eth0"),), (link_row(2, "eth0", 3), link_row(3, "br0")), (link_row(4, "veth7"),)]
+    left = iter(told * 4)
+
+    def dump(request: int, payload: bytes) -> rtnetlink.Dump:
+        return rtnetlink.Dump(next(left) if request == rtnetlink._GET_LINK else (), whole=False)
+
+    monkeypatch.setattr(rtnetlink, "_dump_once", dump)
+    network = rtnetlink.read()
+    assert not network.whole
+    assert network.links == (Link(2, "eth0"), Link(2, "eth0", master=3), Link(3, "br0"), Link(4, "veth7"))
+    links = tuple(dataclasses.replace(link, kind="bridge" if link.name == "br0" else "") for link in network.links)
+    for order in (links, links[::-1]):
+        assert kinds(Network(order), "eth0") == [("bridge", "br0")]
+
+
+class Netlink:
+    """A netlink socket that hears what it is told to: datagrams with their senders."""
+
+    def __init__(self, *datagrams: tuple[bytes, int]) -> None:
+        self._datagrams = list(datagrams)
+
+    def __enter__(self) -> Netlink:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def settimeout(self, seconds: float) -> None: ...
+
+    def send(self, data: bytes) -> None: ...
+
+    def recvfrom(self, size: int) -> tuple[bytes, tuple[int, int]]:
+        if not self._datagrams:
+            raise BlockingIOError
+        data, sender = self._datagrams.pop(0)
+        return data, (sender, 0)
+
+
+def netlink_message(kind: int, body: bytes, flags: int = 2) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body
+
+
+DONE = netlink_message(3, struct.pack("=i", 0))
+
+
+@pytest.mark.parametrize(
+    ("datagrams", "dump"),
+    [
+        ([(netlink_message(16, b"row!") + DONE, 0)], rtnetlink.Dump((b"row!",), True)),
+        ([(netlink_message(16, b"evil") + DONE, 77), (netlink_message(16, b"row!"), 0), (DONE, 0)],
+         rtnetlink.Dump((b"row!",), True)),
+        ([(netlink_message(16, b"row!", 0x12) + DONE, 0)], rtnetlink.Dump((b"row!",), False)),
+        ([(netlink_message(16, b"row!") + netlink_message(3, struct.pack("=i", -11)), 0)],
+         rtnetlink.Dump((b"row!",), False)),
+        ([(netlink_message(2, struct.pack("=i", -16)), 0)], rtnetlink.Dump((), False)),
+    ],
+)  # fmt: skip
+def test_only_the_kernel_is_heard_and_it_says_when_a_dump_is_not_whole(
+    monkeypatch: pytest.MonkeyPatch, datagrams: list[tuple[bytes, int]], dump: rtnetlink.Dump
+) -> None:
+    monkeypatch.setattr(socket, "socket", lambda *_: Netlink(*datagrams))
+    assert rtnetlink._dump_once(rtnetlink._GET_LINK, b"") == dump
+
+
+def test_the_kernels_other_errors_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = netlink_message(2, struct.pack("=i", -1))
+    monkeypatch.setattr(socket, "socket", lambda *_: Netlink((refused, 0)))
+    with pytest.raises(PermissionError):
+        rtnetlink._dump_once(rtnetlink._GET_LINK, b"")
+
+
 def test_netlink_attributes() -> None:
     data = struct.pack("=HH4s", 7, 3, b"lo\0") + struct.pack("=HHI", 8, 10 | 0x8000, 5)
     assert rtnetlink.parse_attributes(data) == {3: b"lo\0", 10: struct.pack("=I", 5)}
@@ -383,13 +503,18 @@ class Readings:
         self.count = 0
         monkeypatch.setattr(uses, "read_uses", self.read)
         self.blocks = {"/sys/a": BlockNode(("/dev/a",))}
-        self.uses = HostUses(self.events.append, {"/sys/a": "a", "/sys/b": "a"}.get, self.blocks, "")
+        self.nics = {"/sys/n"}
+        self.whole = True
+        self.uses = HostUses(self.events.append, {"/sys/a": "a", "/sys/b": "a"}.get, self.blocks, self.nics, "")
 
-    def read(self, state_folder: str, blocks: dict[str, BlockNode]) -> tuple[uses.Uses, uses.Nodes]:
+    def read(
+        self, state_folder: str, blocks: dict[str, BlockNode], nics: Collection[str], files: Files
+    ) -> uses.Reading:
         assert blocks == self.blocks and blocks is not self.blocks
+        assert nics == self.nics and nics is not self.nics
         self.count += 1
         found = {"/sys/a": (HostUse("mount", str(self.count)),), "/sys/b": (HostUse("swap", ""),), "/sys/c": ()}
-        return found, {"/dev/x": ("/sys/a", "/sys/b"), "/dev/y": ("/sys/c",)}
+        return uses.Reading(found, {"/dev/x": ("/sys/a", "/sys/b"), "/dev/y": ("/sys/c",)}, self.whole)
 
 
 async def test_readings_are_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +541,25 @@ async def test_a_reading_begins_after_the_call_and_callers_share_it(monkeypatch:
     assert readings.count == 2
     assert (await first) is not others[0]
     assert all(other is others[0] for other in others)
+
+
+async def test_a_reading_that_is_not_whole_counts_and_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = Readings(monkeypatch)
+    monkeypatch.setattr(HostUses, "_AGAIN", 0.01)
+    again = asyncio.Event()
+
+    def emit(event: Event) -> None:
+        readings.events.append(event)
+        if readings.count == 2:
+            again.set()
+
+    readings.uses._emit = emit
+    readings.whole = False
+    event = await readings.uses.read_now()
+    assert readings.events == [event] and event.uses
+    readings.whole = True
+    await asyncio.wait_for(again.wait(), 20)
+    assert readings.uses._timer is None
 
 
 async def test_a_failed_reading_leaves_the_last(

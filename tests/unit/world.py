@@ -134,11 +134,11 @@ def state_of(*devices: Device) -> State:
     return state
 
 
-def hostdev(device: Device, alias: str = "hostdev0") -> Claim:
-    """The claim that a <hostdev> of DEVICE makes."""
+def hostdev(device: Device, alias: str = "hostdev0", *, stored: bool = False) -> Claim:
+    """The claim that a <hostdev> of DEVICE makes in the live half, or in the stored one."""
     from hostpassd.machines.domain_xml import hostdev_xml
 
-    return claim_of(hostdev_xml(device, alias=alias, stored=False, unique=True))
+    return claim_of(hostdev_xml(device, alias=alias, stored=stored, unique=True))
 
 
 _PORTS = Ports((1, 2, 3, 4, 5), tuple((6, slot) for slot in range(1, 32)))

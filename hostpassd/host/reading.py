@@ -1,0 +1,112 @@
+"""Blocking reads of the kernel's small files, off the loop. A file that hangs is given up, and the rest goes on.
+
+Most files in sysfs are memory, but some wait for a lock that a driver holds (the strings of a USB device while it is
+reset), or for the device itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+from hostpassd.threads import in_thread
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+PATIENCE = 5.0  # seconds that one file may take
+_LOOK = 1.0  # seconds between two looks at a job
+# How many files of one name may hang before none of that name is read: each of them keeps a thread.
+_LIMIT = 3
+
+
+class Hung(Exception):
+    """A job was given up because it hangs at a file."""
+
+
+class GivenUp(Exception):
+    """Ends a job that was given up, once the file that it hung at has answered."""
+
+
+class Files:
+    """What one job reads with, in its thread."""
+
+    def __init__(self, hanging: Collection[str] = ()) -> None:
+        self._hanging = hanging
+        self._at = ""
+        self._since = 0.0
+        self.given_up = False
+
+    def read(self, file: str, *parts: tuple[int, int]) -> list[bytes]:
+        """PARTS (offset, size) of FILE. Raises OSError, ETIMEDOUT if it hangs."""
+        self.begin(file)
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return [os.pread(descriptor, size, offset) for offset, size in parts]
+            finally:
+                os.close(descriptor)
+        finally:
+            self.end()
+
+    def begin(self, file: str) -> None:
+        """What follows, until `end`, may hang at FILE. Raises OSError if that hangs already."""
+        if self._hanging and self._avoids(file):
+            raise OSError(errno.ETIMEDOUT, "it does not answer")
+        self._since = time.monotonic()
+        self._at = file
+
+    def end(self) -> None:
+        """What `begin` began is over."""
+        self._at = ""
+        if self.given_up:
+            raise GivenUp
+
+    def hangs_at(self, seconds: float) -> str:
+        """The file that has taken longer than SECONDS by now, '' for none. For the loop."""
+        file, since = self._at, self._since
+        return file if file and time.monotonic() - since > seconds else ""
+
+    def _avoids(self, file: str) -> bool:
+        name = file.rpartition("/")[2]
+        return file in self._hanging or sum(other.rpartition("/")[2] == name for other in self._hanging) >= _LIMIT
+
+
+class Reader:
+    """Runs jobs that read. CHANGED is called on the loop with the files that hang, whenever that changes."""
+
+    def __init__(self, changed: Callable[[tuple[str, ...]], None] = lambda files: None) -> None:
+        self._changed = changed
+        self._hanging: dict[str, None] = {}
+
+    async def run(self, job: Callable[[Files], _T]) -> _T:
+        """What JOB returns, made in a thread. Hung: it hangs at a file, which no job is let near until it answers."""
+        files = Files(self._hanging)
+        done = in_thread(functools.partial(job, files), "read")
+        while True:
+            await asyncio.wait({done}, timeout=_LOOK)
+            if done.done():
+                return done.result()
+            if file := files.hangs_at(PATIENCE):
+                files.given_up = True
+                self._give_up(file, done)
+                raise Hung(file)
+
+    def _give_up(self, file: str, done: asyncio.Future[_T]) -> None:
+        log.error("%s does not answer: it is left unread until it does", file)
+        self._hanging[file] = None
+        done.add_done_callback(functools.partial(self._back, file))
+        self._changed(tuple(self._hanging))
+
+    def _back(self, file: str, done: asyncio.Future[_T]) -> None:
+        if not done.cancelled():
+            done.exception()  # GivenUp, which nobody waits for
+        log.warning("%s answers again", file)
+        del self._hanging[file]
+        self._changed(tuple(self._hanging))
