@@ -112,8 +112,8 @@ class Hypervisor:
     HypervisorRefused with libvirt's own words, NoSuchMachine, NotSupported; when one returns or libvirt has refused it,
     the machine has been read again and that was emitted.
 
-    Who cancels a change gives it up: libvirt can be at it yet. `wait_until_idle` waits for those; too many that hang,
-    and a reading that does, have the connection given up and made afresh, so that others get on.
+    Who cancels a change gives it up: libvirt can be at it yet, and `wait_until_returned` waits for that. Too many that
+    hang, and a reading that does, have the connection given up and made afresh, so that others get on.
     """
 
     def __init__(self, uri: str, emit: Callable[[Event], None]) -> None:
@@ -180,14 +180,21 @@ class Hypervisor:
         """Give the PCI function with libvirt's node device NAME back to its host driver. NoSuchDevice after 5 s."""
         await self._change_node(name, lambda connection: connection.reattach_host(name))
 
-    async def wait_until_idle(self, uuid: str, devices: Collection[str] = ()) -> None:
+    async def wait_until_returned(self, names: Collection[str]) -> None:
+        """Returns when libvirt is at no change any more that was given up, of these machines and node devices.
+
+        Or when the connection is lost: then only `wait_until_idle` can tell.
+        """
+        while (link := self._link) and (hanging := [c for c, about in link.hanging.items() if about in names]):
+            await link.first(hanging)
+
+    async def wait_until_idle(self, uuid: str) -> None:
         """Returns when libvirt works on no earlier change of the machine any more, and it has been read after that.
 
-        An earlier run of this program, a connection that was lost, or somebody who gave up can have left such a change
-        behind. DEVICES: node devices, by name; a change of one of these that was given up is waited for, too.
+        An earlier run of this program, a connection that was lost, or somebody who gave up can have left such a change.
         """
-        while not await self._is_idle(uuid, {uuid, *devices}):
-            pass
+        while not await self._is_idle(uuid):
+            await self.wait_until_returned((uuid,))
         await self._reread(uuid)
 
     # Connecting and losing.
@@ -385,14 +392,11 @@ class Hypervisor:
             _log.warning("%s", reason)
             self._lose(link, reason)
 
-    async def _is_idle(self, uuid: str, about: Collection[str]) -> bool:
-        """Whether libvirt works on no change of the machine; else comes back when that can have become different."""
+    async def _is_idle(self, uuid: str) -> bool:
+        """Whether libvirt worked on no change of the machine at the end of a wait for that."""
         link = self._link
         if link is None:
             raise self._unavailable()
-        if hanging := [change for change, what in link.hanging.items() if what in about]:
-            await link.first(hanging)
-            return False
         async with link.waiting:
             try:
                 async with asyncio.timeout(_IDLE_PATIENCE):

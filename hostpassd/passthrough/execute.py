@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, Protocol
 
 from hostpassd import errors
@@ -28,14 +28,19 @@ from hostpassd.state import State
 
 log = logging.getLogger(__name__)
 
-# Seconds that undoing, and giving devices back to their drivers, may take beyond the job's own time.
+# Seconds that each step of undoing, and giving a device back to its driver, may take beyond the job's own time.
 _GRACE = 20.0
+# Seconds that a call of libvirt may go on for when its job is cancelled: then it can be undone in the job.
+_PATIENCE = 5.0
 
 _STUBS = frozenset({"vfio-pci", "pci-stub"})
 
 
 class Effects(Protocol):
-    """What execution does to the world. Each returns when its effect, if it shows at once, is in the state."""
+    """What execution does to the world. Each returns when its effect, if it shows at once, is in the state.
+
+    Whoever cancels one of them gives it up: its effect can come later yet, and `wait_until_returned` waits for that.
+    """
 
     async def attach_live(self, uuid: str, xml: str) -> None: ...
     async def attach_stored(self, uuid: str, xml: str) -> None: ...
@@ -43,6 +48,7 @@ class Effects(Protocol):
     async def detach_stored(self, uuid: str, claim: Claim) -> None: ...
     async def detach_host(self, name: str) -> None: ...
     async def reattach_host(self, name: str) -> None: ...
+    async def wait_until_returned(self, names: Collection[str]) -> None: ...
     async def wait_until_idle(self, uuid: str) -> None: ...
 
 
@@ -61,7 +67,9 @@ class Control:
         self.devices = devices  # all that move
         self.details = details  # what polkit was told of its device and machine
         self.cancelled = asyncio.Event()
+        self.hurried = asyncio.Event()  # undoing is not to be waited for any more either: the daemon stops
         self.ended = asyncio.Event()
+        self.still_at_it = False  # libvirt has not returned from a call of it
         self._emit = emit
         self.seconds = seconds
         self._deadline = asyncio.get_running_loop().time() + seconds
@@ -87,6 +95,44 @@ class Control:
 
 def _replace(job: Job, **what: object) -> Job:
     return dataclasses.replace(job, **what)  # type: ignore[arg-type]
+
+
+class Patience:
+    """For how long something is waited for: that many SECONDS, or, but for calls under way, until OVER is set."""
+
+    def __init__(self, what: str, seconds: float, over: asyncio.Event | None = None) -> None:
+        self.what = what  # for people: a step
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._over = over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was ended early."""
+        return self._over is not None and self._over.is_set()
+
+    async def wait(self, future: asyncio.Future[Any]) -> None:
+        """Returns when FUTURE is done, or when the patience is at its end."""
+        over = asyncio.ensure_future(self._over.wait()) if self._over else None
+        waited: set[asyncio.Future[Any]] = {future, over} if over else {future}
+        try:
+            await asyncio.wait(waited, timeout=self._left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if over:
+                over.cancel()
+
+    async def wait_for_call(self, call: asyncio.Future[Any]) -> None:
+        """As `wait`; a CALL that is under way when it is ended early gets a while more."""
+        await self.wait(call)
+        if not call.done() and self.is_over:
+            await asyncio.wait({call}, timeout=min(_PATIENCE, self._left))
+
+    @property
+    def _left(self) -> float:
+        return max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+
+class StillAtIt(Exception):
+    """libvirt has not returned from a call in time: its effect can come later yet. The message is the step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,10 +174,6 @@ class Executor:
                 await locks.enter_async_context(self._locks.setdefault(group, asyncio.Lock()))
             yield
 
-    def busy(self, groups: tuple[str, ...]) -> bool:
-        """Whether an operation runs on one of GROUPS."""
-        return any(group in self._locks and self._locks[group].locked() for group in groups)
-
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
         if isinstance(event, DeviceAdded | DeviceRemoved | RemovalFailed) and (event.uuid, event.alias) in self._heard:
@@ -164,8 +206,12 @@ class Executor:
                     await self._owe(plan, uri)
                 await self._intend(number, at, step)
                 begun.append(step)
-                await self._perform(plan.machine, step, control)
+                # What is given back to the host is begun even when the time is over.
+                seconds = max(control.left, _PATIENCE) if isinstance(step, GiveBack) else control.left
+                await self._perform(plan.machine, step, Patience(step.text, seconds, control.cancelled), control)
             await self._settle()
+        except StillAtIt as error:
+            raise await self._leave_at_work(plan, begun, str(error), control) from None
         except Exception as error:
             await self._settle()
             raise await self._wind_up(plan, begun, error, control) from None
@@ -182,7 +228,8 @@ class Executor:
     async def _drivers_back(self, devices: list[str]) -> None:
         """libvirt gives a managed device back by itself, a moment after its removal."""
         here = [name for name in devices if (device := self._state.device(name)) and device.pci]
-        await self._until(lambda: all(self._has_host_driver(n) or not self._group_is_free(n) for n in here), None, 2.0)
+        free = Patience("", 2.0)
+        await self._until(lambda: all(self._has_host_driver(n) or not self._group_is_free(n) for n in here), free)
 
     async def _owe(self, plan: Plan, uri: str) -> None:
         """From the first asking on the drivers are owed to the host: the last guest can let go when no job waits."""
@@ -190,9 +237,9 @@ class Executor:
             if isinstance(step, GiveBack) and step.device not in self._intents.lent:
                 await self._intents.lend(step.device, uri, "")
 
-    async def _forgive(self, plan: Plan) -> None:
+    async def _forgive(self, steps: tuple[Step, ...]) -> None:
         """No guest was asked after all."""
-        for step in plan.steps:
+        for step in steps:
             if isinstance(step, GiveBack) and self._intents.lent.get(step.device, ("", "known"))[1] == "":
                 await self._intents.give_back(step.device)
 
@@ -215,14 +262,29 @@ class Executor:
             return _with(error, f"not done yet, and tried again: {left}")
         control.tell(state="undoing")
         await self._intents.fail(number, len(begun))
-        await self._forgive(plan)
-        failures = await self._undo(self._intents.running(number), control)
+        await self._forgive(plan.steps)
+        try:
+            failures = await self._undo(self._intents.running(number), control)
+        except StillAtIt as step:
+            control.still_at_it = True
+            await self._intents.leave(number, len(begun))
+            return _with(error, f"not undone yet, because libvirt is still at it: {step}")
         await self._drivers_back([step.device for step in begun if isinstance(step, Attach)])
         if _is_over(failures):
             await self._intents.end(number)
         else:
             await self._intents.leave(number, len(begun))
         return _with(error, f"not undone: {'; '.join(map(str, failures))}") if failures else error
+
+    async def _leave_at_work(self, plan: Plan, begun: list[Step], step: str, control: Control) -> Exception:
+        """Leaves in the intent log what libvirt does not return from, as if the connection were lost. What to tell."""
+        control.still_at_it = True
+        await self._intents.leave(control.job.number, len(begun))
+        then = "the rest is done" if _asked_a_guest(begun) else "what was begun is undone"
+        what = f"libvirt is still at it ({step}), and {then} when it has returned from that"
+        if control.cancelled.is_set():
+            return errors.Cancelled(f"the job was cancelled; {what}")
+        return errors.TimedOut(f"the job did not end within {control.seconds:g} seconds; {what}")
 
     def _given_up(self, plan: Plan, begun: list[Step], error: Exception) -> Exception:
         """ERROR, and what becomes of the devices now that nobody waits for the guest any more."""
@@ -241,27 +303,34 @@ class Executor:
             if back and self._is_to_be_undone(left.machine, step):
                 if control:
                     control.tell(step="undo: " + back.text)
-                if failed := await self._try(left.machine, back):
+                if failed := await self._try(left.machine, back, control):
                     failures += failed
                     continue
             await self._intents.undone(left.number, at)
         return failures
 
     async def _finish(self, left: Unfinished) -> list[Failure]:
-        """Does what does not show in the truth yet, and was never seen done."""
+        """Does what does not show in the truth yet, and was never seen done; unless no guest can have been asked."""
         failures = []
         for at, step in enumerate(left.steps):
             if at in left.done:
                 continue
             if not self._shows(left.machine, step) and (failed := await self._try(left.machine, step)):
+                if isinstance(step, Release) and isinstance(failed[0].error, _REFUSALS) and self._asked_nobody(left):
+                    await self._forgive(left.steps)
+                    return await self._undo(left, None)
                 failures += failed
                 continue
             await self._intents.done(left.number, at)
         return failures
 
-    async def _try(self, uuid: str, step: Step) -> list[Failure]:
+    def _asked_nobody(self, left: Unfinished) -> bool:
+        """Whether libvirt, which now refuses to ask a guest for one, has taken none of the devices from it."""
+        return not any(isinstance(step, Release) and self._shows(left.machine, step) for step in left.steps)
+
+    async def _try(self, uuid: str, step: Step, control: Control | None = None) -> list[Failure]:
         try:
-            await self._perform(uuid, step, None)
+            await self._perform(uuid, step, Patience(step.text, _GRACE, control.hurried if control else None))
         except errors.HostpassError as error:
             return [Failure(step, error)]
         return []
@@ -269,8 +338,16 @@ class Executor:
     async def recover(self, left: Unfinished) -> None:
         """Undoes an operation that was left, or finishes it where a guest was asked; else it stays left.
 
-        One that shows as a whole, when nobody was told otherwise, is finished: only its end was not written.
+        One that shows as a whole, when nobody was told otherwise, is finished: only its end was not written. What
+        libvirt does not return from is waited for.
         """
+        while still := self._intents.left(left.number):
+            try:
+                return await self._put_in_order(still)
+            except StillAtIt as step:
+                log.warning("an earlier %s is not in order yet, libvirt is still at it: %s", left.operation, step)
+
+    async def _put_in_order(self, left: Unfinished) -> None:
         begun = list(left.steps[: left.begun])
         asked = _asked_a_guest(begun)
         log.warning("an earlier %s was not finished: it is put in order", left.operation)
@@ -313,72 +390,80 @@ class Executor:
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""
-        await self._effects(left.uri).wait_until_idle(left.machine)
+        effects = self._effects(left.uri)
+        await effects.wait_until_returned({left.machine, *(step.device for step in begun)})
+        await effects.wait_until_idle(left.machine)
         last = begun[-1] if begun else None
         if isinstance(last, Free) and last.device in self._state.devices and self._group_is_free(last.device):
             # Nothing tells that a device is still being freed, but libvirt gives it back only after that.
-            await self._reattach(last.device, left.uri)
+            await self._reattach(last.device, left.uri, Patience(GiveBack(last.device).text, _GRACE))
         await self._settle()
 
-    async def give_back_idle(self) -> None:
-        """Gives back what was lent to groups that no machine has any more (a machine that was shut down, say)."""
-        for device in list(self._intents.lent):
-            here = self._state.device(device)
-            group = (lock_of(here) if here else device,)
-            if self.busy(group) or self._intents.lent[device][0] not in self._state.hypervisors:
-                continue
-            async with self.alone(group):
-                if device in self._intents.lent and self._group_is_free(device):
-                    try:
-                        await self._give_back(device)
-                    except errors.HostpassError as error:
-                        log.error("%s could not be given back to its host driver: %s", device, error)
+    def idle(self) -> list[tuple[str, str]]:
+        """What is lent, and to which hypervisor, though no machine has its group any more (one that was shut down)."""
+        return [(device, uri) for device, (uri, _) in self._intents.lent.items() if self._group_is_free(device)]
+
+    async def give_back(self, device: str) -> None:
+        """Gives DEVICE back, if that is still to be done when its group's turn comes."""
+        here = self._state.device(device)
+        async with self.alone((lock_of(here) if here else device,)):
+            while (loan := self._intents.lent.get(device)) and self._group_is_free(device):
+                try:
+                    return await self._give_back(device, Patience(GiveBack(device).text, _GRACE))
+                except errors.HostpassError as error:
+                    return log.error("%s could not be given back to its host driver: %s", device, error)
+                except StillAtIt as step:
+                    log.warning("libvirt is still at it: %s", step)
+                    await self._effects(loan[0]).wait_until_returned({device})
 
     # --- steps ---
 
-    async def _perform(self, uuid: str, step: Step, control: Control | None) -> None:
+    async def _perform(self, uuid: str, step: Step, patience: Patience, control: Control | None = None) -> None:
         if isinstance(step, GiveBack):
-            await self._give_back(step.device)
+            await self._give_back(step.device, patience)
             return
         effects = self._effects(self._uri(uuid))
         match step:
             case Store(_, claim):
-                await effects.attach_stored(uuid, claim.xml)
+                await _made(effects.attach_stored(uuid, claim.xml), patience)
             case Unstore(_, claim):
-                await effects.detach_stored(uuid, claim)
+                await _made(effects.detach_stored(uuid, claim), patience)
             case Free(device, driver):
                 await self._intents.lend(device, self._uri(uuid), driver)
-                await effects.detach_host(device)
+                await _made(effects.detach_host(device), patience)
             case Attach(_, alias, xml):
-                await self._attach(effects, uuid, alias, xml, control)
-            case Release(_, alias, _):
-                await self._release(effects, uuid, alias, control)
+                await self._attach(effects, uuid, alias, xml, patience)
+            case Release():
+                if control:
+                    control.tell(state="waiting-for-guest")
+                await self._release(effects, uuid, step, patience)
 
-    async def _attach(self, effects: Effects, uuid: str, alias: str, xml: str, control: Control | None) -> None:
+    async def _attach(self, effects: Effects, uuid: str, alias: str, xml: str, patience: Patience) -> None:
         self._heard[(uuid, alias)] = None
         try:
-            await _attached(effects, uuid, xml)
-            if not await self._until(lambda: self._heard[(uuid, alias)] is DeviceAdded, control):
+            await _made(_attached(effects, uuid, xml), patience)
+            if not await self._until(lambda: self._heard[(uuid, alias)] is DeviceAdded, patience):
                 raise errors.TimedOut(f"libvirt did not confirm that {alias} was added: see the machine's log")
         finally:
             del self._heard[(uuid, alias)]
 
-    async def _release(self, effects: Effects, uuid: str, alias: str, control: Control | None) -> None:
+    async def _release(self, effects: Effects, uuid: str, step: Release, patience: Patience) -> None:
+        alias = step.alias
         self._heard[(uuid, alias)] = None
         try:
             self._emit(Releasing(uuid, alias))
-            if control:
-                control.tell(state="waiting-for-guest")
             try:
-                await effects.detach_live(uuid, alias)
+                await _made(effects.detach_live(uuid, alias), patience)
             except errors.NotAssigned:
                 return
             except errors.HypervisorRefused as error:
+                if self._shows(uuid, step):
+                    return  # done all the same
                 # Asked before and not answered yet: libvirt does not ask twice, the answer still comes.
                 if "unplug" not in str(error) or _MULTIFUNCTION in str(error):
                     self._emit(Releasing(uuid, alias, asked=False))
                     raise _explained(error) from None
-            if not await self._until(lambda: self._answered(uuid, alias), control):
+            if not await self._until(lambda: self._answered(uuid, alias), patience):
                 raise errors.GuestDidNotRelease(
                     f"{self._state.machine_name(uuid)} has not let {alias} go in time: {_STILL}"
                 )
@@ -392,28 +477,28 @@ class Executor:
         heard = self._heard[(uuid, alias)]
         return heard in (DeviceRemoved, RemovalFailed) or machine is None or not (machine.active or machine.live)
 
-    async def _give_back(self, device: str) -> None:
+    async def _give_back(self, device: str, patience: Patience) -> None:
         """Gives DEVICE back to its host driver, if that is owed and can be, and waits until udev shows one."""
         await self._settle()
         if device not in self._intents.lent or not self._group_is_free(device):
             return
         uri, _ = self._intents.lent[device]
         if not self._has_host_driver(device):
-            await self._reattach(device, uri)
+            await self._reattach(device, uri, patience)
         await self._intents.give_back(device)
 
-    async def _reattach(self, device: str, uri: str) -> None:
+    async def _reattach(self, device: str, uri: str, patience: Patience) -> None:
         effects = self._effects(uri)
-        await effects.reattach_host(device)
+        await _made(effects.reattach_host(device), patience)
         await self._settle()
         here = self._state.device(device)
         if here and here.driver in _STUBS:
             return  # where the administrator has it (driverctl, vfio-pci.ids)
         if not self._has_host_driver(device):
             # VFIO lets go of the group a moment after libvirt's event: then the first probe finds it still owned.
-            await self._until(lambda: self._has_host_driver(device), None, 2.0)
+            await self._until(lambda: self._has_host_driver(device), Patience("", 2.0))
         if not self._has_host_driver(device):
-            await effects.reattach_host(device)
+            await _made(effects.reattach_host(device), patience)
             await self._settle()
 
     def _has_host_driver(self, device: str) -> bool:
@@ -464,25 +549,32 @@ class Executor:
             raise errors.NoSuchMachine(f"the machine {uuid} is gone: nothing more can be done to it")
         return machine.uri
 
-    async def _until(self, predicate: Callable[[], bool], control: Control | None, seconds: float = _GRACE) -> bool:
-        """Waits for events until PREDICATE holds; False when the time is over. Raises Cancelled when the job is."""
+    async def _until(self, predicate: Callable[[], bool], patience: Patience) -> bool:
+        """Waits for events until PREDICATE holds; False when the time is over. Raises Cancelled when that ends it."""
         if predicate():
             return True
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[future] = predicate
-        cancel = asyncio.ensure_future(control.cancelled.wait()) if control else None
         try:
-            waited: set[asyncio.Future[Any]] = {future, cancel} if cancel else {future}
-            await asyncio.wait(
-                waited, timeout=control.left if control else seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if cancel and cancel.done() and not future.done():
-                raise errors.Cancelled("the job was cancelled")
-            return future.done()
+            await patience.wait(future)
         finally:
             del self._waiting[future]
-            if cancel:
-                cancel.cancel()
+        if not future.done() and patience.is_over:
+            raise errors.Cancelled("the job was cancelled")
+        return future.done()
+
+
+async def _made(call: Coroutine[Any, Any, None], patience: Patience) -> None:
+    """Waits for a CALL of libvirt. One that does not return in time is given up: raises StillAtIt."""
+    made = asyncio.ensure_future(call)
+    try:
+        await patience.wait_for_call(made)
+    finally:
+        made.cancel()
+    await asyncio.wait({made})
+    if made.cancelled():
+        raise StillAtIt(patience.what)
+    made.result()
 
 
 def _explained(error: errors.HypervisorRefused) -> errors.HypervisorRefused:

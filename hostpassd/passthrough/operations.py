@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 from hostpassd import errors, find, names
 from hostpassd.audit import AuditLog
@@ -28,8 +30,15 @@ log = logging.getLogger(__name__)
 # How long an ended job stays, in seconds, so that a caller that did not wait cannot miss its end.
 JOB_STAYS = 30.0
 JOBS_PER_USER = 16
+# Seconds between two attempts at giving a device back, whatever happens meanwhile.
+UPKEEP_PAUSE = 1.0
+# Seconds that a stop waits for jobs to be undone; the rest is in the intent log, for the next start.
+STOP_PATIENCE = 10.0
 # Seconds between two attempts to write the intent log, while it cannot be written and nobody asks for an operation.
 LOG_RETRY = 10.0
+
+# What puts something in order.
+Work = Callable[[], Coroutine[Any, Any, None]]
 
 # An action, and what polkit, its rules and its prompts are told of one device that it is about.
 Check = tuple[str, Mapping[str, str]]
@@ -90,6 +99,9 @@ class Operations:
         self._controls: dict[int, Control] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tidying: asyncio.Task[None] | None = None
+        self._upkeep: dict[str, asyncio.Task[None]] = {}  # what puts in order what jobs left, by device or job
+        self._again: dict[str, Work] = {}  # what is to be done once more when one of these has ended
+        self._stopping = False
         self._untidy = False
         self._retry = False
         self._last = 0
@@ -111,6 +123,8 @@ class Operations:
         if not permission.covers(self._permission(again, wish.options)):
             raise errors.StalePlan("the device or the machine changed while authorisation was asked for: look again")
         self._check_limit(wish.uid)
+        if self._stopping:
+            raise errors.Failed("hostpassd is being stopped: try again when it runs")
         return self._begin(wish, again, permission)
 
     def control(self, number: int) -> Control:
@@ -132,21 +146,6 @@ class Operations:
             # Not at each reading: a retry has its machine read.
             self._tidy_soon(retry=isinstance(event, MachinesListed))
 
-    async def recover(self) -> None:
-        """Finishes or undoes what was left of earlier operations, and gives back what is idle.
-
-        What a job works on, or what is on a hypervisor that cannot be reached, is for another time.
-        """
-        if self._intents.trouble.is_set():
-            with contextlib.suppress(errors.StateFolderError):
-                await self._intents.catch_up()
-        for left in self._intents.unfinished:
-            if self._reachable(left.uri) and not self._executor.busy(left.groups):
-                async with self._executor.alone(left.groups):
-                    if still := self._intents.left(left.number):
-                        await self._recover(still)
-        await self._executor.give_back_idle()
-
     async def keep_log(self) -> None:
         """Has the intent log written at the start, and again whenever that has failed, until cancelled."""
         while True:
@@ -157,14 +156,24 @@ class Operations:
             await asyncio.sleep(LOG_RETRY)
 
     async def stop(self) -> None:
-        """Cancels all jobs and waits until each is undone."""
-        for control in list(self._controls.values()):
+        """Cancels all jobs, and returns when each is undone or left in the intent log: soon, whatever libvirt does."""
+        self._stopping = True
+        controls = list(self._controls.values())
+        for control in controls:
             control.cancelled.set()
+        await self._wait_for_jobs()
+        for control in controls:
+            control.hurried.set()
+        await self._wait_for_jobs()
+        rest = {*self._tasks, *self._upkeep.values(), *filter(None, [self._tidying])}
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest)
+
+    async def _wait_for_jobs(self) -> None:
         if self._tasks:
-            await asyncio.wait(self._tasks)
-        if self._tidying:
-            self._tidying.cancel()
-            await asyncio.wait({self._tidying})
+            await asyncio.wait(self._tasks, timeout=STOP_PATIENCE)
 
     def _tidy_soon(self, *, retry: bool) -> None:
         """Gives back what is idle, soon; RETRY: and tries again what was left."""
@@ -178,16 +187,56 @@ class Operations:
     async def _tidy(self) -> None:
         while self._untidy:
             retry, self._untidy, self._retry = self._retry, False, False
-            try:
-                await (self.recover() if retry else self._executor.give_back_idle())
-            except Exception:
-                log.exception("what was left of earlier operations could not be put in order")
+            if retry and self._intents.trouble.is_set():
+                with contextlib.suppress(errors.StateFolderError):
+                    await self._intents.catch_up()
+            for left in self._intents.unfinished if retry else ():
+                self._look_after(_job_of(left), functools.partial(self._recover_alone, left))
+            for device, uri in self._executor.idle():
+                if self._reachable(uri):
+                    self._look_after(device, functools.partial(self._give_back, device))
 
-    async def _recover(self, left: Unfinished) -> None:
-        await self._executor.recover(left)
-        if not self._intents.left(left.number):
-            for device in _devices_of(left):
-                self._audit_recovery(left, device)
+    def _look_after(self, what: str, work: Work) -> asyncio.Task[None]:
+        """WORK in a task of its own, which nobody's giving up ends: libvirt can be at it for as long as it likes."""
+        if what in self._upkeep:
+            self._again[what] = work
+        else:
+            self._upkeep[what] = asyncio.get_running_loop().create_task(self._safely(work))
+            self._upkeep[what].add_done_callback(lambda _: self._looked_after(what))
+        return self._upkeep[what]
+
+    def _looked_after(self, what: str) -> None:
+        del self._upkeep[what]
+        if (work := self._again.pop(what, None)) and not self._stopping:
+            self._look_after(what, work)
+
+    async def _safely(self, work: Work) -> None:
+        try:
+            await work()
+        except Exception:
+            log.exception("what was left of earlier operations could not be put in order")
+
+    async def _give_back(self, device: str) -> None:
+        await self._executor.give_back(device)
+        if device in self._intents.lent:
+            # Not again at once: what cannot be done may itself bring about the events for which it is tried.
+            await asyncio.sleep(UPKEEP_PAUSE)
+
+    async def _recover_alone(self, left: Unfinished) -> None:
+        alone = contextlib.AsyncExitStack()
+        await alone.enter_async_context(self._executor.alone(left.groups))
+        await self._recover(left, alone)
+
+    async def _recover(self, left: Unfinished, alone: contextlib.AsyncExitStack) -> None:
+        """Finishes or undoes what was LEFT, if its hypervisor can be reached. ALONE has the locks, ours from now on."""
+        async with alone:
+            if not self._intents.left(left.number) or not self._reachable(left.uri):
+                return
+            await self._executor.recover(left)
+            if not self._intents.left(left.number):
+                for device in _devices_of(left):
+                    self._audit_recovery(left, device)
+        self._tidy_soon(retry=False)
 
     def _reachable(self, uri: str) -> bool:
         hypervisor = self._state.hypervisors.get(uri)
@@ -328,11 +377,11 @@ class Operations:
         cancel = asyncio.ensure_future(control.cancelled.wait())
         try:
             await asyncio.wait({turn, cancel}, timeout=control.left, return_when=asyncio.FIRST_COMPLETED)
-            if not turn.done():
-                control.check()
-                raise errors.TimedOut("another job on the same device or group did not end in time: try again")
-            turn.result()
+            if not turn.done() and not control.cancelled.is_set():
+                who = "libvirt is still at" if self._left_on(plan.groups) else "there was no end in time of"
+                raise errors.TimedOut(f"{who} an earlier job on the same device or group: try again")
             control.check()
+            turn.result()
             again = self._allowed_plan(wish)
             if not permission.covers(self._permission(again, wish.options)):
                 raise errors.StalePlan("the device or the machine changed before the job's turn came: look again")
@@ -341,15 +390,25 @@ class Operations:
             for waiting in (turn, cancel):
                 waiting.cancel()
             await asyncio.wait({turn, cancel})
+            left = self._intents.left(control.job.number)
+            if control.still_at_it and left:
+                # The locks stay with what libvirt is at.
+                self._look_after(f"call of {_job_of(left)}", functools.partial(self._recover, left, alone.pop_all()))
             await alone.aclose()
 
     async def _turn(self, alone: contextlib.AsyncExitStack, groups: tuple[str, ...]) -> None:
-        """Takes the locks into ALONE, and tries once more what was left of earlier operations on GROUPS."""
-        left = [group for other in self._left_on(groups) for group in other.groups]
-        await alone.enter_async_context(self._executor.alone(tuple(sorted({*groups, *left}))))
-        for other in self._left_on(groups):
-            if self._reachable(other.uri):
-                await self._recover(other)
+        """Takes the locks of GROUPS into ALONE, after one more try at what was left of earlier operations on them."""
+        tried: set[int] = set()
+        while True:
+            await alone.enter_async_context(self._executor.alone(groups))
+            left = [o for o in self._left_on(groups) if o.number not in tried and self._reachable(o.uri)]
+            if not left:
+                return
+            await alone.aclose()
+            for other in left:
+                tried.add(other.number)
+                # Whoever waits for this turn can stop waiting: that ends no recovery.
+                await asyncio.wait({self._look_after(_job_of(other), functools.partial(self._recover_alone, other))})
 
     def audit_cancel(self, job: Job, uid: int, error: errors.HostpassError | None = None) -> None:
         """Into the journal: UID cancelled JOB, or was refused with ERROR."""
@@ -412,6 +471,11 @@ class Operations:
             operation=wish.operation,
             result=_full_name(error),
         )
+
+
+def _job_of(left: Unfinished) -> str:
+    """What names the job that left it, and no device."""
+    return f"job {left.number}"
 
 
 def _devices_of(left: Unfinished) -> list[str]:

@@ -80,5 +80,6 @@ class House:
 
     async def put_in_order(self) -> None:
         """Waits until what jobs left is looked after."""
-        while (tidying := self.daemon._operations._tidying) and not tidying.done():
-            await asyncio.wait({tidying})
+        operations = self.daemon._operations
+        while busy := {t for t in {operations._tidying, *operations._upkeep.values()} if t and not t.done()}:
+            await asyncio.wait(busy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -89,8 +89,8 @@ class World:
 
     async def quiet(self) -> None:
         """Waits until what is put in order after jobs is; nothing must be left waiting then."""
-        while self.operations._tidying and not self.operations._tidying.done():
-            await asyncio.wait({self.operations._tidying})
+        while busy := upkeep(self):
+            await asyncio.wait(busy)
         self.libvirt.finish()
         assert not (self.executor._waiting or self.executor._heard or self.operations._controls)
         assert not any(lock.locked() for lock in self.executor._locks.values())
@@ -101,6 +101,22 @@ class World:
         drivers = tuple(sorted((d.name, d.driver) for d in self.state.devices.values()))
         halves = tuple(tuple(sorted(c.id for c in half)) for half in (m.live, m.stored))
         return drivers, halves, tuple(sorted(self.libvirt.detached)), tuple(sorted(self.intents.lent))
+
+
+@pytest.fixture(autouse=True)
+async def nothing_is_left_running() -> AsyncIterator[None]:
+    yield
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def upkeep(world: World) -> set[asyncio.Task[None]]:
+    """What puts in order what jobs left."""
+    operations = world.operations
+    tasks = {*operations._upkeep.values(), *filter(None, [operations._tidying])}
+    return {task for task in tasks if not task.done()}
 
 
 @pytest.mark.parametrize("given", MACHINES)
@@ -194,7 +210,7 @@ async def test_a_guest_that_keeps_a_device_is_told_of_and_the_drivers_come_back_
     hold = next(iter(world.state.holds_on(PAIR[0].name)))
     assert (hold.live, hold.config, hold.releasing) == (True, False, True)
     world.libvirt.destroy(UUID)
-    await world.executor.give_back_idle()
+    await world.quiet()
     assert world.truth()[0] == before[0] and world.truth()[3] == ()
 
 
@@ -618,14 +634,13 @@ async def test_killed_while_it_undoes_or_goes_on_it_recovers_too(
             tasks: list[asyncio.Task[None]] = []
 
             def die(world: World = world, tasks: list[asyncio.Task[None]] = tasks) -> None:
-                tasks += [*world.operations._tasks, *filter(None, [world.operations._tidying])]
+                tasks += [*world.operations._tasks, *upkeep(world)]
                 raise Died
 
             at_call(world, at, "after", die)
             await world.start(operation, device)
             await asyncio.gather(*world.operations._tasks, return_exceptions=True)
-            if world.operations._tidying:
-                await asyncio.gather(world.operations._tidying, return_exceptions=True)
+            await asyncio.gather(*upkeep(world), return_exceptions=True)
             died, at = bool(tasks), at + 1
             new = await reborn(world, folder)
             assert new.truth() in clean, f"{calls[refused]} refused, killed at call {at}"
@@ -672,6 +687,27 @@ async def test_every_call_refused_in_turn_ends_in_a_clean_state(tmp_path: Path, 
         world.libvirt.fail = lambda call, n=at + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
         job = await world.do(operation, device)
         assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused"), call
+        await world.quiet()
+        assert world.truth() in (clean[:1] if operation == "assign" else clean), call
+        assert world.intents.unfinished == ()
+
+
+@every_operation
+@every_device
+async def test_every_call_that_is_made_and_refused_all_the_same_ends_in_a_clean_state(
+    tmp_path: Path, operation: str, device: Device
+) -> None:
+    calls, clean = await clean_states(tmp_path, operation, device)
+    for at, call in enumerate(calls):
+        world = await prepared(tmp_path / str(at), operation, device)
+
+        def refuse() -> None:
+            raise errors.HypervisorRefused("libvirt refused: it went wrong after all")
+
+        at_call(world, at, "after", refuse)
+        job = await world.do(operation, device)
+        # What has left the machine cannot be taken back.
+        assert job.state == ("done" if call == "detach_live" else "failed"), call
         await world.quiet()
         assert world.truth() in (clean[:1] if operation == "assign" else clean), call
         assert world.intents.unfinished == ()

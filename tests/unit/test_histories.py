@@ -37,7 +37,8 @@ from hostpassd.config import Config
 from hostpassd.daemon import RESCAN_PAUSE, Daemon
 from hostpassd.events import DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
 from hostpassd.host.device import Device, MdevParent
-from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, PciSource, UsbSource
+from hostpassd.machines.domain_xml import claim_of
+from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
 from hostpassd.model.codes import OVERRIDABLE
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
@@ -91,13 +92,20 @@ def _by_ids(vendor: int) -> Claim:
     return dataclasses.replace(_claim("hostdev", UsbSource(vendor, 1), f"usb:{vendor:04x}:0001"), xml=xml)
 
 
+def _by_address(start: str, tag: str) -> Claim:
+    """As libvirt would be given it again, by the undoing of a dismissal."""
+    address = "<address type='pci' domain='0x0000' bus='{}' slot='{}' function='0x0'/>"
+    place = address.format("0x02", "0x10") if tag == "interface" else address.format("0x09", "0x00")
+    return dataclasses.replace(claim_of(f"<{start}><source>{place}</source></{tag}>"), alias="")
+
+
 GONE = _by_ids(0xDEAD)
 _CLAIMS = (
     *(dataclasses.replace(hostdev(THINGS[name]), alias="") for name in ASSIGNABLE),
     _by_ids(0x46F4),
     GONE,
-    _claim("hostdev", PciSource("0000:09:00.0"), "pci:0000:09:00.0"),
-    _claim("interface", PciSource("0000:02:10.0"), "pci:0000:02:10.0"),
+    _by_address("hostdev mode='subsystem' type='pci'", "hostdev"),
+    _by_address("interface type='hostdev'", "interface"),
     _claim("macvtap", InterfaceSource("enp1s0"), "net:enp1s0"),
     _claim("disk", NodeSource("/dev/sdb1"), "node:/dev/sdb1"),
     _claim("disk", NodeSource("/dev/sdb"), "node:/dev/sdb"),
@@ -279,6 +287,8 @@ class Operations(RuleBasedStateMachine):
             self.libvirt.destroy(uuid)
         elif machine:
             self.libvirt.start(uuid)
+            # Also what a job has only stored for now: the undoing of that is not asked of a guest.
+            self.ours |= {claim.alias for claim in self.libvirt.machines[uuid].live}
 
     @rule(full=st.booleans())
     def fill(self, full: bool) -> None:
@@ -485,6 +495,7 @@ class Operations(RuleBasedStateMachine):
         daemon, executor = self.life.daemon, self.life.daemon._executor
         assert self.life.is_told
         assert not self.life.state.jobs and not daemon._operations._controls and not daemon._operations._tasks
+        assert not daemon._operations._upkeep
         assert not executor._waiting and not executor._heard
         assert not [group for group, lock in executor._locks.items() if lock.locked()]
         assert all(reply.there for reply in self.life.bus.replies.values())

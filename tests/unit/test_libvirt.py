@@ -607,14 +607,15 @@ async def test_a_call_that_hangs_can_be_given_up_and_is_waited_out_later(
         await tape.until_listed()
         await given_up(*await hanging(hypervisor, hang, 1))
         await hypervisor.refresh()  # others get on
-        await hypervisor.wait_until_idle(GAMING)
-        idle = asyncio.create_task(hypervisor.wait_until_idle(OFF))
+        await hypervisor.wait_until_returned({GAMING})
+        returned = asyncio.create_task(hypervisor.wait_until_returned({GAMING, OFF}))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(idle), 0.1)
+            await asyncio.wait_for(asyncio.shield(returned), 0.1)
         if outcome == "refused":
             hang.error = libvirt.libvirtError("no room")
         hang.let_go()
-        await idle
+        await returned
+        await hypervisor.wait_until_idle(OFF)
         assert len(tape.last(OFF).stored) == (1 if outcome == "done" else 0)
     assert ("no room" if outcome == "refused" else "has been done") in caplog.text
 
@@ -627,12 +628,12 @@ async def test_a_node_device_that_hangs_is_waited_for_by_name(uri: str, opened: 
         call = asyncio.create_task(hypervisor.reattach_host("pci_0000_06_00_0"))
         await asyncio.sleep(0)
         await given_up(call)
-        await hypervisor.wait_until_idle(GAMING, {"pci_0000_07_00_0"})
-        idle = asyncio.create_task(hypervisor.wait_until_idle(GAMING, {"pci_0000_06_00_0"}))
+        await hypervisor.wait_until_returned({"pci_0000_07_00_0"})
+        returned = asyncio.create_task(hypervisor.wait_until_returned({"pci_0000_06_00_0"}))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(idle), 0.1)
+            await asyncio.wait_for(asyncio.shield(returned), 0.1)
         go.set()
-        await idle
+        await returned
 
 
 async def test_what_waits_for_a_place_and_is_given_up_is_never_begun(uri: str, hang: Hang) -> None:
@@ -665,6 +666,7 @@ async def test_when_too_many_hang_the_connection_is_made_afresh_and_others_get_o
         await hypervisor.attach_stored(OFF, PCI)
         assert len(tape.last(OFF).stored) == 1
         assert opened.connections[0]._o is not None  # three calls use it
+        await hypervisor.wait_until_returned({OFF})  # of a connection that is lost nothing is known
         hang.let_go()
         while opened.connections[0]._o is not None:
             await asyncio.sleep(0.01)

@@ -12,6 +12,7 @@ import pytest
 from hostpassd import errors, names
 from hostpassd.bus.access import Access
 from hostpassd.bus.router import Call
+from hostpassd.passthrough import execute
 from hostpassd.passthrough.operations import Check
 from tests.unit.house import CALLER, PAIR, House
 from tests.unit.world import UUID
@@ -137,6 +138,31 @@ async def test_a_cancel_while_a_failed_job_is_undone_says_why_it_failed(house: H
     house.libvirt.refuse = {"attach_live": "no room"}
     said = await cancelled_at(house, bus, "before", "detach_stored")
     assert said.startswith("failed: job 1 could not be cancelled any more, it is failed: ") and "no room" in said
+
+
+async def test_a_cancel_during_a_call_of_libvirts_that_does_not_return_is_answered(
+    house: House, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "_PATIENCE", 0.01)
+    house.libvirt.stick = lambda call: call == "attach_live"
+    control = await house.start("assign", PAIR[0])
+    while not house.libvirt.stuck:
+        await asyncio.sleep(0)
+    await bus.cancel(CALLER)
+    assert control.job.state == "cancelled" and "libvirt is still at it" in control.job.error_message
+    assert house.libvirt.stuck
+    house.libvirt.calm()
+    house.libvirt.let_go("done")
+    await house.put_in_order()
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
+    results = [(record["DEVICE"], record["OPERATION"], record["RESULT"]) for record in house.records()]
+    cancelled, recovered = "org.hostpassd1.Error.Cancelled", "recovered"
+    assert results[:3] == [
+        (PAIR[0].name, "assign", cancelled),
+        (PAIR[1].name, "assign", cancelled),
+        (PAIR[0].name, "cancel", "done"),
+    ]
+    assert results[3:] == [(device.name, "assign", recovered) for device in PAIR]
 
 
 async def test_a_cancel_of_what_has_ended_is_refused(house: House, bus: Bus) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hostpassd import errors
 from hostpassd.events import (
@@ -155,8 +155,8 @@ class Libvirt:
     """A hypervisor that does on HOST what runs of libvirt and VFIO were seen to do, with machines of all moods.
 
     `moods`: what the guest of a machine does when it is asked to let go: prompt, late, refuse. `fail`: the names of
-    the calls that fail next, once each. `stalled`: calls wait for `resume`, before or after their effect. `late`:
-    events come later than the readings that show their effects.
+    the calls that fail next, once each. `stalled`: calls wait for `resume`, before or after their effect, and whoever
+    gives them up changes nothing of that. `late`: events come later than the readings that show their effects.
     """
 
     def __init__(self, host: Host) -> None:
@@ -175,6 +175,8 @@ class Libvirt:
         self.stalled = ""  # "", before, after
         self.ear: Ear | None = None
         self._gates: list[asyncio.Future[None]] = []
+        self._calls: dict[asyncio.Task[None], str] = {}  # under way, and which machine or device they are about
+        self._given_up: set[asyncio.Task[None]] = set()  # of these
         self._events: list[tuple[str, Event]] = []
 
     # --- what is asked of it ---
@@ -204,15 +206,22 @@ class Libvirt:
 
     async def detach_host(self, name: str) -> None:
         """Frees a PCI function from its driver."""
-        await self._call("detach_host", "", lambda: self._detach_node(name))
+        await self._call("detach_host", "", lambda: self._detach_node(name), name)
 
     async def reattach_host(self, name: str) -> None:
         """Gives a PCI function back to its driver."""
-        await self._call("reattach_host", "", lambda: self._reattach_node(name))
+        await self._call("reattach_host", "", lambda: self._reattach_node(name), name)
+
+    async def wait_until_returned(self, names: Collection[str]) -> None:
+        """Waits for the calls about these that were given up."""
+        while calls := [call for call in self._given_up if self._calls[call] in names]:
+            await asyncio.wait(calls)
 
     async def wait_until_idle(self, uuid: str) -> None:
-        """Waits out its calls, of which none outlives its caller here, and reads the machine."""
+        """Waits out all calls about the machine, and reads it."""
         await self._gate("before")
+        while calls := [call for call, about in self._calls.items() if about == uuid]:
+            await asyncio.wait(calls)
         if not self.connected:
             raise errors.HypervisorUnavailable("libvirt is away")
         if uuid not in self.machines:
@@ -227,21 +236,46 @@ class Libvirt:
             raise errors.HypervisorUnavailable("gone")
         self.list_all()
 
-    async def _call(self, name: str, uuid: str, effect: Callable[[], None]) -> None:
+    async def _call(self, name: str, uuid: str, effect: Callable[[], None], about: str = "") -> None:
+        call = asyncio.ensure_future(self._made(name, uuid, effect))
+        self._calls[call] = about or uuid
+        call.add_done_callback(self._returned)
+        try:
+            await asyncio.wait({call})
+        except asyncio.CancelledError:
+            if not call.done():
+                self._given_up.add(call)
+            raise
+        call.result()
+
+    def _returned(self, call: asyncio.Task[None]) -> None:
+        self._calls.pop(call, None)
+        self._given_up.discard(call)
+        if not call.cancelled():
+            call.exception()
+
+    async def _made(self, name: str, uuid: str, effect: Callable[[], None]) -> None:
         ear = self.ear
         await self._gate("before")
         if not self.connected:
             raise errors.HypervisorUnavailable("libvirt is away")
-        if name in self.fail:
-            self.fail.discard(name)
-            self.touch(uuid)
-            raise errors.HypervisorRefused(f"internal error: {name} failed as it was told to")
-        effect()
+        try:
+            self._do(name, effect)
+        except errors.HostpassError:
+            if uuid:
+                self.deliver(uuid)
+            raise
         await self._gate("after")
         if not self.connected or self.ear is not ear:
             raise errors.HypervisorUnavailable("libvirt went away during the call")
         if uuid:
             self.deliver(uuid)
+
+    def _do(self, name: str, effect: Callable[[], None]) -> None:
+        if name in self.fail:
+            self.fail.discard(name)
+            raise errors.HypervisorRefused(f"internal error: {name} failed as it was told to")
+        effect()
 
     async def _gate(self, when: str) -> None:
         if self.stalled == when:
@@ -262,6 +296,7 @@ class Libvirt:
     def forget_calls(self) -> None:
         """Whoever made calls is dead."""
         self._gates, self.stalled = [], ""
+        self._calls, self._given_up = {}, set()
 
     # --- what it tells ---
 

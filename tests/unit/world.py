@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hostpassd import errors
 from hostpassd.events import (
@@ -160,6 +160,22 @@ def machine(
     )
 
 
+class Stuck:
+    """A call that does not return."""
+
+    def __init__(self, about: str, lock: str, effect: Callable[[], None]) -> None:
+        self.about, self.lock, self.effect = about, lock, effect
+        self.returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self, error: errors.HostpassError | None) -> None:
+        """It returns; nobody needs to wait for it any more."""
+        if error:
+            self.returned.set_exception(error)
+            self.returned.exception()
+        else:
+            self.returned.set_result(None)
+
+
 class Libvirt:
     """A hypervisor on a STATE's devices that does what LAB-like runs of libvirt and VFIO showed.
 
@@ -169,7 +185,8 @@ class Libvirt:
 
     `before` and `after` are called with each call's name, around its effect. `refuse`: libvirt's words, by call;
     `fail`: whether a call is refused; `hang`: whether a call is taken, and its effect comes later, when something waits
-    for it. `withhold` swallows DeviceAdded, `stubborn` is a deaf guest.
+    for it; `stick`: whether a call does not return until `let_go`. `withhold` swallows DeviceAdded, `stubborn` is a
+    deaf guest.
     """
 
     def __init__(self, state: State, emit: Callable[[Event], None], *machines: Machine) -> None:
@@ -184,19 +201,25 @@ class Libvirt:
         self.refuse: dict[str, str] = {}
         self.fail: Callable[[str], bool] = lambda call: False
         self.hang: Callable[[str], bool] = lambda call: False
+        self.stick: Callable[[str], bool] = lambda call: False
         self.before: Callable[[str], None] = lambda call: None
         self.after: Callable[[str], None] = lambda call: None
         self.withhold = False
         self.stubborn = False
         self.ports = 5
         self._hanging: list[tuple[str, Callable[[], None]]] = []
+        self.stuck: list[Stuck] = []
         self.come_back()
 
     # The connection.
 
     def lose(self) -> None:
-        """The connection is lost: nothing is told any more."""
+        """The connection is lost: nothing is told any more. libvirt is still at what it was at."""
         self.connected = False
+        for call in self.stuck:
+            self._hanging.append((call.lock, call.effect))
+            call.end(errors.HypervisorUnavailable("the connection to libvirt was lost"))
+        self.stuck.clear()
         self.emit(HypervisorChanged(URI, False, "libvirt has closed the connection"))
 
     def come_back(self) -> None:
@@ -208,6 +231,7 @@ class Libvirt:
     def calm(self) -> None:
         """From here on every call works."""
         self.refuse, self.fail, self.hang = {}, lambda call: False, lambda call: False
+        self.stick = lambda call: False
         self.before, self.after = lambda call: None, lambda call: None
 
     def finish(self, *locks: str) -> None:
@@ -217,6 +241,16 @@ class Libvirt:
                 self._hanging.remove((lock, effect))
                 with contextlib.suppress(errors.HostpassError):
                     effect()
+
+    def let_go(self, outcome: str) -> None:
+        """The calls that are stuck return: done, refused, or both, done and then refused."""
+        stuck, self.stuck = self.stuck, []
+        for call in stuck:
+            error = errors.HypervisorRefused("libvirt refused: it was stuck.") if outcome != "done" else None
+            if outcome != "refused":
+                with contextlib.suppress(errors.HostpassError):
+                    call.effect()
+            call.end(error)
 
     # What the daemon calls.
 
@@ -233,10 +267,14 @@ class Libvirt:
         await self._call("detach_stored", uuid, lambda: self._detach_stored(uuid, claim))
 
     async def detach_host(self, name: str) -> None:
-        await self._call("detach_host", "host", lambda: self._detach_host(name))
+        await self._call("detach_host", "host", lambda: self._detach_host(name), name)
 
     async def reattach_host(self, name: str) -> None:
-        await self._call("reattach_host", "host", lambda: self._reattach_host(name))
+        await self._call("reattach_host", "host", lambda: self._reattach_host(name), name)
+
+    async def wait_until_returned(self, names: Collection[str]) -> None:
+        while stuck := [call.returned for call in self.stuck if call.about in names]:
+            await asyncio.wait(stuck)
 
     async def wait_until_idle(self, uuid: str) -> None:
         await self._call("wait_until_idle", uuid, lambda: self._read(uuid))
@@ -313,14 +351,19 @@ class Libvirt:
 
     # How a call goes.
 
-    async def _call(self, call: str, lock: str, effect: Callable[[], None]) -> None:
-        """LOCK: what libvirt takes for the call, a machine's job or the list of host devices."""
+    async def _call(self, call: str, lock: str, effect: Callable[[], None], about: str = "") -> None:
+        """LOCK: what libvirt takes for the call, a machine's job or the list of host devices. ABOUT: a node device."""
         if not self.connected:
             raise errors.HypervisorUnavailable("libvirt is not connected")
         self.finish(lock)
         self.calls.append(call)
         if self.hang(call):
             self._hanging.append((lock, effect))
+        if self.stick(call):
+            stuck = Stuck(about or lock, lock, effect)
+            self.stuck.append(stuck)
+            await asyncio.wait({stuck.returned})
+            return stuck.returned.result()
         self.before(call)
         self._check_connected()
         if call in self.refuse or self.fail(call):
