@@ -37,9 +37,7 @@ class Front:
 
     def close(self) -> None:
         """Leaves the bus."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(30)
+        self._process.communicate(timeout=30)
 
     def begin(
         self,
@@ -195,9 +193,7 @@ class Recording:
 
     def close(self) -> None:
         """Ends the recording."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(30)
+        self._process.communicate(timeout=30)
 
     def _next(self) -> dict[str, Any]:
         assert self._process.stdout
