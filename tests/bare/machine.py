@@ -37,6 +37,8 @@ mount -t proc proc "$1/root/proc"
 mount --rbind /sys "$1/root/sys"
 mount --rbind /dev "$1/root/dev"
 mount --bind "$3" "$1/root/var/cache/apt/archives"
+mkdir "$1/root/var/cache/pip"
+mount --bind "$4" "$1/root/var/cache/pip"
 echo "$pid"
 cat >/dev/null
 exit 0
@@ -65,7 +67,7 @@ class Machine:
             cache = roots.cache_folder()
             stack.enter_context(roots.locked(cache / f"bare-{self.suite}.lock"))  # apt itself wants to be alone
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hostpassd-bare-"))
-            places = [folder, str(_root(cache, self.suite)), str(_downloads(cache, self.suite))]
+            places = [folder, *map(str, (_root(cache, self.suite), _downloads(cache, self.suite), _pip_cache(cache)))]
             self._life = stack.enter_context(
                 subprocess.Popen(
                     [*NAMESPACES, "sh", "-c", LIVE, "bare", *places], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -77,7 +79,7 @@ class Machine:
                 raise RuntimeError("the bare machine's file systems could not be mounted")
             self._folder = f"{folder}/root"
             self.root = Path(f"/proc/{self._pid}/root{self._folder}")
-            self._environment = roots.give_access(self.root, self.suite)
+            self._environment = roots.give_access(self.root, self.suite) | {"PIP_CACHE_DIR": "/var/cache/pip"}
             self._move_in()
             self._stack = stack.pop_all()
         return self
@@ -135,6 +137,12 @@ def _root(cache: Path, suite: str) -> Path:
     os.utime(root)
     roots.forget_old(cache, "bare-*-*")
     return root
+
+
+def _pip_cache(cache: Path) -> Path:
+    folder = cache / "pip"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _downloads(cache: Path, suite: str) -> Path:

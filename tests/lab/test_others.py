@@ -90,8 +90,7 @@ def test_two_hundred_changes_each_right_after_one_sync(host: Host, front: Front,
             pass
         front.sync()
         assert front.holds(LONE) == held, number
-    virsh.stdin.close()
-    virsh.wait(PATIENCE)
+    virsh.communicate(timeout=PATIENCE)
 
 
 def test_a_user_without_rights_reads_and_may_not_assign(host: Host, running: Guest) -> None:

@@ -112,6 +112,14 @@ def test_who_is_not_root_is_told_what_to_install(tmp_path: Path) -> None:
     assert not (tmp_path / "apt-calls").exists()
 
 
+@pytest.mark.parametrize("word", ["check", "cover", "soak", "test"])
+def test_who_is_not_root_is_told_that_the_tests_take_it(tmp_path: Path, word: str) -> None:
+    stub(tmp_path, "id", "echo 1000")
+    done = dev(word, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"dev: '{word}' starts programs of several users, which takes root;")
+
+
 def test_another_system_than_debian_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
     done = dev("run", PATH=str(tmp_path))
