@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from hostpassd.host.device import Device
-from hostpassd.machines.machine import Machine
+from hostpassd.machines.machine import Machine, MachineKey
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class MachineRead:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MachineGone:
-    """A machine that libvirt no longer has."""
+    """A machine that its hypervisor no longer has."""
 
-    uuid: str
+    machine: MachineKey
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class MachinesListed:
 class DeviceAdded:
     """libvirt: the live device with this alias is in the machine. Moves no state by itself; jobs wait for it."""
 
-    uuid: str
+    machine: MachineKey
     alias: str
 
 
@@ -104,7 +104,7 @@ class DeviceAdded:
 class DeviceRemoved:
     """libvirt: the live device with this alias has left the machine."""
 
-    uuid: str
+    machine: MachineKey
     alias: str
 
 
@@ -112,7 +112,7 @@ class DeviceRemoved:
 class RemovalFailed:
     """libvirt: the guest refused to let the device with this alias go."""
 
-    uuid: str
+    machine: MachineKey
     alias: str
 
 
@@ -120,7 +120,7 @@ class RemovalFailed:
 class Releasing:
     """A guest was asked to let the device with this alias go, or (`asked` false) no longer is."""
 
-    uuid: str
+    machine: MachineKey
     alias: str
     asked: bool = True
 

@@ -189,7 +189,7 @@ def missing_at(state: State, machine: Machine, text: str, instance: int | None =
     name = text.removeprefix(names.DEVICES + "/")
     there: dict[int, list[Missing]] = {}
     for row in state.missing.get(machine.uuid, ()):
-        place, number = state.last_place(machine.uuid, row.id)
+        place, number = state.last_place(machine.key, row.id)
         if name and place == name and instance in (None, number):
             there.setdefault(number, []).append(row)
     if len(there) > 1:

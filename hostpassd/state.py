@@ -33,6 +33,7 @@ from hostpassd.machines.machine import (
     Hold,
     InterfaceSource,
     Machine,
+    MachineKey,
     MdevSource,
     Missing,
     NodeSource,
@@ -53,7 +54,11 @@ Key = tuple[Any, ...]
 # What a reading of the host's uses can lead on to the devices behind: a device node, an interface.
 _BEHIND = ("node", "net")
 
+# The states of a machine that runs, and is not only there (paused, as one that a migration brings).
+_RUNS = ("running", "idle")
+
 _K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 @dataclasses.dataclass(slots=True)
@@ -136,7 +141,8 @@ class State:
         never: frozenset[str] = frozenset(),
     ) -> None:
         self.devices: dict[str, Device] = {}
-        self.machines: dict[str, Machine] = {}
+        self.copies: dict[MachineKey, Machine] = {}  # all machines of all hypervisors
+        self.machines: dict[str, Machine] = {}  # by UUID; of copies the one that has the path
         self.jobs: dict[int, Job] = {}
         self.hypervisors: dict[str, HypervisorState] = {}
         self.missing: dict[str, tuple[Missing, ...]] = {}
@@ -149,15 +155,19 @@ class State:
         self._groups: dict[int, dict[str, None]] = {}
         self._functions: dict[str, dict[str, None]] = {}
         self._keys: dict[Key, dict[str, None]] = {}
-        self._interest: dict[Key, dict[str, None]] = {}
-        self._interest_of: dict[str, frozenset[Key]] = {}
+        self._interest: dict[Key, dict[MachineKey, None]] = {}
+        self._interest_of: dict[MachineKey, frozenset[Key]] = {}
+        self._copies_of: dict[str, dict[MachineKey, None]] = {}
+        # A machine's holds and claims that mean nothing here; then what is told, of all copies together.
+        self._holds_in: dict[MachineKey, dict[tuple[str, str], Hold]] = {}
+        self._missing_in: dict[MachineKey, tuple[Missing, ...]] = {}
         self._holds_on: dict[str, dict[tuple[str, str], Hold]] = {}
         self._holds_of: dict[str, dict[tuple[str, str], Hold]] = {}
         self._uses: dict[str, tuple[HostUse, ...]] = {}
         self._nodes: dict[str, tuple[str, ...]] = {}
         self._nodes_on: dict[str, dict[str, None]] = {}
-        self._releasing: set[tuple[str, str]] = set()
-        self._places: dict[str, dict[str, tuple[str, int]]] = {}  # where each claim of a machine stood last
+        self._releasing: set[tuple[MachineKey, str]] = set()
+        self._places: dict[MachineKey, dict[str, tuple[str, int]]] = {}  # where each claim of a machine stood last
         # What spreads upward is counted at each ancestor, so that one change costs the depth of the tree.
         self._spread: dict[str, tuple[Blocker, ...]] = {}
         self._below: dict[str, Counter[Blocker]] = {}
@@ -188,11 +198,20 @@ class State:
         return self._functions.get(device, {})
 
     def holds_on(self, device: str) -> Iterable[Hold]:
+        """What is told of DEVICE: of copies of a machine on several hypervisors all holds count, as one's."""
         return self._holds_on.get(device, {}).values()
 
     def holds_of(self, uuid: str) -> Iterable[Hold]:
-        """All holds of one machine."""
+        """What is told of one machine, with the holds of its copies."""
         return self._holds_of.get(uuid, {}).values()
+
+    def holds_in(self, machine: MachineKey) -> Iterable[Hold]:
+        """The holds of this very machine."""
+        return self._holds_in.get(machine, {}).values()
+
+    def twins(self, machine: MachineKey) -> list[MachineKey]:
+        """Its copies on other hypervisors."""
+        return [key for key in self._copies_of.get(machine.uuid, ()) if key != machine]
 
     def uses_of(self, device: str) -> tuple[HostUse, ...]:
         """What the host uses DEVICE for, the console that it shows and the seat's only keyboard included."""
@@ -250,16 +269,16 @@ class State:
                 found = node.name
         return found
 
-    def find_claim(self, uuid: str, claim: Claim, *, live: bool) -> str | None:
+    def find_claim(self, machine: MachineKey, claim: Claim, *, live: bool) -> str | None:
         """The device that a machine's CLAIM means now."""
         if live and claim.missing:
             return None
-        own = frozenset(hold.device for hold in self.holds_of(uuid) if hold.live)
+        own = frozenset(hold.device for hold in self.holds_in(machine) if hold.live)
         return next(iter(self._find(claim, None if live else own)), None)
 
-    def last_place(self, uuid: str, claim_id: str) -> tuple[str, int]:
+    def last_place(self, machine: MachineKey, claim_id: str) -> tuple[str, int]:
         """The name and the instance of the device on which a claim stood last; ('', 0): it never stood on any."""
-        return self._places.get(uuid, {}).get(claim_id, ("", 0))
+        return self._places.get(machine, {}).get(claim_id, ("", 0))
 
     @property
     def degraded(self) -> bool:
@@ -285,18 +304,18 @@ class State:
                 self._read_nodes(nodes)
             case MachineRead(machine):
                 self._read_machine(machine)
-            case MachineGone(uuid):
-                self._lose_machine(uuid)
+            case MachineGone(key):
+                self._lose_machine(key)
             case MachinesListed(uri, machines):
                 self._listed(uri, machines)
             case HypervisorChanged(uri, connected, error):
                 self._hypervisor(HypervisorState(uri, connected, error))
-            case Releasing(uuid, alias, asked):
-                (self._releasing.add if asked else self._releasing.discard)((uuid, alias))
-                self._resolve(uuid)
-            case DeviceRemoved(uuid, alias):
-                self._releasing.discard((uuid, alias))
-                self._resolve(uuid)
+            case Releasing(key, alias, asked):
+                (self._releasing.add if asked else self._releasing.discard)((key, alias))
+                self._resolve(key)
+            case DeviceRemoved(key, alias):
+                self._releasing.discard((key, alias))
+                self._resolve(key)
             case JobChanged(job):
                 self._job(job)
             case JobForgotten(number):
@@ -346,15 +365,19 @@ class State:
 
     def _insert(self, device: Device) -> None:
         name = device.name
-        if ("device", name) in self._changes.removed:
-            self._ended.append(self._changes)
-            self._changes = Changes()
         self.devices[name] = device
-        self._changes.add(("device", name))
+        self._add(("device", name))
         self._link(device)
         self._rekey(None, device)
         self._spread_again(name)
         self._touch(name)
+
+    def _add(self, entity: Entity) -> None:
+        """An object comes; where one went from its path, that ended a batch."""
+        if entity in self._changes.removed:
+            self._ended.append(self._changes)
+            self._changes = Changes()
+        self._changes.add(entity)
 
     def _lose(self, name: str | None) -> None:
         device = self.devices.get(name or "")
@@ -514,8 +537,8 @@ class State:
 
     def _resolve_interested(self, keys: Iterable[Key]) -> None:
         """The machines that name something by one of KEYS."""
-        for uuid in dict.fromkeys(uuid for key in keys for uuid in self._interest.get(key, ())):
-            self._resolve(uuid)
+        for machine in dict.fromkeys(machine for key in keys for machine in self._interest.get(key, ())):
+            self._resolve(machine)
 
     # --- machines ---
 
@@ -526,66 +549,99 @@ class State:
         self.hypervisors[new.uri] = new
         self._changes.change(MANAGER)
         if not new.connected:
-            for machine in [m for m in self.machines.values() if m.uri == new.uri]:
+            for machine in [m for m in self.copies.values() if m.uri == new.uri]:
                 self._read_machine(dataclasses.replace(machine, stale=True))
 
     def _listed(self, uri: str, machines: tuple[Machine, ...]) -> None:
-        seen = {machine.uuid for machine in machines}
-        for uuid in [m.uuid for m in self.machines.values() if m.uri == uri and m.uuid not in seen]:
-            self._lose_machine(uuid)
+        seen = {machine.key for machine in machines}
+        for key in [key for key in self.copies if key.uri == uri and key not in seen]:
+            self._lose_machine(key)
         for machine in machines:
             self._read_machine(machine)
         if uri in self.hypervisors:
             self.hypervisors[uri] = dataclasses.replace(self.hypervisors[uri], listed=True)
 
     def _read_machine(self, machine: Machine) -> None:
-        old = self.machines.get(machine.uuid)
-        if old == machine:
+        key = machine.key
+        if self.copies.get(key) == machine:
             return
-        self.machines[machine.uuid] = machine
-        entity = ("machine", machine.uuid)
-        (self._changes.change if old else self._changes.add)(entity)
+        self.copies[key] = machine
+        _index(self._copies_of, machine.uuid, key)
         self._set_interest(machine)
-        self._resolve(machine.uuid)
-        if old and old.name != machine.name:
-            for hold in list(self.holds_of(machine.uuid)):
-                self._spread_holds(hold.device)
+        self._resolve(key)
 
-    def _lose_machine(self, uuid: str) -> None:
-        machine = self.machines.get(uuid)
+    def _lose_machine(self, key: MachineKey) -> None:
+        machine = self.copies.pop(key, None)
         if not machine:
             return
+        _unindex(self._copies_of, key.uuid, key)
         self._set_interest(dataclasses.replace(machine, live=(), stored=()))
-        self._set_holds(uuid, {})
-        self._releasing = {pair for pair in self._releasing if pair[0] != uuid}
-        self._places.pop(uuid, None)
-        del self.machines[uuid]
-        self.missing.pop(uuid, None)
-        self._changes.remove(("machine", uuid))
+        for index in (self._holds_in, self._missing_in, self._places):
+            index.pop(key, None)
+        self._releasing = {pair for pair in self._releasing if pair[0] != key}
+        self._show(key.uuid)
+
+    def _show(self, uuid: str) -> None:
+        """Tells of all copies of a machine together. One has the path: the one that runs."""
+        old, new = self.machines.get(uuid), self._foremost(uuid)
+        if new is None:
+            self._set_holds(uuid, {})
+            self.machines.pop(uuid, None)
+            self.missing.pop(uuid, None)
+            self._changes.remove(("machine", uuid))
+            return
+        self.machines[uuid] = new
+        self._note_machine(old, new)
+        keys = (new.key, *self.twins(new.key))
+        holds: dict[tuple[str, str], Hold] = {}
+        for hold in (hold for key in keys for hold in self.holds_in(key)):
+            _merge_hold(holds, hold)
+        self._set_holds(uuid, holds)
+        rows = self._missing_in.get(new.key, ())
+        if self.missing.get(uuid, ()) != rows:
+            self.missing[uuid] = rows
+            self._changes.change(("machine", uuid))
+        if old and old.shown_name != new.shown_name:
+            for hold in list(self.holds_of(uuid)):
+                self._spread_holds(hold.device)
+
+    def _foremost(self, uuid: str) -> Machine | None:
+        """Of copies the one that runs, or does most; else always the same."""
+        found = (self.copies[key] for key in self._copies_of.get(uuid, ()))
+        return min(found, key=lambda m: (not m.active, m.stale, m.state not in _RUNS, m.uri), default=None)
+
+    def _note_machine(self, old: Machine | None, new: Machine) -> None:
+        entity = ("machine", new.uuid)
+        if old and old.uri == new.uri:
+            if old != new:
+                self._changes.change(entity)
+            return
+        if old:
+            self._changes.remove(entity)  # as an object it is another one: its hypervisor is
+        self._add(entity)
 
     def _set_interest(self, machine: Machine) -> None:
         new = frozenset(key for claim in (*machine.live, *machine.stored) for key in _claim_keys(claim))
-        old = self._interest_of.get(machine.uuid, frozenset())
+        old = self._interest_of.get(machine.key, frozenset())
         for key in old - new:
-            _unindex(self._interest, key, machine.uuid)
+            _unindex(self._interest, key, machine.key)
         for key in new - old:
-            _index(self._interest, key, machine.uuid)
+            _index(self._interest, key, machine.key)
         if new:
-            self._interest_of[machine.uuid] = new
+            self._interest_of[machine.key] = new
         else:
-            self._interest_of.pop(machine.uuid, None)
+            self._interest_of.pop(machine.key, None)
 
-    def _resolve(self, uuid: str) -> None:
+    def _resolve(self, key: MachineKey) -> None:
         """Stands each claim of a machine on the device it means now; what means none is missing."""
-        machine = self.machines.get(uuid)
+        machine = self.copies.get(key)
         if not machine:
             return
-        self._releasing -= {
-            (uuid, alias) for u, alias in self._releasing if u == uuid and all(c.alias != alias for c in machine.live)
-        }
+        aliases = {claim.alias for claim in machine.live}
+        self._releasing = {pair for pair in self._releasing if pair[0] != key or pair[1] in aliases}
         made = {claim.id for claim in (*machine.live, *machine.stored)}
-        places = {claim: place for claim, place in self._places.get(uuid, {}).items() if claim in made}
-        self._places[uuid] = places
+        places = {claim: place for claim, place in self._places.get(key, {}).items() if claim in made}
+        self._places[key] = places
         holds: dict[tuple[str, str], Hold] = {}
         missing: dict[str, Missing] = {}
         own: frozenset[str] = frozenset()
@@ -600,11 +656,8 @@ class State:
                 if not devices and not self._is_here(claim):
                     _merge_missing(missing, claim, live)
             own = frozenset(device for device, _ in holds)
-        self._set_holds(uuid, holds)
-        rows = tuple(missing.values())
-        if self.missing.get(uuid, ()) != rows:
-            self.missing[uuid] = rows
-            self._changes.change(("machine", uuid))
+        self._holds_in[key], self._missing_in[key] = holds, tuple(missing.values())
+        self._show(key.uuid)
 
     def _find(self, claim: Claim, own: frozenset[str] | None) -> list[str]:
         """The devices that CLAIM means: one, but for a volume on several disks or a bridge of several interfaces.
@@ -632,7 +685,7 @@ class State:
         return [name for name in found if all(name in self._keys.get(key, {}) for key in keys[1:])]
 
     def _hold(self, machine: Machine, claim: Claim, device: str, live: bool) -> Hold:
-        releasing = live and (machine.uuid, claim.alias) in self._releasing
+        releasing = live and (machine.key, claim.alias) in self._releasing
         return Hold(machine.uuid, device, claim.kind, live, not live, claim.alias, releasing, machine.stale)
 
     def _set_holds(self, uuid: str, new: dict[tuple[str, str], Hold]) -> None:
@@ -715,7 +768,8 @@ def _claim_keys(claim: Claim) -> list[Key]:
 def _merge_hold(holds: dict[tuple[str, str], Hold], hold: Hold) -> None:
     old = holds.get((hold.device, hold.kind))
     if old:
-        hold = dataclasses.replace(old, live=old.live or hold.live, config=old.config or hold.config)
+        halves = {name: getattr(old, name) or getattr(hold, name) for name in ("live", "config", "releasing", "stale")}
+        hold = dataclasses.replace(old, **halves)
     holds[(hold.device, hold.kind)] = hold
 
 
@@ -737,12 +791,12 @@ def _merge_missing(missing: dict[str, Missing], claim: Claim, live: bool) -> Non
     missing[claim.id] = row
 
 
-def _index(index: dict[_K, dict[str, None]], key: _K | None, name: str) -> None:
+def _index(index: dict[_K, dict[_V, None]], key: _K | None, name: _V) -> None:
     if key is not None:
         index.setdefault(key, {})[name] = None
 
 
-def _unindex(index: dict[_K, dict[str, None]], key: _K | None, name: str) -> None:
+def _unindex(index: dict[_K, dict[_V, None]], key: _K | None, name: _V) -> None:
     if key is not None and key in index:
         index[key].pop(name, None)
         if not index[key]:

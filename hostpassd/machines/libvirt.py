@@ -42,7 +42,7 @@ from hostpassd.events import (
 )
 from hostpassd.host.device import clean
 from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, with_claim, without_claim
-from hostpassd.machines.machine import Claim, Machine, Ports, UsbSource
+from hostpassd.machines.machine import Claim, Machine, MachineKey, Ports, UsbSource
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -82,7 +82,7 @@ _CLOSED = {
     libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT: "the connection was closed",
 }
 
-_DEVICE_EVENTS: dict[int, Callable[[str, str], Event]] = {
+_DEVICE_EVENTS: dict[int, Callable[[MachineKey, str], Event]] = {
     libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: DeviceAdded,
     libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: DeviceRemoved,
     libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: RemovalFailed,
@@ -318,7 +318,7 @@ class Hypervisor:
         machine = await self._ask(link, lambda connection: connection.read(uuid))
         if machine is None:
             self._known.pop(uuid, None)
-            self._emit(MachineGone(uuid))
+            self._emit(MachineGone(MachineKey(self.uri, uuid)))
         else:
             self._known[uuid] = machine
             self._emit(MachineRead(machine))
@@ -535,8 +535,8 @@ class _Connection:
         def lifecycle(_connection: Any, domain: Any, _event: int, _detail: int, _opaque: Any) -> None:
             heard(domain.UUIDString(), None)
 
-        def device(_connection: Any, domain: Any, alias: str, event: Callable[[str, str], Event]) -> None:
-            heard(domain.UUIDString(), event(domain.UUIDString(), alias))
+        def device(_connection: Any, domain: Any, alias: str, event: Callable[[MachineKey, str], Event]) -> None:
+            heard(domain.UUIDString(), event(MachineKey(self._uri, domain.UUIDString()), alias))
 
         register = connection.domainEventRegisterAny
         self._callbacks.append(register(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from hostpassd.host.device import clean
 
@@ -80,6 +81,13 @@ class Ports:
     conventional: tuple[tuple[int, int], ...] = ()  # bus and slot, of conventional buses
 
 
+class MachineKey(NamedTuple):
+    """Which machine: two hypervisors can have one with the same UUID, a copy or the two ends of a migration."""
+
+    uri: str  # the hypervisor's
+    uuid: str
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
     """A libvirt domain as it was last read."""
@@ -94,6 +102,11 @@ class Machine:
     stale: bool = False  # as last known: its hypervisor cannot be reached
     ports: Ports = Ports()  # of the live half
     stored_ports: Ports = Ports()
+
+    @property
+    def key(self) -> MachineKey:
+        """Which machine it is."""
+        return MachineKey(self.uri, self.uuid)
 
     @property
     def shown_name(self) -> str:

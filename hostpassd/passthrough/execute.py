@@ -20,7 +20,7 @@ from hostpassd.events import (
     Releasing,
     RemovalFailed,
 )
-from hostpassd.machines.machine import Claim
+from hostpassd.machines.machine import Claim, MachineKey
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, lock_of, undo
@@ -162,7 +162,7 @@ class Executor:
         self._settle = settle
         self._emit = emit
         self._intents = intents
-        self._heard: dict[tuple[str, str], type[DeviceAdded | DeviceRemoved | RemovalFailed] | None] = {}
+        self._heard: dict[tuple[MachineKey, str], type[DeviceAdded | DeviceRemoved | RemovalFailed] | None] = {}
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
@@ -176,21 +176,22 @@ class Executor:
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
-        if isinstance(event, DeviceAdded | DeviceRemoved | RemovalFailed) and (event.uuid, event.alias) in self._heard:
-            self._heard[(event.uuid, event.alias)] = type(event)
+        if isinstance(event, DeviceAdded | DeviceRemoved | RemovalFailed):
+            if (event.machine, event.alias) in self._heard:
+                self._heard[(event.machine, event.alias)] = type(event)
         if isinstance(event, MachinesListed):
-            self._catch_up()
+            self._catch_up(event.uri)
         for future, predicate in list(self._waiting.items()):
             if not future.done() and predicate():
                 future.set_result(None)
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, uri: str) -> None:
         """An event that libvirt sent while it was not connected is lost: a list of all machines stands for it."""
-        for uuid, alias in self._heard:
-            machine = self._state.machines.get(uuid)
+        for key, alias in [heard for heard in self._heard if heard[0].uri == uri]:
+            machine = self._state.copies.get(key)
             there = machine is not None and any(claim.alias == alias for claim in machine.live)
-            if self._heard[(uuid, alias)] is not RemovalFailed:
-                self._heard[(uuid, alias)] = DeviceAdded if there else DeviceRemoved
+            if self._heard[(key, alias)] is not RemovalFailed:
+                self._heard[(key, alias)] = DeviceAdded if there else DeviceRemoved
 
     async def run(self, plan: Plan, control: Control) -> None:
         """Runs PLAN to its end, or raises after what can be undone is undone; the rest is left in the intent log."""
@@ -300,10 +301,10 @@ class Executor:
         for at in sorted(set(range(left.begun)) - left.undone, reverse=True):
             step = left.steps[at]
             back = undo(step)
-            if back and self._is_to_be_undone(left.machine, step):
+            if back and self._is_to_be_undone(left.key, step):
                 if control:
                     control.tell(step="undo: " + back.text)
-                if failed := await self._try(left.machine, back, control):
+                if failed := await self._try(left.key, back, control):
                     failures += failed
                     continue
             await self._intents.undone(left.number, at)
@@ -315,7 +316,7 @@ class Executor:
         for at, step in enumerate(left.steps):
             if at in left.done:
                 continue
-            if not self._shows(left.machine, step) and (failed := await self._try(left.machine, step)):
+            if not self._shows(left.key, step) and (failed := await self._try(left.key, step)):
                 if isinstance(step, Release) and isinstance(failed[0].error, _REFUSALS) and self._asked_nobody(left):
                     await self._forgive(left.steps)
                     return await self._undo(left, None)
@@ -326,11 +327,11 @@ class Executor:
 
     def _asked_nobody(self, left: Unfinished) -> bool:
         """Whether libvirt, which now refuses to ask a guest for one, has taken none of the devices from it."""
-        return not any(isinstance(step, Release) and self._shows(left.machine, step) for step in left.steps)
+        return not any(isinstance(step, Release) and self._shows(left.key, step) for step in left.steps)
 
-    async def _try(self, uuid: str, step: Step, control: Control | None = None) -> list[Failure]:
+    async def _try(self, key: MachineKey, step: Step, control: Control | None = None) -> list[Failure]:
         try:
-            await self._perform(uuid, step, Patience(step.text, _GRACE, control.hurried if control else None))
+            await self._perform(key, step, Patience(step.text, _GRACE, control.hurried if control else None))
         except errors.HostpassError as error:
             return [Failure(step, error)]
         return []
@@ -374,11 +375,11 @@ class Executor:
         """
         if left.failed or left.begun < len(left.steps):
             return False
-        machine = self._state.machines.get(left.machine)
+        machine = self._state.copies.get(left.key)
         rest = (step for at, step in enumerate(left.steps) if at not in left.done)
         if machine and not machine.active:
             rest = (step for step in rest if not isinstance(step, Attach))
-        return all(self._shows(left.machine, step) for step in rest)
+        return all(self._shows(left.key, step) for step in rest)
 
     def _is_taken_back(self, left: Unfinished) -> bool:
         """Whether all that was seen removed is there again, although the operation was never seen to fail.
@@ -386,7 +387,7 @@ class Executor:
         So it was undone before it asked a guest, and the disk failed such that the log tells of the asking alone.
         """
         removed = [left.steps[at] for at in left.done if isinstance(left.steps[at], Unstore)]
-        return bool(removed) and not left.failed and not any(self._shows(left.machine, step) for step in removed)
+        return bool(removed) and not left.failed and not any(self._shows(left.key, step) for step in removed)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
         """Returns when libvirt works on the last step no more, and the truth is in the state."""
@@ -418,63 +419,65 @@ class Executor:
 
     # --- steps ---
 
-    async def _perform(self, uuid: str, step: Step, patience: Patience, control: Control | None = None) -> None:
+    async def _perform(self, key: MachineKey, step: Step, patience: Patience, control: Control | None = None) -> None:
         if isinstance(step, GiveBack):
             await self._give_back(step.device, patience)
             return
-        effects = self._effects(self._uri(uuid))
+        effects = self._effects(self._uri(key))
         match step:
             case Store(_, claim):
-                await _made(effects.attach_stored(uuid, claim.xml), patience)
+                await _made(effects.attach_stored(key.uuid, claim.xml), patience)
             case Unstore(_, claim):
-                await _made(effects.detach_stored(uuid, claim), patience)
+                await _made(effects.detach_stored(key.uuid, claim), patience)
             case Free(device, driver):
-                await self._intents.lend(device, self._uri(uuid), driver)
+                await self._intents.lend(device, self._uri(key), driver)
                 await _made(effects.detach_host(device), patience)
             case Attach(_, alias, xml):
-                await self._attach(effects, uuid, alias, xml, patience)
+                await self._attach(effects, key, alias, xml, patience)
             case Release():
                 if control:
                     control.tell(state="waiting-for-guest")
-                await self._release(effects, uuid, step, patience)
+                await self._release(effects, key, step, patience)
 
-    async def _attach(self, effects: Effects, uuid: str, alias: str, xml: str, patience: Patience) -> None:
-        self._heard[(uuid, alias)] = None
+    async def _attach(self, effects: Effects, key: MachineKey, alias: str, xml: str, patience: Patience) -> None:
+        self._heard[(key, alias)] = None
         try:
-            await _made(_attached(effects, uuid, xml), patience)
-            if not await self._until(lambda: self._heard[(uuid, alias)] is DeviceAdded, patience):
+            await _made(_attached(effects, key.uuid, xml), patience)
+            if not await self._until(lambda: self._heard[(key, alias)] is DeviceAdded, patience):
                 raise errors.TimedOut(f"libvirt did not confirm that {alias} was added: see the machine's log")
         finally:
-            del self._heard[(uuid, alias)]
+            del self._heard[(key, alias)]
 
-    async def _release(self, effects: Effects, uuid: str, step: Release, patience: Patience) -> None:
+    async def _release(self, effects: Effects, key: MachineKey, step: Release, patience: Patience) -> None:
         alias = step.alias
-        self._heard[(uuid, alias)] = None
+        self._heard[(key, alias)] = None
         try:
-            self._emit(Releasing(uuid, alias))
+            self._emit(Releasing(key, alias))
             try:
-                await _made(effects.detach_live(uuid, alias), patience)
+                await _made(effects.detach_live(key.uuid, alias), patience)
             except errors.NotAssigned:
                 return
             except errors.HypervisorRefused as error:
-                if self._shows(uuid, step):
+                if self._shows(key, step):
                     return  # done all the same
                 # Asked before and not answered yet: libvirt does not ask twice, the answer still comes.
                 if "unplug" not in str(error) or _MULTIFUNCTION in str(error):
-                    self._emit(Releasing(uuid, alias, asked=False))
+                    self._emit(Releasing(key, alias, asked=False))
                     raise _explained(error) from None
-            if not await self._until(lambda: self._answered(uuid, alias), patience):
+            if not await self._until(lambda: self._answered(key, alias), patience):
                 raise errors.GuestDidNotRelease(
-                    f"{self._state.machine_name(uuid)} has not let {alias} go in time: {_STILL}"
+                    f"{self._state.machine_name(key.uuid)} has not let {alias} go in time: {_STILL}"
                 )
-            if self._heard[(uuid, alias)] is RemovalFailed:
-                raise errors.GuestDidNotRelease(f"{self._state.machine_name(uuid)} refused to let {alias} go: {_STILL}")
+            if self._heard[(key, alias)] is RemovalFailed:
+                raise errors.GuestDidNotRelease(
+                    f"{self._state.machine_name(key.uuid)} refused to let {alias} go: {_STILL}"
+                )
         finally:
-            del self._heard[(uuid, alias)]
+            del self._heard[(key, alias)]
 
-    def _answered(self, uuid: str, alias: str) -> bool:
-        machine = self._state.machines.get(uuid)
-        heard = self._heard[(uuid, alias)]
+    def _answered(self, key: MachineKey, alias: str) -> bool:
+        machine = self._state.copies.get(key)
+        heard = self._heard[(key, alias)]
         return heard in (DeviceRemoved, RemovalFailed) or machine is None or not (machine.active or machine.live)
 
     async def _give_back(self, device: str, patience: Patience) -> None:
@@ -512,9 +515,9 @@ class Executor:
         )
         return not any(hold.live for name in group for hold in self._state.holds_on(name))
 
-    def _shows(self, uuid: str, step: Step) -> bool:
+    def _shows(self, key: MachineKey, step: Step) -> bool:
         """Whether the effect of STEP is there. The alias tells ours from what others did."""
-        machine = self._state.machines.get(uuid)
+        machine = self._state.copies.get(key)
         match step:
             case Store(_, claim):
                 stored = machine.stored if machine else ()
@@ -531,22 +534,22 @@ class Executor:
                 live = machine.live if machine else ()
                 return all(c.alias != alias or claim_id not in ("", c.id) for c in live)
 
-    def _is_to_be_undone(self, uuid: str, step: Step) -> bool:
+    def _is_to_be_undone(self, key: MachineKey, step: Step) -> bool:
         """Whether the effect of STEP is there. What somebody else has stored meanwhile stands in for ours."""
-        machine = self._state.machines.get(uuid)
+        machine = self._state.copies.get(key)
         if isinstance(step, Unstore):
             return machine is not None and all(c.id != step.claim.id for c in machine.stored)
-        return self._shows(uuid, step)
+        return self._shows(key, step)
 
-    def _is_away(self, uuid: str) -> bool:
+    def _is_away(self, key: MachineKey) -> bool:
         """Whether its hypervisor cannot be reached: then the state does not show the truth."""
-        machine = self._state.machines.get(uuid)
+        machine = self._state.copies.get(key)
         return machine is not None and machine.stale
 
-    def _uri(self, uuid: str) -> str:
-        machine = self._state.machines.get(uuid)
+    def _uri(self, key: MachineKey) -> str:
+        machine = self._state.copies.get(key)
         if not machine:
-            raise errors.NoSuchMachine(f"the machine {uuid} is gone: nothing more can be done to it")
+            raise errors.NoSuchMachine(f"the machine {key.uuid} is gone: nothing more can be done to it")
         return machine.uri
 
     async def _until(self, predicate: Callable[[], bool], patience: Patience) -> bool:

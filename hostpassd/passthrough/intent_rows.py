@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from hostpassd.machines.domain_xml import claim_of
+from hostpassd.machines.machine import MachineKey
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.plan import Step
 
@@ -33,6 +34,11 @@ class Unfinished:
     failed: bool = False  # its caller has been, or is being, told so
     done: frozenset[int] = frozenset()  # the steps, by place, that were seen done
     undone: frozenset[int] = frozenset()  # those that were seen taken back
+
+    @property
+    def key(self) -> MachineKey:
+        """Which machine."""
+        return MachineKey(self.uri, self.machine)
 
 
 Loan = tuple[str, str]  # the hypervisor's URI and the host driver, '' if not known

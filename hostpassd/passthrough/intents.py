@@ -86,7 +86,7 @@ class IntentLog:
         if self.trouble.is_set():
             await self.catch_up()
         kept = [strings_in(row) for row in self._kept]
-        for thing in (*plan.devices, plan.machine, *plan.groups):
+        for thing in (*plan.devices, plan.machine.uuid, *plan.groups):
             if any(strings is None or thing in strings for strings in kept):
                 raise errors.Failed(
                     f"{self._file.path} tells of something unfinished with {thing}, in rows that are damaged or that "
@@ -101,7 +101,7 @@ class IntentLog:
         """
         await self.check(plan)
         over = [left for left in self._left.values() if not set(left.groups).isdisjoint(plan.groups)]
-        begun = Unfinished(number, plan.operation, plan.machine, uri, plan.groups, plan.steps, 0)
+        begun = Unfinished(number, plan.operation, plan.machine.uuid, uri, plan.groups, plan.steps, 0)
         self._running[number] = begun
         for left in over:
             del self._left[left.number]

@@ -16,7 +16,7 @@ from hostpassd import errors, find, names
 from hostpassd.audit import AuditLog
 from hostpassd.events import Event, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
 from hostpassd.faults import vital
-from hostpassd.machines.machine import Machine, Missing
+from hostpassd.machines.machine import Machine, MachineKey, Missing
 from hostpassd.model.codes import Blocker
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.execute import Control, Executor
@@ -75,13 +75,14 @@ class Wish:
 class Permission:
     """What a caller is authorised for: these devices, to or from this machine, past these blockers."""
 
+    machine: MachineKey
     devices: frozenset[tuple[str, int, frozenset[tuple[str, str]]]]  # name, instance, what else it was authorised by
     live: bool  # whether the machine runs, where the caller leaves it to that what is changed
     overridden: frozenset[Blocker]
 
     def covers(self, other: Permission) -> bool:
         """Whether whoever has this may do what OTHER is for: the same, or less."""
-        same = other.live == self.live
+        same = (other.machine, other.live) == (self.machine, self.live)
         return same and other.devices <= self.devices and other.overridden <= self.overridden
 
 
@@ -277,7 +278,7 @@ class Operations:
         return self._plan_missing(machine, rows, wish.options)
 
     def _plan_missing(self, machine: Machine, rows: Sequence[Missing], options: Options) -> Plan:
-        last = self._state.last_place(machine.uuid, rows[0].id)
+        last = self._state.last_place(machine.key, rows[0].id)
         if options.instance not in (None, last[1]):
             raise errors.StalePlan(f"{rows[0].id} is not the instance {options.instance}: look again")
         return plans.plan_dismiss_missing(machine, rows, last, options)
@@ -299,7 +300,7 @@ class Operations:
 
     def _details(self, plan: Plan, name: str, overridden: Sequence[Blocker]) -> dict[str, str]:
         """What polkit, its rules and its prompt are told of the device NAME of PLAN."""
-        machine = self._state.machines[plan.machine]
+        machine = self._state.copies[plan.machine]
         device = self._state.device(name)
         if device and (name, device.instance) not in zip(plan.devices, plan.instances, strict=True):
             device = None  # another one, where something that is missing was last
@@ -325,8 +326,9 @@ class Operations:
         """The permission that PLAN takes, as things are now."""
         details = [self._details(plan, name, ()) for name in plan.devices]
         counts = [frozenset((key, value) for key, value in row.items() if key not in _PRESENT) for row in details]
-        active = self._state.machines[plan.machine].active
+        active = self._state.copies[plan.machine].active
         return Permission(
+            plan.machine,
             frozenset(zip(plan.devices, plan.instances, counts, strict=True)),
             active if options.live is None else options.live,
             frozenset(plan.overridden(options.override)),
@@ -339,7 +341,7 @@ class Operations:
 
     def _begin(self, wish: Wish, plan: Plan, permission: Permission) -> Control:
         self._last += 1
-        job = Job(self._last, plan.operation, plan.machine, plan.device, wish.uid)
+        job = Job(self._last, plan.operation, plan.machine.uuid, plan.device, wish.uid)
         details = self._details(plan, plan.device, plan.overridden(wish.options.override))
         control = Control(job, self._emit, wish.options.timeout, plan.devices, details)
         self._controls[job.number] = control

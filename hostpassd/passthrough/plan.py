@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from hostpassd import errors
 from hostpassd.host.device import ASSIGNABLE_KINDS, Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.machines.machine import Claim, Hold, Machine, Missing
+from hostpassd.machines.machine import Claim, Hold, Machine, MachineKey, Missing
 from hostpassd.model.codes import NEVER, Blocker, blocker
 from hostpassd.passthrough import eligibility
 from hostpassd.state import State
@@ -119,7 +119,7 @@ class Plan:
     """One operation: what moves, and the steps in order."""
 
     operation: str
-    machine: str  # UUID
+    machine: MachineKey
     device: str  # the device that was asked for (of a missing one: where it was last)
     devices: tuple[str, ...]  # all that move, the asked one first
     instances: tuple[int, ...]  # of `devices`, to see a replug between prompt and execution
@@ -162,10 +162,18 @@ def undo(step: Step) -> Step | None:
 def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocker, ...]:
     """The device's blockers without the target machine's own holds of the kinds that an assign makes.
 
-    A disk that the machine has by its node is in use, by the machine itself.
+    A disk that the machine has by its node is in use, by the machine itself. So is what its copy on another hypervisor
+    has.
     """
-    own = {hold.device for hold in state.holds_of(machine.uuid) if hold.kind in DETACHABLE_KINDS}
-    return tuple(b for b in eligibility.blockers(state, device) if b.machine != machine.uuid or b.device not in own)
+    own = {hold.device for hold in state.holds_in(machine.key) if hold.kind in DETACHABLE_KINDS}
+    others = [hold for twin in state.twins(machine.key) for hold in state.holds_in(twin)]
+    theirs = {("held-live", hold.device) for hold in others if hold.live}
+    theirs |= {("held-config", hold.device) for hold in others if hold.config}
+
+    def is_own(b: Blocker) -> bool:
+        return b.machine == machine.uuid and b.device in own and (b.code, b.device) not in theirs
+
+    return tuple(b for b in eligibility.blockers(state, device) if not is_own(b))
 
 
 def plan_assign(state: State, machine: Machine, device: Device, options: Options) -> Plan:
@@ -255,7 +263,7 @@ def plan_dismiss_missing(machine: Machine, rows: Sequence[Missing], last: tuple[
             steps.append(Release(name, claim.alias, claim.id))
     if not steps:
         raise errors.NotAssigned(f"{machine.name} does not have {name} in the half asked for")
-    return Plan("dismiss", machine.uuid, name, (name,), (instance,), tuple(steps), (name,))
+    return Plan("dismiss", machine.key, name, (name,), (instance,), tuple(steps), (name,))
 
 
 def alias_of(device: Device) -> str:
@@ -276,7 +284,7 @@ def _plan(
     locks |= {lock_of(above) for d in devices for above in state.ancestors(d.name) if _is_device(above)}
     groups = tuple(sorted(locks))
     names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
-    return Plan(operation, machine.uuid, device.name, names, instances, tuple(steps), groups)
+    return Plan(operation, machine.key, device.name, names, instances, tuple(steps), groups)
 
 
 def _is_device(device: Device) -> bool:
@@ -376,7 +384,7 @@ def _consequences(devices: list[Device], to_attach: list[Device]) -> Iterable[st
 
 
 def _hold_of(state: State, machine: Machine, name: str) -> Hold | None:
-    return next((h for h in state.holds_on(name) if h.machine == machine.uuid and h.kind in DETACHABLE_KINDS), None)
+    return next((h for h in state.holds_in(machine.key) if h.device == name and h.kind in DETACHABLE_KINDS), None)
 
 
 def _half(hold: Hold | None, *, live: bool) -> bool:
@@ -384,15 +392,21 @@ def _half(hold: Hold | None, *, live: bool) -> bool:
 
 
 def _refuse_other_kinds(state: State, machine: Machine, device: Device) -> None:
-    for hold in state.holds_on(device.name):
-        if hold.machine == machine.uuid:
+    for hold in state.holds_in(machine.key):
+        if hold.device == device.name:
             text = f"{machine.name} uses {device.name} as {hold.kind}: change that in the machine's own configuration"
             raise errors.NotSupported(text)
+    for twin in state.twins(machine.key):
+        if any(hold.device == device.name for hold in state.holds_in(twin)):
+            text = (
+                f"it is not {machine.uri} but {twin.uri} whose machine {machine.uuid} has {device.name}: take it there"
+            )
+            raise errors.NotAssigned(text)
 
 
 def _claim_on(state: State, machine: Machine, device: str, *, live: bool) -> Claim | None:
     for claim in machine.live if live else machine.stored:
-        if claim.kind in DETACHABLE_KINDS and state.find_claim(machine.uuid, claim, live=live) == device:
+        if claim.kind in DETACHABLE_KINDS and state.find_claim(machine.key, claim, live=live) == device:
             return claim
     return None
 
@@ -420,7 +434,7 @@ def _slot_mates(state: State, machine: Machine, device: Device, live: bool, conf
         if not device.pci or not own or not own.guest_address:
             continue
         for claim in claims:
-            mate = state.device(state.find_claim(machine.uuid, claim, live=half) or "")
+            mate = state.device(state.find_claim(machine.key, claim, live=half) or "")
             same_guest_slot = _slot(claim.guest_address) == _slot(own.guest_address)
             if same_guest_slot and mate and mate.pci and _slot(mate.pci.address) == _slot(device.pci.address):
                 yield mate

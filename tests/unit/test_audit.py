@@ -18,7 +18,7 @@ from hostpassd.passthrough.operations import Check, Wish
 from hostpassd.passthrough.plan import Options
 from tests.unit.clockwork import Clockwork
 from tests.unit.house import CALLER, HUB, PAIR, STICK, House
-from tests.unit.world import UUID, hostdev, machine, usb
+from tests.unit.world import KEY, UUID, hostdev, machine, usb
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ async def test_a_refusal_for_what_is_not_there_is_no_record(house: House, caplog
     for name in ("nope", "x" * 9999, "46f4:0001"):
         with pytest.raises((errors.NoSuchDevice, errors.InvalidArgs, errors.AmbiguousDevice)):
             await house.start("assign", dataclasses.replace(STICK, name=name))
-    house.daemon.emit(MachineGone(UUID))
+    house.daemon.emit(MachineGone(KEY))
     with pytest.raises(errors.NoSuchMachine):
         await house.start("assign", STICK)
     assert house.records() == []

@@ -19,9 +19,11 @@ from hostpassd.events import (
     Event,
     HostUse,
     HostUsesRead,
+    HypervisorChanged,
     Job,
     MachineGone,
     MachineRead,
+    MachinesListed,
 )
 from hostpassd.host.device import Device
 from hostpassd.passthrough.execute import Control, Executor
@@ -29,7 +31,7 @@ from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Check, Operations, Wish
 from hostpassd.passthrough.plan import Options
 from hostpassd.state import State
-from tests.unit.world import OTHER, URI, UUID, Libvirt, bridge, hostdev, machine, pci, scsi, state_of, usb
+from tests.unit.world import KEY, OTHER, URI, UUID, Libvirt, bridge, hostdev, machine, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -174,6 +176,45 @@ async def test_a_card_that_is_in_one_slot_of_the_running_machine_stays_and_the_a
     assert world.truth() == before
 
 
+AWAY = "qemu+ssh://away/system"
+
+
+async def test_a_job_stays_with_its_hypervisor_when_another_ones_machine_gets_the_path(tmp_path: Path) -> None:
+    """Both have the UUID: what the other tells, and is asked for by others, is not about this one."""
+    world = World(tmp_path)
+    world.libvirt.withhold = True
+    control = await world.start("assign", STICK)
+    while "attach_live" not in world.libvirt.calls:
+        await asyncio.sleep(0)
+    alias = world.libvirt.machines[UUID].live[0].alias
+    away = machine("copy", live=(hostdev(NIC, alias),), uri=AWAY)
+    world.libvirt.destroy(UUID)
+    for event in (HypervisorChanged(AWAY, True), MachinesListed(AWAY, (away,)), DeviceAdded(away.key, alias)):
+        world.emit(event)
+    await asyncio.sleep(0)
+    assert world.state.machines[UUID].uri == AWAY and not control.ended.is_set()
+    control.cancelled.set()
+    await control.ended.wait()
+    assert control.job.state == "cancelled"
+    # What is undone is undone here: the copy has the alias still.
+    assert world.libvirt.machines[UUID].stored == () and world.state.copies[away.key].live
+    assert world.intents.unfinished == ()
+
+
+async def test_a_plan_and_a_permission_are_of_one_hypervisors_machine(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    wish = Wish("assign", "vm", STICK.name, Options(), 0)
+    plan = world.operations.plan(wish)
+
+    async def authorise(checks: Sequence[Check]) -> None:
+        world.libvirt.destroy(UUID)
+        world.emit(MachineRead(dataclasses.replace(machine(), uri=AWAY)))
+
+    with pytest.raises(errors.StalePlan):
+        await world.operations.start(wish, authorise)
+    assert world.operations.plan(wish).token != plan.token
+
+
 async def test_assign_waits_for_the_added_event(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.libvirt.withhold = True
@@ -181,10 +222,10 @@ async def test_assign_waits_for_the_added_event(tmp_path: Path) -> None:
     while "attach_live" not in world.libvirt.calls:
         await asyncio.sleep(0)
     assert world.state.machines[UUID].live and not control.ended.is_set()
-    world.emit(DeviceAdded(UUID, "ua-of-somebody-else"))
+    world.emit(DeviceAdded(KEY, "ua-of-somebody-else"))
     await asyncio.sleep(0)
     assert not control.ended.is_set()
-    world.emit(DeviceAdded(UUID, world.state.machines[UUID].live[0].alias))
+    world.emit(DeviceAdded(KEY, world.state.machines[UUID].live[0].alias))
     await control.ended.wait()
     assert control.job.state == "done"
 
@@ -531,7 +572,7 @@ async def test_a_queued_job_does_not_go_to_another_machine_of_that_name(tmp_path
     world = World(tmp_path)
     async with world.executor.alone(("group 2",)):
         control = await world.start("assign", NIC)
-        world.emit(MachineGone(UUID))
+        world.emit(MachineGone(KEY))
         world.emit(MachineRead(machine("vm", OTHER)))
     await control.ended.wait()
     assert control.job.error_name == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []

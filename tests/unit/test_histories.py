@@ -35,8 +35,8 @@ from hostpassd import names
 from hostpassd.bus import present
 from hostpassd.config import Config
 from hostpassd.daemon import RESCAN_PAUSE, Daemon
-from hostpassd.events import DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
-from hostpassd.host.device import Device, MdevParent
+from hostpassd.events import DeviceSeen, DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
+from hostpassd.host.device import Device, MdevParent, same_thing
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
 from hostpassd.model.codes import OVERRIDABLE
@@ -47,7 +47,7 @@ from hostpassd.state import State
 from tests.unit.clockwork import Clockwork
 from tests.unit.disk import Disk, no_room
 from tests.unit.listener import OBJECT_MANAGER, Bus, Reply, Tree, plain, rows_of_devices, rows_of_machines
-from tests.unit.truth import STUBS, URI, Ear, Host, Libvirt, Udev
+from tests.unit.truth import STUBS, URI, Ear, Elsewhere, Host, Libvirt, Udev
 from tests.unit.world import block, bridge, hostdev, keyboard, mdev, net, pci, scsi, usb
 
 # --- what there is on the host ---
@@ -146,9 +146,10 @@ class _Mistakes(logging.Handler):
 class Life:
     """One daemon from its start to its end, with a client on its bus."""
 
-    def __init__(self, host: Host, libvirt: Libvirt, folder: Path) -> None:
+    def __init__(self, host: Host, libvirt: Libvirt, elsewhere: Elsewhere, folder: Path) -> None:
         self.host = host
         self.libvirt = libvirt
+        self.elsewhere = elsewhere
         self.loop = Clockwork()
         self.uses = HostUsesRead({})
         self._instances: dict[str, int] = {}
@@ -158,11 +159,11 @@ class Life:
         self.client.start(self.managed_objects(), self._manager())
 
     def _make(self, folder: Path) -> None:
-        self.daemon = Daemon(Config(hypervisors=(URI,)), folder, None)
+        self.daemon = Daemon(Config(hypervisors=(URI, Elsewhere.uri)), folder, None)
         self.state = self.daemon._state
         self.bus = Bus(self.daemon._router)
         ear = Ear(self.emit)
-        self.libvirt.ear = ear
+        self.libvirt.ear = self.elsewhere.ear = ear
         self.udev = Udev(self.host, ear)
 
         async def connect(address: str | None) -> None:
@@ -171,25 +172,33 @@ class Life:
         ends = {"_udev": self.udev, "_uses": self.udev}
         for name, end in ends.items():
             setattr(self.daemon, name, end)
-        self.daemon._hypervisors[URI] = self.libvirt  # type: ignore[assignment]
+        self.daemon._hypervisors |= {URI: self.libvirt, Elsewhere.uri: self.elsewhere}  # type: ignore[dict-item]
         self.daemon._router.connect = connect  # type: ignore[assignment]
 
     def emit(self, event: Event) -> None:
-        """What the outside tells the daemon; host uses are remembered as long as their devices are the same."""
+        """What the outside tells the daemon; host uses are remembered as long as their devices are the same.
+
+        What is below a thing that turns out to be another keeps its uses until the next reading; what led to it is
+        looked for anew.
+        """
+        before = dict(self.state.devices)
         self.daemon.emit(event)
         if isinstance(event, HostUsesRead):
             self.uses, self._instances = event, {}
+        seen = event.devices if isinstance(event, DevicesScanned) else ()
+        seen = (event.device,) if isinstance(event, DeviceSeen) else seen
+        others = {d.name for d in seen if d.name in before and not same_thing(before[d.name], d)}
         here = {name: device.instance for name, device in self.state.devices.items()}
         lost = {name for name, instance in self._instances.items() if here.get(name) != instance}
         self._instances.update(here)
         if lost:
-            uses = {name: rows for name, rows in self.uses.uses.items() if name not in lost}
-            nodes = {n: tuple(d for d in disks if d not in lost) for n, disks in self.uses.nodes.items()}
-            self.uses = HostUsesRead(uses, nodes)
+            uses = {n: rows for n, rows in self.uses.uses.items() if n not in lost or (n in here and n not in others)}
+            left = {node: tuple(d for d in disks if d not in lost) for node, disks in self.uses.nodes.items()}
+            self.uses = HostUsesRead(uses, {n: disks for n, disks in left.items() if disks or not self.uses.nodes[n]})
 
     def kill(self) -> None:
         """The daemon ends where it stands."""
-        self.libvirt.ear = None
+        self.libvirt.ear = self.elsewhere.ear = None
         self.libvirt.forget_calls()
         self.daemon._router._connection = None
         self.loop.abandon()
@@ -233,14 +242,14 @@ class Operations(RuleBasedStateMachine):
     def begin(self, away: set[str], running: set[str]) -> None:
         """A host with most of its devices, and two machines."""
         self.host = Host(*(thing for thing in THINGS.values() if thing is not OTHER_HUB))
-        self.libvirt = Libvirt(self.host)
+        self.libvirt, self.elsewhere = Libvirt(self.host), Elsewhere()
         for name in sorted(away):
             if device := self._here(name):
                 self.host.unplug(device)
         for uuid, name in zip(UUIDS, NAMES, strict=False):
             state = "running" if uuid in running else "shut off"
             self.libvirt.put(Machine(uuid, name, URI, state, persistent=True))
-        self.life = Life(self.host, self.libvirt, self.folder)
+        self.life = Life(self.host, self.libvirt, self.elsewhere, self.folder)
 
     def _here(self, thing: str) -> Device | None:
         return self.host.present.get(THINGS[thing].sysfs_path)
@@ -395,7 +404,7 @@ class Operations(RuleBasedStateMachine):
         self.life.kill()
         for unfinished in IntentLog(self.folder / "intents", (URI,)).unfinished:
             self._note_whole(unfinished)
-        self.life = Life(self.host, self.libvirt, self.folder)
+        self.life = Life(self.host, self.libvirt, self.elsewhere, self.folder)
 
     def _note_whole(self, unfinished: Unfinished) -> None:
         machine = self.libvirt.machines.get(unfinished.machine)
@@ -444,12 +453,15 @@ class Operations(RuleBasedStateMachine):
     def _fresh(self) -> Tree:
         life, fresh = self.life, State()
         scan = self.host.scan() if life.is_told else _scan_of(life.state.devices.values())
-        machines = (self.libvirt if life.is_told else life.state).machines.values()
+        known = [machine for key, machine in life.state.copies.items() if key.uri == URI]
+        machines = self.libvirt.machines.values() if life.is_told else known
         for event in (
             scan,
             HostUsesRead(self.host.uses, life.uses.nodes) if life.is_told else life.uses,
             HypervisorChanged(URI, True),
             MachinesListed(URI, tuple(machines)),
+            HypervisorChanged(Elsewhere.uri, True),
+            MachinesListed(Elsewhere.uri, tuple(self.elsewhere.machines.values())),
         ):
             fresh.apply(event)
         entities = [("device", name) for name in fresh.devices] + [("machine", uuid) for uuid in fresh.machines]
@@ -626,6 +638,26 @@ class Histories(Operations):
             self.libvirt.put(dataclasses.replace(machine, persistent=False, stored=()))
         elif machine:
             self.libvirt.forget(uuid)
+
+    @rule(
+        uuid=st.sampled_from(UUIDS),
+        name=st.sampled_from(NAMES),
+        live=st.none() | st.sets(st.sampled_from(("STICK", "TWIN", "LUN")), max_size=2),
+        stored=st.none() | st.sets(st.sampled_from(tuple(CLAIMS)), max_size=2),
+    )
+    def copy_elsewhere(self, uuid: str, name: str, live: set[str] | None, stored: set[str] | None) -> None:
+        """Another hypervisor has a machine with the same UUID, running or not; or has it no more."""
+        machine = Machine(
+            uuid,
+            name,
+            Elsewhere.uri,
+            "shut off" if live is None else "running",
+            persistent=stored is not None,
+            live=tuple(hostdev(THINGS[thing], f"far-{thing}") for thing in sorted(live or ())),
+            stored=tuple(CLAIMS[claim] for claim in sorted(stored or ())),
+        )
+        there = live is not None or stored is not None
+        self.life.loop.do(lambda: self.elsewhere.put(uuid, machine if there else None))
 
     @rule(uuid=st.sampled_from(UUIDS), thing=st.sampled_from(ASSIGNABLE))
     def attach_by_others(self, uuid: str, thing: str) -> None:

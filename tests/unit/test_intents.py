@@ -21,7 +21,7 @@ from hostpassd import errors
 from hostpassd.config import Config
 from hostpassd.daemon import Daemon
 from hostpassd.host.device import Device
-from hostpassd.machines.machine import Claim
+from hostpassd.machines.machine import Claim, MachineKey
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Store, Unstore
@@ -43,7 +43,7 @@ STEPS = (
 
 def plan(device: str = "nic", *groups: str) -> Plan:
     steps = tuple(dataclasses.replace(step, device=device) for step in STEPS)
-    return Plan("assign", UUID, device, (device,), (1,), steps, groups or (device,))
+    return Plan("assign", MachineKey(URI, UUID), device, (device,), (1,), steps, groups or (device,))
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from hostpassd.events import (
 )
 from hostpassd.machines import libvirt as ours
 from hostpassd.machines.libvirt import Hypervisor
-from hostpassd.machines.machine import Claim, Machine, PciSource, UsbSource
+from hostpassd.machines.machine import Claim, Machine, MachineKey, PciSource, UsbSource
 
 GAMING, OFF, TRANSIENT = (f"aaaaaaaa-2222-3333-4444-00000000000{n}" for n in (1, 2, 3))
 PCI = (
@@ -209,7 +209,7 @@ async def test_what_others_do_to_a_machine_is_told(tmp_path: Path) -> None:
         await asyncio.to_thread(machine.destroy)
         await tape.until(lambda _: tape.last(uuid).state == "shut off")
         await asyncio.to_thread(machine.undefine)
-        await tape.until(lambda events: MachineGone(uuid) in events)
+        await tape.until(lambda events: MachineGone(MachineKey("test:///default", uuid)) in events)
         other.close()
 
 
@@ -218,9 +218,9 @@ async def test_a_device_event_comes_after_the_reading_that_shows_it(uri: str, op
         await tape.until_listed()
         machine = opened.connections[-1].lookupByUUIDString(GAMING)
         for number, event in (
-            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, DeviceAdded(GAMING, "ua-1")),
-            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, DeviceRemoved(GAMING, "ua-1")),
-            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, RemovalFailed(GAMING, "ua-1")),
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, DeviceAdded(MachineKey(uri, GAMING), "ua-1")),
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, DeviceRemoved(MachineKey(uri, GAMING), "ua-1")),
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, RemovalFailed(MachineKey(uri, GAMING), "ua-1")),
         ):
             before = len(tape.events)
             opened.fire(number, machine, "ua-1")
@@ -250,7 +250,7 @@ async def test_an_event_during_a_reading_has_the_machine_read_again(
             opened.fire(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, machine, alias)
         finish.set()
         await first
-        await tape.until(lambda events: DeviceAdded(GAMING, "ua-2") in events)
+        await tape.until(lambda events: DeviceAdded(MachineKey(uri, GAMING), "ua-2") in events)
     after = [type(event) for event in tape.events if not isinstance(event, HypervisorChanged | MachinesListed)]
     assert after == [MachineRead, MachineRead, DeviceAdded, DeviceAdded]
 
@@ -522,9 +522,9 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
                 async with asyncio.timeout(5):
                     await wait
         finish.set()
-        await tape.until(lambda events: DeviceRemoved(GAMING, "ua-1") in events)
+        await tape.until(lambda events: DeviceRemoved(MachineKey(uri, GAMING), "ua-1") in events)
         lists = [n for n, event in enumerate(tape.events) if isinstance(event, MachinesListed)]
-        assert lists[1] < tape.events.index(DeviceRemoved(GAMING, "ua-1"))
+        assert lists[1] < tape.events.index(DeviceRemoved(MachineKey(uri, GAMING), "ua-1"))
 
 
 async def test_a_libvirtd_that_does_not_answer_holds_nothing_up(

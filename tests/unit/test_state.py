@@ -17,13 +17,15 @@ from hostpassd.events import (
     HypervisorChanged,
     MachineGone,
     MachineRead,
+    MachinesListed,
     Releasing,
 )
 from hostpassd.host.device import Device, Scsi
-from hostpassd.machines.machine import Claim, InterfaceSource, NodeSource, UsbSource
+from hostpassd.machines.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
 from hostpassd.passthrough.eligibility import blockers, companions
+from hostpassd.passthrough.plan import blockers_for
 from hostpassd.state import Changes, State
-from tests.unit.world import OTHER, URI, UUID, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
+from tests.unit.world import KEY, OTHER, URI, UUID, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
 
 STICK = usb("1-1", number=3, serial="A")
 TWIN = usb("1-2", number=4, serial="B")
@@ -58,7 +60,7 @@ def test_a_claim_finds_its_device_when_that_comes_and_is_missing_when_it_goes() 
     assert state.missing[UUID] == () and held(state) == {STICK.name: (False, True)}
     assert state.apply(DeviceGone(STICK.sysfs_path))[0].holds_removed
     assert held(state) == {} and len(state.missing[UUID]) == 1
-    assert state.last_place(UUID, state.missing[UUID][0].id) == (STICK.name, instance)
+    assert state.last_place(KEY, state.missing[UUID][0].id) == (STICK.name, instance)
 
 
 def test_twins_are_told_apart_by_number_and_by_the_live_half() -> None:
@@ -196,10 +198,10 @@ def test_an_unreachable_hypervisor_leaves_holds_stale_and_signals_no_removal() -
 def test_releasing_shows_until_the_guest_lets_go() -> None:
     state = state_of(STICK)
     state.apply(MachineRead(machine(live=(hostdev(STICK, "ua-x"),))))
-    state.apply(Releasing(UUID, "ua-x"))
+    state.apply(Releasing(KEY, "ua-x"))
     assert [hold.releasing for hold in state.holds_of(UUID)] == [True]
     state.apply(MachineRead(machine()))
-    state.apply(DeviceRemoved(UUID, "ua-x"))
+    state.apply(DeviceRemoved(KEY, "ua-x"))
     state.apply(MachineRead(machine(live=(hostdev(STICK, "ua-x"),))))
     assert [hold.releasing for hold in state.holds_of(UUID)] == [False]
 
@@ -207,7 +209,7 @@ def test_releasing_shows_until_the_guest_lets_go() -> None:
 def test_a_machine_that_goes_takes_its_holds_along() -> None:
     state = state_of(STICK)
     state.apply(MachineRead(machine(live=(hostdev(STICK),))))
-    (batch,) = state.apply(MachineGone(UUID))
+    (batch,) = state.apply(MachineGone(KEY))
     assert [h.device for h in batch.holds_removed] == [STICK.name]
     assert list(state.holds_on(STICK.name)) == [] and list(batch.removed) == [("machine", UUID)]
 
@@ -226,6 +228,78 @@ def test_a_virtual_function_changes_when_its_physical_one_goes_or_comes() -> Non
     for event in (DeviceGone(physical.sysfs_path), DeviceSeen(physical)):
         (batch,) = state.apply(event)
         assert ("device", virtual.name) in batch.changed, event
+
+
+AWAY = "qemu+ssh://away/system"
+AWAY_KEY = MachineKey(AWAY, UUID)
+
+
+def told_of(state: State) -> tuple[str, list[str]]:
+    """Whose machine has the path, and why its stick cannot be assigned."""
+    return state.machines[UUID].uri, [b.code for b in blockers(state, state.devices[STICK.name])]
+
+
+def test_of_two_machines_with_one_uuid_the_one_that_runs_has_the_path_and_the_holds_of_both_count() -> None:
+    state = state_of(STICK)
+    running = machine(live=(hostdev(STICK),), stored=(hostdev(STICK),))
+    copy = machine("copy", running=False, uri=AWAY)
+    for first, second in ((running, copy), (copy, running)):
+        state.apply(MachineRead(first))
+        state.apply(MachineRead(second))
+        assert told_of(state) == (URI, ["held-config", "held-live"])
+        # Neither a change of the copy nor its end is a change of what runs.
+        assert state.apply(MachineRead(dataclasses.replace(copy, name="other"))) == []
+        assert state.apply(MachineGone(copy.key)) == []
+        assert told_of(state) == (URI, ["held-config", "held-live"])
+        state.apply(MachineRead(copy))
+    batches = state.apply(MachinesListed(URI, ()))
+    assert [hold.device for b in batches for hold in b.holds_removed] == [STICK.name]
+    assert told_of(state) == (AWAY, [])
+    [batch] = state.apply(MachinesListed(AWAY, ()))
+    assert list(batch.removed) == [("machine", UUID)] and not state.machines and not state.copies
+
+
+def test_a_path_that_goes_to_another_hypervisor_is_another_object_and_keeps_its_holds() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "here"),))))
+    state.apply(MachineRead(machine("arrives", running=False, stored=(hostdev(STICK),), uri=AWAY)))
+    assert [(h.live, h.config, h.alias) for h in state.holds_of(UUID)] == [(True, True, "here")]
+    state.apply(MachineRead(machine(running=False)))
+    assert told_of(state) == (AWAY, ["held-config"])  # neither runs
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "here"),))))
+    incoming = machine("arrives", live=(hostdev(STICK, "there"),), uri=AWAY)
+    state.apply(MachineRead(dataclasses.replace(incoming, state="paused")))
+    assert told_of(state) == (URI, ["held-live"])
+    batches = state.apply(MachineRead(incoming))
+    assert told_of(state) == (AWAY, ["held-live"])  # both run: the same one whoever was first
+    assert [list(b.removed) for b in batches] == [[("machine", UUID)], []]
+    batches = state.apply(HypervisorChanged(AWAY, False, "gone"))
+    assert told_of(state) == (URI, ["held-live"])
+    assert [list(b.removed) for b in batches] == [[("machine", UUID)], []]
+    assert [list(b.added) for b in batches] == [[], [("machine", UUID)]]
+    assert not any(b.holds_added or b.holds_removed for b in batches)
+    assert [(h.alias, h.stale) for h in state.holds_of(UUID)] == [("here", True)]
+
+
+def test_a_release_is_told_of_the_machine_that_was_asked() -> None:
+    state = state_of(STICK, TWIN)
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "ua-x"),))))
+    state.apply(MachineRead(machine("copy", live=(hostdev(TWIN, "ua-x"),), uri=AWAY)))
+    state.apply(Releasing(KEY, "ua-x"))
+    state.apply(DeviceRemoved(AWAY_KEY, "ua-x"))
+    assert {h.device: h.releasing for h in state.holds_of(UUID)} == {STICK.name: True, TWIN.name: False}
+
+
+def test_what_a_copy_has_is_not_the_target_machines_own() -> None:
+    state = state_of(STICK)
+    here = machine(live=(hostdev(STICK),))
+    state.apply(MachineRead(here))
+    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == []
+    state.apply(MachineRead(machine("copy", running=False, stored=(hostdev(STICK),), uri=AWAY)))
+    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-config"]
+    state.apply(MachineRead(machine(stored=(hostdev(STICK),))))
+    state.apply(MachineRead(machine("copy", live=(hostdev(STICK),), uri=AWAY)))
+    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-live"]
 
 
 def test_what_holds_a_virtual_function_blocks_all_above_the_physical_one_as_long_as_that() -> None:
@@ -268,14 +342,30 @@ _claims = st.lists(
     max_size=3,
 )
 _names = st.sampled_from(("vm", "renamed"))
+_uris = st.sampled_from((URI, AWAY))
+_machines = st.builds(
+    lambda name, uuid, uri, running, live, stored: machine(
+        name, uuid, running=running, live=tuple(live) if running else (), stored=tuple(stored), uri=uri
+    ),
+    _names,
+    st.sampled_from((UUID, UUID, OTHER)),
+    _uris,
+    st.booleans(),
+    _claims,
+    _claims,
+)
 _events = st.one_of(
     st.sampled_from(_ALL).map(DeviceSeen),
     st.sampled_from(_ALL).map(lambda d: DeviceSeen(dataclasses.replace(d, driver="vfio-pci"))),
     st.sampled_from(_ALL).map(lambda d: DeviceGone(d.sysfs_path)),
     st.sampled_from((_A, _B)).map(lambda d: DeviceSeen(usb(d.usb.port if d.usb else "", _HUB, number=77))),
-    st.tuples(_claims, _claims, _names).map(lambda c: MachineRead(machine(c[2], live=tuple(c[0]), stored=tuple(c[1])))),
-    st.tuples(_claims, _claims).map(lambda c: MachineRead(machine("b", OTHER, live=tuple(c[0]), stored=tuple(c[1])))),
-    st.just(MachineGone(OTHER)),
+    _machines.map(MachineRead),
+    _machines.map(MachineRead),
+    st.tuples(_uris, st.sampled_from((UUID, OTHER))).map(lambda key: MachineGone(MachineKey(*key))),
+    st.tuples(_uris, st.lists(_machines, max_size=2, unique_by=lambda m: m.uuid)).map(
+        lambda listed: MachinesListed(listed[0], tuple(dataclasses.replace(m, uri=listed[0]) for m in listed[1]))
+    ),
+    st.tuples(_uris, st.booleans()).map(lambda which: HypervisorChanged(*which)),
     st.sets(st.sampled_from((_DISK.name, _IF.name, _CARD.name))).map(
         lambda names: HostUsesRead({n: (HostUse("mount", f"/mnt/{n}"),) for n in names})
     ),
@@ -294,8 +384,12 @@ def _told(state: State) -> dict[str, object]:
             sorted(map(repr, state.holds_on(device.name))),
             state.uses_of(device.name),
         )
-    for uuid in state.machines:
-        rows[uuid] = (sorted(map(repr, state.holds_of(uuid))), sorted(map(repr, state.missing.get(uuid, ()))))
+    for uuid, shown in state.machines.items():
+        rows[uuid] = (
+            shown,
+            sorted(map(repr, state.holds_of(uuid))),
+            sorted(map(repr, state.missing.get(uuid, ()))),
+        )
     return rows
 
 
@@ -322,7 +416,9 @@ def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[
         assert {key for key in {**before, **after} if before.get(key) != after.get(key)} <= named
     fresh = State()
     fresh.apply(DevicesScanned(tuple(sorted(state.devices.values(), key=_depth))))
-    for m in state.machines.values():
+    for m in sorted(state.copies.values(), key=lambda m: m.key):
         fresh.apply(MachineRead(m))
     fresh.apply(HostUsesRead({name: rows for name, rows in uses.items() if name in state.devices}))
     assert _told(state) == _told(fresh)
+    for key in state.copies:
+        assert set(state.holds_in(key)) == set(fresh.holds_in(key))

@@ -28,7 +28,7 @@ from hostpassd.events import (
 )
 from hostpassd.host.device import Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.machines.machine import Claim, Machine, MdevSource, PciSource, Ports, ScsiSource, UsbSource
+from hostpassd.machines.machine import Claim, Machine, MachineKey, MdevSource, PciSource, Ports, ScsiSource, UsbSource
 
 URI = "sim:///histories"
 STUBS = ("", "vfio-pci")
@@ -316,7 +316,7 @@ class Libvirt:
             return
         events = self.due.pop(uuid, [])
         machine = self.machines.get(uuid)
-        self.ear.emit(MachineRead(machine) if machine else MachineGone(uuid))
+        self.ear.emit(MachineRead(machine) if machine else MachineGone(MachineKey(self.uri, uuid)))
         for event in events:
             self.ear.emit(event)
 
@@ -412,7 +412,7 @@ class Libvirt:
         for path in [path for path, taken in self.taken.items() if taken == (uuid, alias)]:
             del self.taken[path]
             self._come_home(path, by_others)
-        self.touch(uuid, DeviceRemoved(uuid, alias))
+        self.touch(uuid, DeviceRemoved(MachineKey(self.uri, uuid), alias))
 
     def unplug(self, device: Device, parent_first: bool) -> None:
         """A device goes from the host; a machine loses what is PCI, and keeps the claim on what is not."""
@@ -427,7 +427,7 @@ class Libvirt:
     def refuse(self, uuid: str, alias: str) -> None:
         """The guest does not let go."""
         self.asked.pop((uuid, alias), None)
-        self.touch(uuid, RemovalFailed(uuid, alias))
+        self.touch(uuid, RemovalFailed(MachineKey(self.uri, uuid), alias))
 
     def find(self, claim: Claim) -> Device | None:
         """The device that libvirt takes for CLAIM, if it is one."""
@@ -466,7 +466,7 @@ class Libvirt:
         if device.sysfs_path in self.taken or not self._take(uuid, [(device, claim.alias)]):
             raise errors.HypervisorRefused("the device is in use, or its group is not viable")
         self.put(dataclasses.replace(machine, live=(*machine.live, _exact(claim, device))))
-        self.touch(uuid, DeviceAdded(uuid, claim.alias))
+        self.touch(uuid, DeviceAdded(MachineKey(self.uri, uuid), claim.alias))
 
     def _store(self, uuid: str, claim: Claim) -> None:
         machine = self._persistent(uuid)
@@ -561,6 +561,50 @@ class Libvirt:
         if not machine.active:
             return Ports()
         return Ports(tuple(range(1 + used, 1 + _PORTS)), tuple((_PORTS + 2, slot) for slot in range(1, 32)))
+
+
+class Elsewhere:
+    """A hypervisor on another host, which has machines with UUIDs of this one's: copies, ends of migrations.
+
+    It tells everything at once, and does nothing that it is asked for.
+    """
+
+    uri = "sim:///z-elsewhere"
+
+    def __init__(self) -> None:
+        self.machines: dict[str, Machine] = {}
+        self.ear: Ear | None = None
+
+    async def run(self) -> None:
+        """A daemon connects."""
+        self.list_all()
+
+    async def refresh(self) -> None:
+        """Reads all machines again."""
+        self.list_all()
+
+    async def wait_until_idle(self, uuid: str) -> None:
+        """It never is at anything."""
+
+    def list_all(self) -> None:
+        """The daemon reads all machines."""
+        assert self.ear
+        self.ear.emit(HypervisorChanged(self.uri, True))
+        self.ear.emit(MachinesListed(self.uri, tuple(self.machines.values())))
+
+    def put(self, uuid: str, machine: Machine | None) -> None:
+        """A machine is as given, or no more."""
+        assert self.ear
+        if machine:
+            self.machines[uuid] = machine
+            self.ear.emit(MachineRead(machine))
+        elif self.machines.pop(uuid, None):
+            self.ear.emit(MachineGone(MachineKey(self.uri, uuid)))
+
+    async def _refuse(self, *_: object) -> None:
+        raise errors.HypervisorRefused("this hypervisor only watches")
+
+    attach_live = attach_stored = detach_live = detach_stored = detach_host = reattach_host = _refuse
 
 
 class Ear:

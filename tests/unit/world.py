@@ -20,12 +20,13 @@ from hostpassd.events import (
 )
 from hostpassd.host.device import Block, Device, Input, Mdev, Net, Pci, Scsi, Usb, device_name
 from hostpassd.machines.domain_xml import claim_of
-from hostpassd.machines.machine import Claim, Machine, PciSource, Ports
+from hostpassd.machines.machine import Claim, Machine, MachineKey, PciSource, Ports
 from hostpassd.state import State
 
 URI = "qemu:///system"
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
+KEY = MachineKey(URI, UUID)
 
 
 def pci(
@@ -152,11 +153,12 @@ def machine(
     persistent: bool = True,
     live: tuple[Claim, ...] = (),
     stored: tuple[Claim, ...] = (),
+    uri: str = URI,
 ) -> Machine:
-    """A machine of URI."""
+    """A machine of the hypervisor URI."""
     state = "running" if running else "shut off"
     return Machine(
-        uuid, name, URI, state, persistent, live, stored, ports=_PORTS if running else Ports(), stored_ports=_PORTS
+        uuid, name, uri, state, persistent, live, stored, ports=_PORTS if running else Ports(), stored_ports=_PORTS
     )
 
 
@@ -189,9 +191,10 @@ class Libvirt:
     deaf guest.
     """
 
-    def __init__(self, state: State, emit: Callable[[Event], None], *machines: Machine) -> None:
+    def __init__(self, state: State, emit: Callable[[Event], None], *machines: Machine, uri: str = URI) -> None:
         self.state = state  # of it only the devices, which are the host's own truth
         self.emit = emit
+        self.uri = uri
         self.machines = {m.uuid: m for m in machines}
         self.connected = True
         self.home = {d.name: d.driver for d in state.devices.values()}
@@ -220,13 +223,13 @@ class Libvirt:
             self._hanging.append((call.lock, call.effect))
             call.end(errors.HypervisorUnavailable("the connection to libvirt was lost"))
         self.stuck.clear()
-        self.emit(HypervisorChanged(URI, False, "libvirt has closed the connection"))
+        self.emit(HypervisorChanged(self.uri, False, "libvirt has closed the connection"))
 
     def come_back(self) -> None:
         """It is there again, and all machines are listed."""
         self.connected = True
-        self.emit(HypervisorChanged(URI, True))
-        self.emit(MachinesListed(URI, tuple(self.machines.values())))
+        self.emit(HypervisorChanged(self.uri, True))
+        self.emit(MachinesListed(self.uri, tuple(self.machines.values())))
 
     def calm(self) -> None:
         """From here on every call works."""
@@ -291,7 +294,7 @@ class Libvirt:
             device = self._device(claim)
             if device.pci and device.name not in self.detached:
                 self._bind(device.name, "" if self._owned(device.name) else self.home[device.name])
-        self._tell(DeviceRemoved(uuid, alias))
+        self._tell(DeviceRemoved(MachineKey(self.uri, uuid), alias))
 
     def destroy(self, uuid: str) -> None:
         """The machine is powered off."""
@@ -310,7 +313,7 @@ class Libvirt:
             self._bind(device.name, "vfio-pci")
         self._put(dataclasses.replace(machine, live=(*machine.live, claim)))
         if not self.withhold:
-            self._tell(DeviceAdded(uuid, claim.alias))
+            self._tell(DeviceAdded(MachineKey(self.uri, uuid), claim.alias))
 
     def _attach_stored(self, uuid: str, claim: Claim) -> None:
         machine = self.machines[uuid]
