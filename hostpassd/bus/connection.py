@@ -7,10 +7,13 @@ checked; of what is in them only the header is read, and the rest by whoever wan
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import io
+import itertools
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,26 +40,38 @@ DEPTH_LIMIT = 64
 # Values and characters of signatures in one message: dbus-next makes an object of each, which takes some 10 us.
 VALUES_LIMIT = 4096
 
-# Bytes read in one turn of the loop: some hundred of the smallest messages, a millisecond or a few.
-SHARE = 32 * 1024
+# Seconds of reading in one turn of the loop, and bytes after which the time is looked at: some hundred messages.
+SHARE = 0.005
+AT_ONCE = 32 * 1024
 
-# Bytes that may wait to be sent before more is read: answers to who asks and does not read would fill the memory.
+# Messages that are sent at once, at most.
+PIECES = 64
+
+# Bytes that wait to be sent and keep the socket busy for a while: more answers would only wait behind them.
+ENOUGH = 256 * 1024
+
+# Bytes that may wait to be sent before no more is read: answers to who asks and does not read would fill the memory.
 UNSENT_LIMIT = 8 * 1024 * 1024
 
 _FIXED = 16  # bytes before the header's fields
 
 # The header's fields by code: what they are called here, and their type.
+_STRING, _PATH, _UINT32, _SIGNATURE = b"soug"
 _FIELDS = {
-    1: ("path", b"o"),
-    2: ("interface", b"s"),
-    3: ("member", b"s"),
-    4: ("error_name", b"s"),
-    5: ("reply_serial", b"u"),
-    6: ("destination", b"s"),
-    7: ("sender", b"s"),
-    8: ("signature", b"g"),
+    1: ("path", _PATH),
+    2: ("interface", _STRING),
+    3: ("member", _STRING),
+    4: ("error_name", _STRING),
+    5: ("reply_serial", _UINT32),
+    6: ("destination", _STRING),
+    7: ("sender", _STRING),
+    8: ("signature", _SIGNATURE),
 }
-_NUMBER = {LITTLE_ENDIAN: struct.Struct("<I"), BIG_ENDIAN: struct.Struct(">I")}
+_Number = Callable[[bytes, int], tuple[int]]
+_NUMBER: dict[int, _Number] = {
+    LITTLE_ENDIAN: struct.Struct("<I").unpack_from,
+    BIG_ENDIAN: struct.Struct(">I").unpack_from,
+}
 _KINDS = {kind.value: kind for kind in MessageType}
 _REQUIRED: dict[MessageType | None, tuple[str, ...]] = {
     MessageType.METHOD_CALL: ("path", "member"),
@@ -222,8 +237,7 @@ class Inbox:
         if order not in _NUMBER or version != PROTOCOL_VERSION:
             raise OutOfStep(f"A message from the bus begins with {self._data[self._at : self._at + 4]!r}.")
         number = _NUMBER[order]
-        (body,) = number.unpack_from(self._data, self._at + 4)
-        (fields,) = number.unpack_from(self._data, self._at + 12)
+        (body,), (fields,) = number(self._data, self._at + 4), number(self._data, self._at + 12)
         header = _FIXED + fields + -fields % 8
         if fields > SPECIFIED_HEADER_LIMIT or header + body > SPECIFIED_LIMIT:
             raise OutOfStep(f"A message from the bus claims a header of {fields} bytes and a body of {body}.")
@@ -242,21 +256,36 @@ class Inbox:
 def _message(data: bytes, body: int, fault: Unreadable | None = None) -> Incoming:
     """The message DATA, whose body begins at BODY; FAULT is what is wrong with it already."""
     number = _NUMBER[data[0]]
-    (serial,), (length,) = number.unpack_from(data, 8), number.unpack_from(data, 12)
-    message = Incoming(_KINDS.get(data[1]), data[2], serial, fault=fault, data=data, body=body)
+    message = Incoming(_KINDS.get(data[1]), data[2], number(data, 8)[0], fault=fault, data=data, body=body)
     try:
-        _read_fields(message, _FIXED + length, number)
+        _read_fields(message, _FIXED + number(data, 12)[0], number)
     except Exception:  # whatever it was: the messages after this one are not touched by it
         message.fault = fault or Unreadable("its header cannot be read")
     return message
 
 
-def _read_fields(message: Incoming, end: int, number: struct.Struct) -> None:
-    """Fills MESSAGE from its header's fields, which go up to END; one that is of no use is its `fault`."""
-    at = _FIXED
+def _read_fields(message: Incoming, end: int, number: _Number) -> None:
+    """Fills MESSAGE from its header's fields, which go up to END; one that is of no use is its `fault`.
+
+    This is what every message costs that comes, so it calls nothing for the common ones.
+    """
+    data, at = message.data, _FIXED
     while at < end:
-        name, wanted = _FIELDS.get(message.data[at], ("", b""))
-        at, type_, value = _variant(message.data, at + 1, number)
+        name, wanted = _FIELDS.get(data[at], ("", 0))
+        type_ = data[at + 2] if data[at + 1] == 1 else 0
+        value_at, at = at + 4, at + 1
+        if type_ in (_STRING, _PATH):
+            value_at += 4
+            at = value_at + number(data, value_at - 4)[0] + 1
+            value: Any = data[value_at : at - 1].decode()
+        elif type_ == _SIGNATURE:
+            at = value_at + data[value_at] + 2
+            value = data[value_at + 1 : at - 1].decode()
+        elif type_ == _UINT32:
+            (value,) = number(data, value_at)
+            at = value_at + 4
+        else:
+            at = _after_variant(data, at)
         at += -at % 8
         if name and type_ == wanted:
             setattr(message, name, value)
@@ -269,61 +298,18 @@ def _read_fields(message: Incoming, end: int, number: struct.Struct) -> None:
             message.fault = message.fault or Unreadable(f"its header has no {name}")
 
 
-def _variant(data: bytes, at: int, number: struct.Struct) -> tuple[int, bytes, Any]:
-    """The variant at AT in DATA: where it ends, its type and, if it is of one that our fields have, its value."""
-    start = at + 2 + data[at]
-    type_ = data[at + 1 : start - 1]
-    if type_ == b"g":
-        end = start + 1 + data[start]
-        return end + 1, type_, data[start + 1 : end].decode()
-    if type_ not in (b"s", b"o", b"u"):
-        with _forgetting():
-            values = _Values(data, at)
-            values.read_variant()
-        return values.offset, type_, None
-    start += -start % 4
-    (found,) = number.unpack_from(data, start)
-    start += 4
-    if type_ == b"u":
-        return start, type_, found
-    return start + found + 1, type_, data[start : start + found].decode()
-
-
-class _Frame:
-    """A finished message, for dbus-next's queue."""
-
-    unix_fds = None
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def _marshall(self, negotiate_unix_fd: bool) -> bytes:
-        return self._data
-
-
-class PatientSocket:
-    """A socket whose full buffer is no error: on EAGAIN dbus-next (its #153) drops the connection, after 0 it waits.
-
-    SENT is told of the bytes that went out.
-    """
-
-    def __init__(self, socket: Any, sent: Callable[[int], None]) -> None:
-        self._socket = socket
-        self._sent = sent
-
-    def send(self, data: memoryview) -> int:
-        try:
-            count = int(self._socket.send(data))
-        except BlockingIOError:
-            return 0
-        self._sent(count)
-        return count
+def _after_variant(data: bytes, at: int) -> int:
+    """Where the variant at AT in DATA ends, whatever is in it."""
+    with _forgetting():
+        values = _Values(data, at)
+        values.read_variant()
+    return int(values.offset)
 
 
 class Connection(MessageBus):  # type: ignore[misc]
     """A connection to the bus at ADDRESS, without one to the system bus, which hands TAKE each message that comes.
 
-    It reads no faster than it sends: RELIEVED is told when, after more than UNSENT_LIMIT, it is less again.
+    RELIEVED is told when it is `congested` no more.
     """
 
     def __init__(self, address: str | None, take: Callable[[Incoming], None], relieved: Callable[[], None]) -> None:
@@ -331,24 +317,25 @@ class Connection(MessageBus):  # type: ignore[misc]
         self._take = take
         self._relieved = relieved
         self._inbox = Inbox()
+        self._outbox: collections.deque[bytes | memoryview] = collections.deque()
         self._unsent = 0  # bytes
 
     async def open(self) -> None:
         """Is let in by the bus, which then waits for a Hello. Raises OSError or dbus-next's AuthError."""
         await self._authenticate()
-        self._writer.sock = PatientSocket(self._writer.sock, self._went_out)
         self._loop.add_reader(self._fd, self._message_reader)
 
     @property
     def congested(self) -> bool:
-        """Whether so much waits to be sent that nothing more should be answered."""
-        return self._unsent >= UNSENT_LIMIT
+        """Whether so much waits to be sent that answers had better not be made yet."""
+        return self._unsent >= ENOUGH
 
     def queue(self, data: bytes) -> None:
         """Sends DATA, a finished message, after all that was queued before."""
+        if not self._outbox:
+            self._loop.add_writer(self._fd, self._write)
+        self._outbox.append(data)
         self._unsent += len(data)
-        self._writer.buffer_message(_Frame(data))
-        self._loop.add_writer(self._fd, self._writer.write_callback)
 
     def release(self) -> None:
         """Gives the descriptor of a lost connection back; dbus-next leaves that to the garbage collector."""
@@ -366,25 +353,43 @@ class Connection(MessageBus):  # type: ignore[misc]
         return line[:-2].decode()
 
     def _message_reader(self) -> None:
-        """Reads one turn's share; the loop comes back as long as there is more."""
+        """Reads for one turn's share of time; the loop comes back as long as there is more."""
+        end = time.monotonic() + SHARE
         try:
-            data = self._sock.recv(SHARE)
-            if not data:
-                raise EOFError("The bus closed the connection.")
-            self._inbox.add(data)
-            while (message := self._inbox.next()) is not None:
-                self._take(message)
+            while self._unsent < UNSENT_LIMIT:
+                data = self._sock.recv(AT_ONCE)
+                if not data:
+                    raise EOFError("The bus closed the connection.")
+                self._inbox.add(data)
+                while (message := self._inbox.next()) is not None:
+                    self._take(message)
+                if time.monotonic() >= end:
+                    return
+            self._loop.remove_reader(self._fd)
         except BlockingIOError:
             return
         except Exception as error:
             self._finalize(error)
-            return
-        if self.congested:
-            self._loop.remove_reader(self._fd)
 
-    def _went_out(self, count: int) -> None:
-        congested = self.congested
-        self._unsent -= count
-        if congested and not self.congested:
+    def _write(self) -> None:
+        """Sends what the socket takes. (dbus-next, its #153, drops the connection when a socket is full.)"""
+        before = self._unsent
+        try:
+            sent = self._sock.sendmsg(list(itertools.islice(self._outbox, PIECES)))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._finalize(error)
+            return
+        self._unsent -= sent
+        while sent >= len(self._outbox[0]):
+            sent -= len(self._outbox.popleft())
+            if not self._outbox:
+                self._loop.remove_writer(self._fd)
+                break
+        else:
+            self._outbox[0] = memoryview(self._outbox[0])[sent:]
+        if before >= UNSENT_LIMIT > self._unsent:
             self._loop.add_reader(self._fd, self._message_reader)
+        if before >= ENOUGH > self._unsent:
             self._relieved()

@@ -182,6 +182,7 @@ class Router:
         self._named = False
         self._serial = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._over_share = self._wire.marshal("s", ["You call faster than you are served: wait for answers."])
         self._calls = CallQueue(self._serve, self._refuse, self._can_answer)
         self._running: collections.Counter[str] = collections.Counter()  # calls at work by sender
         self._waiting: collections.Counter[int] = collections.Counter()  # those that are not quick, by user id
@@ -327,8 +328,11 @@ class Router:
             self.counters["calls-without-use"] += 1
 
     def _refuse(self, message: Incoming) -> None:
+        """Refuses a call that is over its sender's share, and with little ado: there are many where there is one."""
         self.counters["calls-over-share"] += 1
-        self._answer_error(message, errors.LimitExceeded("You call faster than you are served: wait for answers."))
+        if message.wants_reply and message.sender:
+            name = names.ERROR_PREFIX + errors.LimitExceeded.name
+            self._reply(MessageType.ERROR, message, error_name=name, signature="s", body=self._over_share)
 
     def _serve(self, message: Incoming) -> None:
         try:

@@ -73,6 +73,8 @@ class FakeBus:
         self.address = f"unix:path={self._socket}"
         self._came: asyncio.Queue[Incoming] = asyncio.Queue()
         self._greeted = asyncio.Event()
+        self.reads = asyncio.Event()  # what the other side sends; else that stays in the socket
+        self.reads.set()
         self._serial = 0
 
     @contextlib.asynccontextmanager
@@ -115,6 +117,7 @@ class FakeBus:
         await reader.readuntil(b"BEGIN\r\n")
         inbox = Inbox()
         while data := await reader.read(1 << 16):
+            await self.reads.wait()
             inbox.add(data)
             for incoming in iter(inbox.next, None):
                 await self._take(incoming)

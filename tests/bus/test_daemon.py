@@ -39,14 +39,16 @@ class Daemon:
 
     def __init__(self, bus: PrivateBus, host: MockHost, folder: Path, *more: str) -> None:
         (folder / "machines.xml").write_text(MACHINES, encoding="utf-8")
-        self._command = [sys.executable, "-B", "-m", "hostpassd", "--bus-address", bus.address]
-        self._command += ["--uri", f"test://{folder}/machines.xml", "--state-folder", f"{folder}/state"]
-        self._command += ["--config", f"{folder}/hostpassd.toml", *more]
+        self.arguments = ["--bus-address", bus.address, "--uri", f"test://{folder}/machines.xml"]
+        self.arguments += ["--state-folder", f"{folder}/state", "--config", f"{folder}/hostpassd.toml", *more]
         self._environment = host.environment()
 
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, stderr=asyncio.subprocess.PIPE, start_new_session=True
+            *[sys.executable, "-B", "-m", "hostpassd", *self.arguments],
+            env=self._environment,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
 
     async def ended(self) -> tuple[int, str]:
@@ -57,7 +59,8 @@ class Daemon:
     async def stop(self) -> str:
         if self.process.returncode is None:
             self.process.terminate()
-        return (await self.ended())[1]
+            self.words = (await self.ended())[1]
+        return self.words
 
 
 @pytest.fixture
@@ -410,6 +413,16 @@ async def test_a_bus_that_goes_ends_the_daemon(bus: PrivateBus, host: MockHost, 
     bus.stop()
     status, said = await daemon.ended()
     assert status == 1 and "message bus is gone" in said and "Traceback" not in said
+
+
+async def test_calls_under_way_at_the_end_are_no_fault(daemon: Daemon, client: Client, new_client: NewClient) -> None:
+    """They are answered, or not; the daemon's own words have no traceback, which `daemon` looks for."""
+    callers = [client, *[await new_client(1) for _ in range(3)]]
+    calls = [one.begin(ROOT, MANAGER, "Assign", "ssa{sv}", "demo", "1-1.2", {}) for one in callers * 100]
+    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    await daemon.stop()
+    for call in calls:
+        call.cancel()
 
 
 async def test_a_storm_loses_nothing(daemon: Daemon, client: Client, host: MockHost) -> None:

@@ -205,7 +205,7 @@ async def test_objects_published_before_the_connection_are_there(
 
 
 async def test_a_burst_survives_a_full_socket(served: Router, client: Client) -> None:
-    """Fails without _PatientSocket: dbus-next drops the connection when the socket is full."""
+    """dbus-next alone drops the connection when the socket is full."""
     await client.match()
     for number in range(1, 5001):
         served.publish(Batch(last={ROOT: {MANAGER: {"Generation": number}}}))
@@ -905,15 +905,18 @@ async def test_calls_wait_while_nothing_can_be_answered() -> None:
     assert len(served) == 1
 
 
-async def test_a_flood_of_one_keeps_no_other_from_being_served(fake: FakeBus, alone: Router) -> None:
+async def test_a_flood_of_one_keeps_no_other_from_being_served(
+    fake: FakeBus, alone: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other's call is answered while hundreds that came before it wait."""
+    monkeypatch.setattr(connection, "SHARE", 0)
     alone.publish(Batch(added={ROOT: {MANAGER: manager()}}))
     fields = {PATH: ROOT, INTERFACE: OBJECT_MANAGER, MEMBER: "GetManagedObjects"}
     flood = [fakebus.message(fakebus.CALL, fields, serial=serial) for serial in range(1, 1001)]
     await fake.send(b"".join(flood) + fakebus.ping(7777, sender=":1.77"))
     answers = [await fake.take() for _ in range(1001)]
     [place] = [place for place, answer in enumerate(answers) if answer.destination == ":1.77"]
-    turns = 1 + len(b"".join(flood)) // connection.SHARE  # until it has been read
+    turns = 1 + len(b"".join(flood)) // connection.AT_ONCE  # until it has been read
     assert place <= (turns + 1) * router_module.CALLS_PER_TURN < 500
     assert {answer.error_name for answer in answers} <= {"", ERROR + "LimitExceeded"}
 
