@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from hostpassd import errors, names
 from hostpassd.host.device import Device, Net, device_name
 from hostpassd.machines.machine import Machine, Missing
+from hostpassd.model.naming import NO_INTERFACE
 from hostpassd.state import State
 
 # Characters. Nothing that is here has a longer name.
@@ -40,16 +41,6 @@ _INTERFACE_LIMIT = 15
 _KINDS = (
     *("pci", "usb", "usb-interface", "scsi-host", "scsi-target", "scsi", "scsi-generic", "mdev-parent"),
     *("block", "drm", "input", "sound", "video", "tty", "nvme", "tpm"),
-)
-
-# What is never an interface's name here, though one may be called so: containers give back the interfaces that they
-# were lent under names of their own choice. Object names, USB ports and root hubs (from usb1 on; usb0 is an
-# interface), disks, and what else the kernel counts.
-_NO_INTERFACE = re.compile(
-    r"(pci|usb|scsi|mdev|net|block|drm|input|sound|video|tty|nvme|tpm)_\w*"
-    r"|[0-9]+-[0-9.]+|usb[1-9][0-9]*"
-    r"|(sd|hd|vd|xvd)[a-z]{1,2}|tty\w+"
-    r"|(sr|sg|fd|mmcblk|pmem|nvme|host|card|input|video|tpm)[0-9]\w*"
 )
 
 
@@ -117,7 +108,7 @@ def _called(state: State, text: str) -> Iterable[str]:
         return state.keyed(("mdev", text.lower()))
     kinds = _KINDS if _KERNEL_NAME.fullmatch(text) else ()
     found = {name for kind in kinds if _is_called(state.device(name := device_name(kind, text)), text)}
-    if found or len(text) > _INTERFACE_LIMIT or _NO_INTERFACE.fullmatch(text):
+    if found or len(text) > _INTERFACE_LIMIT or NO_INTERFACE.fullmatch(text):
         return found
     name = device_name("net", text)
     return [name] if _is_called(state.device(name), text) else []

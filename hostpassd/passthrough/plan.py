@@ -14,6 +14,7 @@ from hostpassd.host.device import ASSIGNABLE_KINDS, Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.machines.machine import Claim, Hold, Machine, Missing
 from hostpassd.model.codes import NEVER, Blocker, blocker
+from hostpassd.model.naming import is_bridge
 from hostpassd.passthrough import eligibility
 from hostpassd.state import State
 
@@ -281,7 +282,7 @@ def _plan(
 
 def _is_device(device: Device) -> bool:
     """Whether an operation could be about it: a bridge or a hub is what others share."""
-    bridge = device.pci and eligibility.is_bridge(device.pci)
+    bridge = device.pci and is_bridge(device.pci)
     return device.kind in ASSIGNABLE_KINDS and not bridge and not eligibility.is_hub(device)
 
 
