@@ -33,7 +33,7 @@ class Lines(logging.Handler):
         self._writer.start()
 
     def format(self, record: logging.LogRecord) -> str:
-        """The text of RECORD: of what it quotes nothing looks like a line of its own, those of a traceback are indented."""
+        """The text of RECORD: nothing that it quotes looks like a line of its own, and a traceback is indented."""
         text = clean(f"{record.name}: {record.getMessage()}", _MESSAGE_LIMIT)
         if record.exc_info:
             traceback = logging.Formatter().formatException(record.exc_info).splitlines()
