@@ -40,7 +40,7 @@ KEYS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Code:
-    """One row. MEANING is for the documentation: when it is told, and what a person can do."""
+    """One row. MEANING is for the documentation (docs/blockers.md): when it is told, or why it counts."""
 
     code: str
     severity: str
