@@ -84,7 +84,7 @@ def find_devices(state: State, text: str) -> list[str]:
 def _check_length(text: str) -> None:
     if len(text) > TEXT_LIMIT:
         raise errors.InvalidArgs(
-            f"a text of {len(text)} characters spells nothing here: give one of {TEXT_LIMIT} or less"
+            f"A text of {len(text)} characters spells nothing here: give one of {TEXT_LIMIT} or less."
         )
 
 
@@ -140,10 +140,10 @@ def one_device(state: State, text: str) -> Device:
     """
     found = find_devices(state, text)
     if not found:
-        raise errors.NoSuchDevice(f"no device here is called {text[:80]!r}: see FindDevices and GetManagedObjects")
+        raise errors.NoSuchDevice(f"No device here is called {text[:80]!r}: see FindDevices and GetManagedObjects.")
     targets = list(dict.fromkeys(state.target(name) or name for name in found))
     if len(targets) > 1:
-        raise errors.AmbiguousDevice(f"{text[:80]!r} is {', '.join(targets[:8])}: name one of them")
+        raise errors.AmbiguousDevice(f"{text[:80]!r} is {', '.join(targets[:8])}: name one of them.")
     return state.devices[targets[0]]
 
 
@@ -159,9 +159,9 @@ def one_machine(state: State, text: str) -> Machine:
     else:
         found = [machine for machine in state.machines.values() if machine.name == text]
     if not found:
-        raise errors.NoSuchMachine(f"no machine here is called {text[:80]!r}: give a name, a UUID or an object path")
+        raise errors.NoSuchMachine(f"No machine here is called {text[:80]!r}: give a name, a UUID or an object path.")
     if len(found) > 1:
-        raise errors.AmbiguousMachine(f"{len(found)} machines are called {text[:80]!r}: give the UUID")
+        raise errors.AmbiguousMachine(f"{len(found)} machines are called {text[:80]!r}: give the UUID.")
     return found[0]
 
 
@@ -185,5 +185,5 @@ def missing_at(state: State, machine: Machine, text: str, instance: int | None =
             there.setdefault(number, []).append(row)
     if len(there) > 1:
         ids = ", ".join(row.id for rows in there.values() for row in rows)
-        raise errors.AmbiguousDevice(f"more than one thing was last at {name}: give one of the ids {ids}")
+        raise errors.AmbiguousDevice(f"More than one thing was last at {name}: give one of the ids {ids}.")
     return tuple(row for rows in there.values() for row in rows)
