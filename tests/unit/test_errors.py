@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from hostpassd import errors
+from hostpassd.model.codes import blocker
+from hostpassd.passthrough.plan import Plan, check_allowed
 from tests.unit.test_docs import CODE
 
 ERRORS = {kind.__name__ for kind in errors.HostpassError.__subclasses__()}
@@ -34,3 +36,14 @@ def test_a_message_begins_with_a_capital_letter_and_ends_with_a_full_stop(room: 
         # These names are written small.
         assert not beginning[0].islower() or beginning.startswith(("hostpassd", "libvirt", "polkit")), beginning
         assert end.endswith("."), end
+
+
+def test_what_blocks_a_plan_is_told_sentence_by_sentence() -> None:
+    found = tuple(blocker(code, "usb_1_1", what="A hub") for code in ("hub", "not-leaf"))
+    plan = Plan("assign", "", "usb_1_1", ("usb_1_1",), (1,), (), (), blockers=found)
+    with pytest.raises(errors.Blocked) as caught:
+        check_allowed(plan, frozenset())
+    assert str(caught.value) == (
+        "usb_1_1 cannot be assigned: hub: A hub is a USB hub: assign the devices below it. "
+        "not-leaf: Devices that can be assigned by themselves are below A hub: assign those."
+    )
