@@ -1,4 +1,4 @@
-"""Debian in a folder, from the registries that this machine itself installs from; and the cache such folders are in.
+"""Debian in a folder, from the package sources that this machine itself has; and the cache such folders are in.
 
 The lab makes its image and the bare machines their roots here.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 FORGET_AFTER = 7 * 86400  # seconds in which nobody asked for a folder
 
-# What of apt's settings says how its registry is reached; all else of a root's is as Debian has it.
+# What of apt's settings says how its mirror is reached; all else of a root's is as Debian has it.
 REACHING = re.compile(r"Acquire::(http|https|Check-)")
 
 # What in the environment says the same of pip's; and the authorities that this machine trusts, as a root gets them.
@@ -89,7 +89,7 @@ def apt_options() -> list[str]:
 
 
 def give_access(root: Path, suite: str) -> dict[str, str]:
-    """Has the Debian in ROOT reach the registries as this machine does. Returns what its environment needs for that."""
+    """Has the Debian in ROOT reach the package sources as this machine does. Returns what its environment takes."""
     for name in ("hosts", "resolv.conf"):
         (root / "etc" / name).unlink(missing_ok=True)
         shutil.copy(f"/etc/{name}", root / "etc" / name)
@@ -99,7 +99,7 @@ def give_access(root: Path, suite: str) -> dict[str, str]:
         shutil.copy(CERTIFICATES, root / TRUSTED)
         lines.append(f'Acquire::https::CAInfo "/{TRUSTED}";')
         variables["PIP_CERT"] = f"/{TRUSTED}"
-    (root / "etc/apt/apt.conf.d/90registry").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (root / "etc/apt/apt.conf.d/90mirror").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     for address in mirror():
         (root / "etc/apt/sources.list").write_text(f"deb {address} {suite} main\n", encoding="utf-8")
     return variables

@@ -12,7 +12,10 @@ from hostpassd.state import MANAGER, Changes, Entity, State
 
 
 class Publisher:
-    """Gathers changes and sends them as batches, each in the order that the design gives."""
+    """Gathers changes and sends them as batches.
+
+    In each batch: objects added, properties changed, holds, objects removed, and last the Manager's Generation.
+    """
 
     def __init__(self, state: State, router: Router) -> None:
         self._state = state

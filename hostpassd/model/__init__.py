@@ -1,1 +1,1 @@
-"""Values: frozen, typed, without I/O. Every room imports them; they import no room."""
+"""Tables and pure functions over devices: what they are called, what sort they are, what blocks them."""

@@ -6,6 +6,7 @@ the moment, a machine or nobody at all.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 from hostpassd.host.device import Block, Device, Input, Mdev, Net, Pci, Usb, UsbInterface
@@ -81,6 +82,9 @@ _INTERFACES = {
 
 _MARKS = {"fido": "security-key", "mtp": "phone"}
 
+# The marks that can only be read while a driver of the host has the device.
+_MARKS_OF_DRIVERS = frozenset({"fido"})
+
 # What lsscsi's words for the peripheral device types come to.
 _SCSI_TYPES = {
     "disk": "disk",
@@ -119,6 +123,11 @@ def category(device: Device, below: Iterable[Device] = (), parent: Device | None
 def is_hub(usb: Usb) -> bool:
     """Whether it is a USB hub, root hubs included."""
     return usb.device_class == 0x09 or usb.port.startswith("usb")
+
+
+def without_driver(usb: Usb) -> Usb:
+    """What of USB is the same whoever drives the device."""
+    return dataclasses.replace(usb, marks=tuple(mark for mark in usb.marks if mark not in _MARKS_OF_DRIVERS))
 
 
 def is_wireless(device: Device) -> bool:

@@ -40,7 +40,7 @@ KEYS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Code:
-    """One row. MEANING is for the documentation: when it is told, and what a person can do."""
+    """One row. MEANING is for the documentation (docs/blockers.md): when it is told, or why it counts."""
 
     code: str
     severity: str
@@ -177,11 +177,11 @@ _OPTIONAL = re.compile(r"\[([^\]]*)\]")
 
 
 def say(sentence: str, details: Mapping[str, Detail]) -> str:
-    """SENTENCE, a code's own or its translation, with DETAILS in its fields."""
+    """SENTENCE, a code's own or its translation, with DETAILS in its fields; nothing where there is no detail."""
     told = _OPTIONAL.sub(
         lambda part: part[1] if all(key in details for key in _FIELD.findall(part[1])) else "", sentence
     )
-    return _FIELD.sub(lambda field: _text(details[field[1]]), told)
+    return _FIELD.sub(lambda field: _text(details.get(field[1], "")), told)
 
 
 def _text(detail: Detail) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 from hostpassd.host.device import Block, Device, Mdev, Pci, UsbInterface, clean, escape
-from hostpassd.model.category import category, interface_category, is_hub, is_optical, is_wireless
+from hostpassd.model.category import category, interface_category, is_hub, is_optical, is_wireless, without_driver
 
 # Role.
 
@@ -65,8 +65,9 @@ _SUBSYSTEMS = {
     "video": "video4linux",
 }
 
-# An interface can be called almost anything, but what looks like one of these is never taken for one: names of
-# devices, USB ports and root hubs (from usb1 on; usb0 is an interface), disks, and what else the kernel counts.
+# What is never taken for an interface's name, though one may be called so: containers give back the interfaces that
+# they were lent under names of their own choice. Names of devices, USB ports and root hubs (from usb1 on; usb0 is an
+# interface), disks, and what else the kernel counts.
 NO_INTERFACE = re.compile(
     r"(pci|usb|scsi|mdev|net|block|drm|input|sound|video|tty|nvme|tpm)_\w*"
     r"|[0-9]+-[0-9.]+|usb[1-9][0-9]*"
@@ -242,6 +243,9 @@ def _pci(device: Device) -> str:
 
 
 def _usb(device: Device) -> str:
+    # A permission holds for the label that it was given for: it must be the same whoever drives the device.
+    if device.usb:
+        device = dataclasses.replace(device, facts=(without_driver(device.usb),))
     return _named(device, _USB_CATEGORIES.get(category(device), "USB device"))
 
 

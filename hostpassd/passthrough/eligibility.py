@@ -8,7 +8,9 @@ from typing import Protocol
 from hostpassd.events import HostUse
 from hostpassd.host.device import ASSIGNABLE_KINDS, Device, Pci
 from hostpassd.machines.machine import Hold
+from hostpassd.model import category
 from hostpassd.model.codes import Blocker, blocker
+from hostpassd.model.naming import is_bridge
 
 # 05 memory, 07 communication (serial ports: the original's own rule), 08 system peripherals, 0c05 SMBus.
 EXCLUDED_CLASSES = ("05", "07", "08", "0c05")
@@ -50,12 +52,7 @@ class View(Protocol):
 
 def is_hub(device: Device) -> bool:
     """Whether it is a USB hub, root hubs included."""
-    return device.usb is not None and (device.usb.device_class == 0x09 or device.usb.port.startswith("usb"))
-
-
-def is_bridge(pci: Pci) -> bool:
-    """Whether it is a PCI bridge: by header type, or by base class (an ISA bridge has header type 0)."""
-    return pci.header_type in (1, 2) or pci.base_class == 0x06
+    return device.usb is not None and category.is_hub(device.usb)
 
 
 def is_leaf(device: Device, under_usb: bool) -> bool:

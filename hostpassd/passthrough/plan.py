@@ -14,6 +14,7 @@ from hostpassd.host.device import ASSIGNABLE_KINDS, Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.machines.machine import Claim, Hold, Machine, MachineKey, Missing
 from hostpassd.model.codes import NEVER, Blocker, blocker
+from hostpassd.model.naming import is_bridge
 from hostpassd.passthrough import eligibility
 from hostpassd.state import State
 
@@ -194,7 +195,7 @@ def plan_assign(state: State, machine: Machine, device: Device, options: Options
     to_store = [d for d in devices if config and not (held[d.name] and _half(held[d.name], live=False))]
     to_attach = [d for d in devices if live and not (held[d.name] and _half(held[d.name], live=True))]
     if not to_store and not to_attach:
-        raise errors.AlreadyAssigned(f"{machine.name} already has {device.name}: there is nothing to do")
+        raise errors.AlreadyAssigned(f"{machine.name} already has {device.name}: there is nothing to do.")
     places = _card_places(machine, device, to_store, options)
     steps: list[Step] = []
     # Those with a place first: for the others libvirt takes what is free.
@@ -223,7 +224,7 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
     hold = _hold_of(state, machine, device.name)
     if hold is None:
         _refuse_other_kinds(state, machine, device)
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing")
+        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing.")
     live, config = _halves_held(hold, options, device, machine)
     devices = _held_with(state, machine, device, live, config)
     steps: list[Step] = []
@@ -289,31 +290,33 @@ def _plan(
 
 def _is_device(device: Device) -> bool:
     """Whether an operation could be about it: a bridge or a hub is what others share."""
-    bridge = device.pci and eligibility.is_bridge(device.pci)
+    bridge = device.pci and is_bridge(device.pci)
     return device.kind in ASSIGNABLE_KINDS and not bridge and not eligibility.is_hub(device)
 
 
 def _check_reachable(machine: Machine) -> None:
     if machine.stale:
         raise errors.HypervisorUnavailable(
-            f"{machine.uri} cannot be reached: {machine.name} is as last known, try later"
+            f"{machine.uri} cannot be reached: {machine.name} is as last known, try later."
         )
 
 
 def _check_instance(device: Device, options: Options) -> None:
     if options.instance is not None and options.instance != device.instance:
         raise errors.StalePlan(
-            f"another thing is plugged in at {device.name} now (instance {device.instance}): look again"
+            f"Another thing is plugged in at {device.name} now (instance {device.instance}): look again."
         )
 
 
 def _check_fits(device: Device, options: Options) -> None:
     if options.guest_address and device.kind not in ("pci", "mdev"):
         raise errors.InvalidOption(
-            f"guest-address: {device.name} is {device.kind}, a PCI address is not for it; leave it out"
+            f"{device.name} is {device.kind}, which gets no PCI address: leave the option guest-address out."
         )
     if options.rom_bar is not None and not device.pci:
-        raise errors.InvalidOption(f"rom-bar: {device.name} is {device.kind} and has no ROM to show; leave it out")
+        raise errors.InvalidOption(
+            f"{device.name} is {device.kind}, which has no ROM to show: leave the option rom-bar out."
+        )
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
@@ -345,7 +348,7 @@ def check_allowed(plan: Plan, override: frozenset[str]) -> None:
     """Raises Blocked unless the caller accepts, by OVERRIDE, all that blocks PLAN."""
     found = plan.refused(override)
     if found:
-        told = "; ".join(f"{b.code}: {b.message}" for b in found)
+        told = " ".join(f"{b.code}: {b.message}" for b in found)
         raise errors.Blocked(f"{plan.device} cannot be assigned: {told}")
 
 
@@ -394,12 +397,12 @@ def _half(hold: Hold | None, *, live: bool) -> bool:
 def _refuse_other_kinds(state: State, machine: Machine, device: Device) -> None:
     for hold in state.holds_in(machine.key):
         if hold.device == device.name:
-            text = f"{machine.name} uses {device.name} as {hold.kind}: change that in the machine's own configuration"
+            text = f"{machine.name} uses {device.name} as {hold.kind}: change that in the machine's own configuration."
             raise errors.NotSupported(text)
     for twin in state.twins(machine.key):
         if any(hold.device == device.name for hold in state.holds_in(twin)):
             text = (
-                f"it is not {machine.uri} but {twin.uri} whose machine {machine.uuid} has {device.name}: take it there"
+                f"It is not {machine.uri} but {twin.uri} whose machine {machine.uuid} has {device.name}: take it there."
             )
             raise errors.NotAssigned(text)
 

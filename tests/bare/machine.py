@@ -1,7 +1,7 @@
 """A Debian that has git, sh and apt, freshly installed for each use, to which a newcomer's commands are given.
 
 It is a folder in the cache under an overlay in memory, entered by chroot, with its own processes and mounts, this
-machine's devices and network, and its registries. Packages are downloaded once, into the cache.
+machine's devices and network, and its package sources. Packages are downloaded once, into the cache.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ USB = [
           "security-key", "Yubico Security Key by Yubico", PORT),
     Thing(usb("20a0:42b1", "03:00:00", "Nitrokey", "Nitrokey FIDO2"), "security-key", "Nitrokey FIDO2", PORT),
     Thing(usb("1209:53c1", "ff:00:00 03:00:00", "SatoshiLabs", "TREZOR"), "security-key", "SatoshiLabs TREZOR", PORT),
-    Thing(usb("ffff:0001", "03:00:00", marks=("fido",)), "security-key", "USB security key [ffff:0001]", PORT),
+    Thing(usb("ffff:0001", "03:00:00", marks=("fido",)), "security-key", "USB device [ffff:0001]", PORT),
     Thing(usb("076b:3021", "0b:00:00", "OmniKey AG", "CardMan 3121"), "smartcard", "OmniKey AG CardMan 3121", PORT),
     Thing(usb("046a:00a2", "03:01:01 0b:00:00", "Cherry GmbH", "KC 1000 SC"),
           "smartcard", "Cherry GmbH KC 1000 SC", PORT),

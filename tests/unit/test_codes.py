@@ -27,6 +27,14 @@ def test_a_part_in_brackets_is_left_out_where_a_detail_is_missing() -> None:
     assert found.message == "enp1s0 is of a kind that cannot be assigned (net)."
 
 
+@pytest.mark.parametrize("row", codes.BLOCKERS.values(), ids=lambda row: row.code)
+def test_a_message_can_be_told_whatever_detail_is_empty(row: codes.Code) -> None:
+    """What a machine or a device calls itself can be nothing."""
+    for empty in row.fields:
+        details = {key: EXAMPLES[key] for key in row.fields} | {empty: ""}
+        assert codes.blocker(row.code, "pci_0000_01_00_0", **details).message
+
+
 def test_a_sentence_in_another_language_is_made_from_the_same_details() -> None:
     found = codes.blocker("hub", "usb_1_1", what="QEMU USB Hub")
     german = "An {what} hängen andere: nur diese lassen sich zuweisen."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,30 @@ def test_another_system_than_debian_is_told_so(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("dev: This is not a Debian system")
     assert done.stderr.count("\n") == 1
+
+
+def covered(tmp_path: Path, failing: str, figures: str) -> int:
+    """How './dev cover' ends where coverage's command FAILING fails, if any, and these are the FIGURES."""
+    stub(tmp_path, "dpkg-query", "echo installed")
+    stub(tmp_path, "id", "echo 1000")
+    tools = re.search("^TOOLS='(.*)'$", (REPOSITORY / "dev").read_text(), re.MULTILINE)
+    assert tools
+    number = subprocess.run(["cksum"], input=f"{tools[1]}\n", capture_output=True, text=True, check=True).stdout.split()
+    version = ".".join(map(str, sys.version_info[:2]))
+    programs = tmp_path / f"cache/venv-{version}-{number[0]}/bin"
+    programs.mkdir(parents=True)
+    (programs.parent / "whole").touch()
+    write = f"[ $1 != json ] || [ -z '{figures}' ] || echo '{figures}' >$4"
+    stub(programs, "coverage", f"{write}\n[ $1 != '{failing}' ]")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return dev("cover", PATH=path, HOSTPASSD_CACHE=str(tmp_path / "cache")).returncode
+
+
+@pytest.mark.parametrize(
+    ("failing", "figures", "status"),
+    [("", '{"files": {}}', 0), ("", "", 1), *((step, '{"files": {}}', 1) for step in ("run", "combine", "json"))],
+)
+def test_cover_fails_where_a_test_does_or_there_is_no_figure(
+    tmp_path: Path, failing: str, figures: str, status: int
+) -> None:
+    assert covered(tmp_path, failing, figures) == status

@@ -77,6 +77,13 @@ def test_a_mediated_device_that_does_not_run_has_no_path_but_its_uuid() -> None:
     assert location(defined) == UUID
 
 
+def test_the_label_is_the_same_whoever_drives_the_device() -> None:
+    """It is a part of what polkit is told, and that must hold while a machine takes the device from its driver."""
+    told = {label(usb("ffff:0001", "03:00:00", marks=marks)) for marks in ((), ("fido",))}
+    assert told == {"USB device [ffff:0001]"}
+    assert label(usb("ffff:0001", "06:01:01", marks=("mtp",))) == "USB phone [ffff:0001]"
+
+
 # Role.
 
 
