@@ -385,7 +385,7 @@ class Executor:
 
         So it was undone before it asked a guest, and the disk failed such that the log tells of the asking alone.
         """
-        removed = [left.steps[at] for at in left.done if isinstance(left.steps[at], Unstore)]
+        removed = [left.steps[at] for at in left.done - left.undone if isinstance(left.steps[at], Unstore)]
         return bool(removed) and not left.failed and not any(self._shows(left.machine, step) for step in removed)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:

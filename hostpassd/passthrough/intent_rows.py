@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from hostpassd.machines.domain_xml import claim_of
@@ -161,6 +161,17 @@ def gone_on(operation: Unfinished, row: dict[str, Any]) -> Unfinished:
         case {"undone": _, "at": at}:
             return dataclasses.replace(operation, undone=operation.undone | {at})
     raise ValueError(f"a row of another kind: {row}")
+
+
+def superseded(operation: Unfinished, devices: Collection[str]) -> Unfinished:
+    """OPERATION with nothing left to be done for, or taken back from, DEVICES."""
+    places = {at for at, step in enumerate(operation.steps) if step.device in devices}
+    return dataclasses.replace(operation, done=operation.done | places, undone=operation.undone | places)
+
+
+def is_superseded(operation: Unfinished) -> bool:
+    """Whether that is so for all its devices."""
+    return operation.done & operation.undone >= set(range(len(operation.steps)))
 
 
 def rows_of(operation: Unfinished) -> Iterator[dict[str, Any]]:

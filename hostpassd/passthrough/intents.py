@@ -22,9 +22,11 @@ from hostpassd.passthrough.intent_rows import (
     Unfinished,
     begin_row,
     gone_on,
+    is_superseded,
     object_in,
     rows_of,
     strings_in,
+    superseded,
 )
 from hostpassd.passthrough.plan import Plan
 from hostpassd.passthrough.rowfile import RowFile
@@ -97,19 +99,25 @@ class IntentLog:
     async def begin(self, number: int, plan: Plan, uri: str) -> None:
         """The job NUMBER starts on a machine of the hypervisor URI; what it makes of its devices counts from here on.
 
-        So what was left of earlier operations on them is over.
+        So what was left of earlier operations that moved them to or from that machine is over, as far as they go. What
+        merely shares a group with them, as two sticks share their controller's, stays to be put in order.
         """
         await self.check(plan)
-        over = [left for left in self._left.values() if not set(left.groups).isdisjoint(plan.groups)]
+        before = {left.number: left for left in self._left.values() if _meet(left, plan, uri)}
+        after = [superseded(left, plan.devices) for left in before.values()]
         begun = Unfinished(number, plan.operation, plan.machine, uri, plan.groups, plan.steps, 0)
         self._running[number] = begun
-        for left in over:
-            del self._left[left.number]
+        for left in after:
+            self._left[left.number] = left
+            if is_superseded(left):
+                del self._left[left.number]
+        over = before.keys() - self._left.keys()
         try:
-            await self._write(begin_row(begun, (left.number for left in over)))
+            # What goes on in part has no row that says so.
+            await self._write(begin_row(begun, sorted(over)), anew=len(over) < len(before))
         except errors.StateFolderError:
             del self._running[number]
-            self._left |= {left.number: left for left in over}
+            self._left |= before
             raise
 
     async def step(self, number: int, at: int) -> None:
@@ -223,9 +231,9 @@ class IntentLog:
         operations[number] = gone_on(operations[number], row)
         await self._write(row)
 
-    async def _write(self, row: dict[str, Any], compact: bool = False) -> None:
+    async def _write(self, row: dict[str, Any], *, compact: bool = False, anew: bool = False) -> None:
         everything, failures = self._everything(), self._failures
-        if self.trouble.is_set():  # the file is not what is known here
+        if anew or self.trouble.is_set():  # the file is not what is known here
             call = functools.partial(self._file.replace, everything)
         else:
             call = functools.partial(self._file.add, json.dumps(row), everything, compact=compact)
@@ -277,6 +285,13 @@ class IntentLog:
             rows += rows_of(operation)
         rows += [{"lend": device, "uri": uri, "driver": driver} for device, (uri, driver) in self.lent.items()]
         return [*self._kept, *map(json.dumps, rows)]
+
+
+def _meet(left: Unfinished, plan: Plan, uri: str) -> bool:
+    """Whether LEFT moved a device of PLAN to or from its machine, and has a lock in common with it."""
+    shared = not set(left.groups).isdisjoint(plan.groups)
+    moved = {step.device for step in left.steps}
+    return shared and (left.machine, left.uri) == (plan.machine, uri) and not moved.isdisjoint(plan.devices)
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hostpassd import errors
 from hostpassd.config import Config
 from hostpassd.daemon import Daemon
+from hostpassd.events import DeviceSeen
 from hostpassd.host.device import Device
 from hostpassd.machines.machine import Claim
 from hostpassd.passthrough.intent_rows import Unfinished
@@ -28,7 +29,7 @@ from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, St
 from hostpassd.passthrough.rowfile import rows_in
 from tests.unit.disk import Disk, no_room
 from tests.unit.test_execute import GPU, LUN, NIC, PAIR, STICK, World, reborn
-from tests.unit.world import URI, UUID, hostdev
+from tests.unit.world import OTHER, URI, UUID, hostdev, pci, usb
 
 CLAIM = hostdev(NIC, alias="ua-1")
 STEPS = (
@@ -420,6 +421,64 @@ async def test_writes_are_made_in_the_order_in_which_they_were_asked_for(tmp_pat
     go_on.set()
     await asyncio.gather(*writes, return_exceptions=True)
     assert [next(iter(row)) for row in rows(tmp_path)] == ["version", "begin", "step", "lend", "step", "return"]
+
+
+# What an operation stands for.
+
+
+def moving(*devices: str, machine: str = UUID) -> Plan:
+    """A plan of DEVICES that are below one controller."""
+    steps = tuple(Store(device, CLAIM) for device in devices)
+    return Plan("assign", machine, devices[0], devices, (1,) * len(devices), steps, (*sorted(devices), "group 5"))
+
+
+@pytest.mark.parametrize(
+    ("later", "uri", "open_steps"),
+    [
+        (moving("b"), URI, {0, 1}),
+        (moving("a", machine=OTHER), URI, {0, 1}),
+        (moving("a"), "qemu:///other", {0, 1}),
+        (moving("a"), URI, {1}),
+        (moving("a", "b", "c"), URI, set()),
+    ],
+    ids=["another device", "another machine", "another hypervisor", "one of the two", "both"],
+)
+async def test_an_operation_stands_for_what_was_left_on_its_own_devices_and_machine_alone(
+    tmp_path: Path, disk: Disk, later: Plan, uri: str, open_steps: set[int]
+) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, moving("a", "c"), URI)
+    await log.leave(1, 2)
+    before = known(log)
+    disk.at = no_room
+    with pytest.raises(errors.StateFolderError):
+        await log.begin(2, later, uri)
+    assert known(log) == before
+    disk.at = fine
+    await log.catch_up()
+    await log.begin(2, later, uri)
+    new = log_in(tmp_path)
+    assert known(new) == known(log)
+    await log.end(2)
+    for left in (log.unfinished, log_in(tmp_path).unfinished):
+        assert {at for operation in left for at in {0, 1} - operation.undone} == open_steps
+
+
+async def test_of_two_sticks_below_one_controller_one_is_undone_though_the_other_is_assigned(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    controller = pci("0000:05:00.0", group=7, driver="xhci_hcd", code=0x0C0330)
+    first, second = usb("1-8", controller, number=8, product=8), usb("1-9", controller, number=9, product=9)
+    for device in (controller, first, second):
+        world.emit(DeviceSeen(device))
+    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    assert "not undone" in (await world.do("assign", first)).error_message
+    await world.quiet()
+    world.libvirt.refuse = {"detach_stored": "never"}
+    assert (await world.do("assign", second)).state == "done"
+    await world.quiet()
+    world = await reborn(world, tmp_path)
+    (hold,) = world.libvirt.machines[UUID].stored
+    assert hold.id == hostdev(second, stored=True).id and world.intents.unfinished == ()
 
 
 # What somebody else does to the same device meanwhile is theirs.
