@@ -160,12 +160,17 @@ def undo(step: Step) -> Step | None:
 
 
 def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocker, ...]:
-    """The device's blockers without the target machine's own holds of the kinds that an assign makes.
+    """The device's blockers without the target machine's own holds, of the kinds that an assign makes, on what moves.
 
-    A disk that the machine has by its node is in use, by the machine itself.
+    A disk that the machine has by its node is in use, by the machine itself, and so is what it has below the device.
     """
-    own = {hold.device for hold in state.holds_of(machine.uuid) if hold.kind in DETACHABLE_KINDS}
-    return tuple(b for b in eligibility.blockers(state, device) if b.machine != machine.uuid or b.device not in own)
+    own: set[Blocker] = set()
+    others: set[Blocker] = set()
+    for d in _moving(state, device):
+        for hold in state.holds_on(d.name):
+            if hold.machine == machine.uuid:
+                (own if hold.kind in DETACHABLE_KINDS else others).update(eligibility.hold_blockers(state, d, hold))
+    return tuple(b for b in eligibility.blockers(state, device) if b not in own or b in others)
 
 
 def plan_assign(state: State, machine: Machine, device: Device, options: Options) -> Plan:
@@ -181,7 +186,7 @@ def plan_assign(state: State, machine: Machine, device: Device, options: Options
             _plan(state, "assign", machine, device, [device], []), blockers=blockers_for(state, device, machine)
         )
     _check_fits(device, options)
-    devices = [device, *(state.devices[name] for name in eligibility.companions(state, device))]
+    devices = _moving(state, device)
     held = {d.name: _hold_of(state, machine, d.name) for d in devices}
     to_store = [d for d in devices if config and not (held[d.name] and _half(held[d.name], live=False))]
     to_attach = [d for d in devices if live and not (held[d.name] and _half(held[d.name], live=True))]
@@ -277,6 +282,11 @@ def _plan(
     groups = tuple(sorted(locks))
     names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
     return Plan(operation, machine.uuid, device.name, names, instances, tuple(steps), groups)
+
+
+def _moving(state: State, device: Device) -> list[Device]:
+    """What an assign of DEVICE moves, DEVICE first."""
+    return [device, *(state.devices[name] for name in eligibility.companions(state, device))]
 
 
 def _is_device(device: Device) -> bool:

@@ -302,9 +302,27 @@ def test_what_does_not_fit_the_device_is_no_option_of_it() -> None:
     assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[union-attr]
 
 
-def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it() -> None:
-    disk = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
-    state = world(machine(live=(disk,)))
-    state.apply(DeviceSeen(block("sda", LUN)))
+DISK = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
+
+
+@pytest.mark.parametrize("device", [LUN, STICK], ids=["disk", "stick"])
+@pytest.mark.parametrize("stored", [False, True], ids=["", "also a stored hostdev"])
+def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it(device: Device, stored: bool) -> None:
+    state = world(machine(live=(DISK,), stored=(hostdev(device, stored=True),) if stored else ()))
+    state.apply(DeviceSeen(block("sda", device)))
+    plan = assign(state, device)
+    assert [b.code for b in plan.blockers] == ["held-live"]
     with pytest.raises(errors.Blocked, match="held-live"):
-        check_allowed(assign(state, LUN), frozenset())
+        check_allowed(plan, frozenset({"held-live"}))
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["", "it has the controller stored"])
+def test_what_the_running_machine_has_below_a_controller_blocks_the_controller(stored: bool) -> None:
+    controller = pci("0000:05:00.0", group=7, driver="xhci_hcd", code=0x0C0330)
+    stick = usb("1-1", controller)
+    state = state_of(controller, stick)
+    claims = (hostdev(controller, stored=True),) if stored else ()
+    state.apply(MachineRead(machine(live=(hostdev(stick),), stored=claims)))
+    found = [(b.code, b.device) for b in assign(state, controller).blockers]
+    assert ("held-live", stick.name) in found
+    assert not any(device == controller.name and code.startswith("held") for code, device in found)
