@@ -2,7 +2,7 @@
 
 A row is a JSON object. Its first key says what it tells, the value of that of which operation (a number) or of which
 device. A version row says which version of hostpassd wrote the rows below it. What this version does not understand is
-kept as it is, and so is all that the same operation or device has.
+kept as it is, and so is all that the same operation or device has, and what stands above any version row.
 """
 
 from __future__ import annotations
@@ -77,8 +77,13 @@ class Reading:
         if text and row and "version" in row:
             self.close_section()
             self._version = row["version"], text
-        elif text is None or self._version is None:
+        elif text is None:
             self._doubt_all()
+        elif self._version is None:  # the row that said so is lost
+            if row is None:
+                self.damaged = True
+            else:
+                self.kept.append(text)
         elif row is None or self._version[0] != VERSION or not self._goes_on(row, text):
             self._strange.append(text)
 

@@ -52,6 +52,11 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hostpassd.passthrough.intents.CHECK_PAUSE", 0.0)
+
+
 def log_in(folder: Path) -> IntentLog:
     return IntentLog(folder / "intents", (URI,))
 
@@ -302,7 +307,7 @@ async def test_a_file_that_can_be_read_late_is_put_in_order_then(
     keeping = asyncio.create_task(world.operations.keep_log())
     (tmp_path / "intents").rmdir()
     (tmp_path / "aside").rename(tmp_path / "intents")
-    while world.intents.trouble.is_set():
+    while world.intents.trouble.is_set() or world.intents.unfinished:
         await asyncio.sleep(0)
     await world.quiet()
     assert world.truth() == before and world.intents.unfinished == ()
@@ -383,6 +388,55 @@ async def test_a_disk_that_hangs_ends_the_job_in_words_and_is_made_up_for_when_i
     await asyncio.wait({world.intents._hanging})
     assert (await world.do("assign", STICK)).state == "done"
     assert known(log_in(tmp_path)) == ([], {})
+
+
+async def test_many_wishes_bring_about_one_attempt_to_write_and_then_none_for_a_while(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever may do nothing keeps the disk busy, and what is to be written waits behind that."""
+    monkeypatch.setattr("hostpassd.passthrough.intents.CHECK_PAUSE", 3600.0)
+    log = log_in(tmp_path)
+    attempts: list[str] = []
+
+    def fail(call: str) -> None:
+        attempts.append(call)
+        no_room(call)
+
+    disk.at = fail
+    with pytest.raises(errors.StateFolderError):
+        await log.begin(1, plan(), URI)
+    monkeypatch.setattr(log, "_failed_at", 0.0)
+    for _ in range(2):
+        refused = await asyncio.gather(*(log.check(plan()) for _ in range(20)), return_exceptions=True)
+        assert {str(error) for error in refused} == {log.problem} and len(attempts) == 2
+    disk.at = fine
+    await log.begin(1, plan(), URI)  # what was allowed does not wait
+    await log.check(plan())
+
+
+async def test_a_row_that_waits_for_many_others_is_written_though_that_takes_long(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("hostpassd.passthrough.intents.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hostpassd.passthrough.intents.PATIENCE", 15.0)
+    log = log_in(tmp_path)
+
+    def slow(call: str) -> None:
+        now[0] += 2.0  # and no call has more than five of these
+
+    disk.at = slow
+    await asyncio.gather(*(log.lend(f"device {at}", URI, "") for at in range(20)))
+    assert now[0] > 45.0 and not log.trouble.is_set() and len(log_in(tmp_path).lent) == 20
+
+
+async def test_what_is_added_costs_no_writing_of_all_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, plan("a"), URI)
+    monkeypatch.delattr("hostpassd.passthrough.intents.rows_of")
+    await log.begin(2, plan("b"), URI)
+    await log.step(1, 0)
+    assert len(log_in(tmp_path).unfinished) == 2
 
 
 async def test_what_a_refused_operation_was_to_stand_for_is_kept(tmp_path: Path, disk: Disk) -> None:
@@ -651,6 +705,45 @@ async def test_an_empty_file_is_no_damage(tmp_path: Path, data: bytes, caplog: p
     (tmp_path / "intents").write_bytes(data)
     assert (await World(tmp_path).do("assign", NIC)).state == "done"
     assert not caplog.text and not list(tmp_path.glob("*corrupt*"))
+
+
+async def test_what_stood_below_a_version_row_that_is_damaged_is_kept_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, plan(NIC.name), URI)
+    await log.lend(PAIR[0].name, URI, "e1000e")
+    path = tmp_path / "intents"
+    whole = path.read_bytes()
+    path.write_bytes(b"x" + whole[1:])
+    rest = whole.partition(b"\n")[2]
+    for _ in range(2):
+        world = World(tmp_path)
+        for device in (NIC, PAIR[0]):
+            with pytest.raises(errors.Failed, match=f"something unfinished with {device.name}"):
+                await world.start("assign", device)
+        await world.intents.catch_up()
+        assert path.read_bytes() == rest + line({"version": 2}) and world.libvirt.calls == []
+        assert "rows of another version, or damaged ones" in caplog.text
+    assert [p.read_bytes() for p in tmp_path.glob("*corrupt*")] == [b"x" + whole[1:]]
+
+
+async def test_a_last_row_is_damaged_where_its_end_is_there_and_torn_where_it_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, plan(NIC.name), URI)
+    await log.lend("device", URI, "e1000e")
+    path = tmp_path / "intents"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    torn = log_in(tmp_path)
+    assert len(torn.unfinished) == 1 and not torn.lent and not caplog.text
+    path.write_bytes(whole[:-2] + b"?\n")
+    damaged = log_in(tmp_path)
+    assert "is damaged" in caplog.text and not damaged.unfinished
+    with pytest.raises(errors.Failed, match="damaged"):
+        await damaged.check(plan(NIC.name))
 
 
 async def test_an_operation_whose_end_may_be_in_a_damaged_row_is_not_undone(tmp_path: Path) -> None:
