@@ -417,13 +417,19 @@ async def test_many_wishes_bring_about_one_attempt_to_write_and_then_none_for_a_
 async def test_a_row_that_waits_for_many_others_is_written_though_that_takes_long(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [0.0]
+    now, loop = [0.0], asyncio.get_running_loop()
     monkeypatch.setattr("hostpassd.passthrough.intents.time.monotonic", lambda: now[0])
     monkeypatch.setattr("hostpassd.passthrough.intents.PATIENCE", 15.0)
     log = log_in(tmp_path)
 
+    async def look_again(futures: object, timeout: float) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("hostpassd.passthrough.intents.asyncio.wait", look_again)
+
     def slow(call: str) -> None:
         now[0] += 2.0  # and no call has more than five of these
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
 
     disk.at = slow
     await asyncio.gather(*(log.lend(f"device {at}", URI, "") for at in range(20)))
