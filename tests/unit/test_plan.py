@@ -22,6 +22,7 @@ from hostpassd.passthrough.plan import (
     check_allowed,
     plan_assign,
     plan_dismiss,
+    plan_dismiss_missing,
 )
 from hostpassd.state import State
 from tests.unit.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
@@ -114,7 +115,36 @@ def test_dismiss_of_what_is_not_held_is_refused() -> None:
     with pytest.raises(errors.NotAssigned):
         plan_dismiss(state, m, state.devices[NIC.name], Options())
     with pytest.raises(errors.NotAssigned):
-        plan_dismiss(state, m, state.devices[STICK.name], Options(live=True))
+        plan_dismiss(state, m, state.devices[STICK.name], Options(config=False))
+
+
+GIVEN = (None, False, True)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["here", "missing"])
+@pytest.mark.parametrize("live_held, config_held", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("live", GIVEN)
+@pytest.mark.parametrize("config", GIVEN)
+def test_a_dismiss_is_of_the_halves_asked_for_that_there_are(
+    here: bool, live_held: bool, config_held: bool, live: bool | None, config: bool | None
+) -> None:
+    claim = hostdev(LUN, stored=True)
+    state = world(machine(live=(claim,) if live_held else (), stored=(claim,) if config_held else ()))
+    m, options = state.machines[machine().uuid], Options(live=live, config=config)
+    if not here:
+        state.apply(DeviceGone(LUN.sysfs_path))
+
+    def dismiss() -> Plan:
+        if here:
+            return plan_dismiss(state, m, state.devices[LUN.name], options)
+        return plan_dismiss_missing(m, state.missing[m.uuid], ("", 0), options)
+
+    wanted = {Release: live_held and live is not False, Unstore: config_held and config is not False}
+    if any(wanted.values()):
+        assert {type(step) for step in dismiss().steps} == {kind for kind, is_wanted in wanted.items() if is_wanted}
+    else:
+        with pytest.raises(errors.InvalidOption if live is config is False else errors.NotAssigned):
+            dismiss()
 
 
 def test_a_twin_is_stored_by_bus_and_number_too() -> None:
