@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hostpassd import errors
+from hostpassd.machines.machine import MachineKey
 from hostpassd.model.codes import blocker
 from hostpassd.passthrough.plan import Plan, check_allowed
 from tests.unit.test_docs import CODE
@@ -40,7 +41,7 @@ def test_a_message_begins_with_a_capital_letter_and_ends_with_a_full_stop(room: 
 
 def test_what_blocks_a_plan_is_told_sentence_by_sentence() -> None:
     found = tuple(blocker(code, "usb_1_1", what="A hub") for code in ("hub", "not-leaf"))
-    plan = Plan("assign", "", "usb_1_1", ("usb_1_1",), (1,), (), (), blockers=found)
+    plan = Plan("assign", MachineKey("", ""), "usb_1_1", ("usb_1_1",), (1,), (), (), blockers=found)
     with pytest.raises(errors.Blocked) as caught:
         check_allowed(plan, frozenset())
     assert str(caught.value) == (
