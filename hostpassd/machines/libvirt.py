@@ -54,13 +54,17 @@ _PAUSES = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each attempt t
 _LOCAL_PAUSE = 5.0  # seconds at most for a hypervisor on this host
 _NODE_DEVICE_PATIENCE = 5.0  # seconds; libvirt's node devices come later than udev's
 _NODE_DEVICE_STEP = 0.1  # seconds
-_READING_PATIENCE = 30.0  # seconds for one answer to one question; a change of the machine can keep it waiting
-_IDLE_PATIENCE = 45.0  # seconds; libvirt itself waits for a machine's job lock for up to 30
+# Seconds for one answer, or one wait for a machine's job lock: libvirt itself gives up after 30.
+_PATIENCE = 45.0
+# Seconds after which a reading goes on by itself while others are made: as long as libvirt waits for a machine's QEMU,
+# it does not describe that machine.
+_READING_ALONE = 2.0
 
-# Changes at once. With the one reading these are fewer than the 5 requests that libvirtd takes from one client at a
-# time (max_client_requests): at that limit it does not read on, answers no keepalive, and the connection would be lost.
+# Calls at once: fewer than the 5 requests that libvirtd takes from one client at a time (max_client_requests). At that
+# limit it does not read on, answers no keepalive, and the connection would be lost.
+_CALLS_AT_ONCE = 4
 _CHANGES_AT_ONCE = 3
-# Of these, calls that hang: with one more there would be no place for others, and the connection is made afresh.
+# Calls that hang: with one more there would hardly be a place for others, and the connection is made afresh.
 _HANGING = 2
 # Calls that hang on earlier connections: each keeps one of libvirtd's 20 workers, which others need as well.
 _LEFT_HANGING = 6
@@ -194,7 +198,7 @@ class Hypervisor:
         An earlier run of this program, a connection that was lost, or somebody who gave up can have left such a change.
         """
         while not await self._is_idle(uuid):
-            await self.wait_until_returned((uuid,))
+            pass
         await self._reread(uuid)
 
     # Connecting and losing.
@@ -232,7 +236,8 @@ class Hypervisor:
                 reader.result()
         finally:
             self._lose(link, f"The connection to {self.uri} was closed.", tell=False)
-            reader.cancel()
+            for task in (reader, *link.readings.values()):
+                task.cancel()
             closing = asyncio.create_task(link.close())
             self._closing[closing] = link
             closing.add_done_callback(self._closing.pop)
@@ -272,7 +277,7 @@ class Hypervisor:
     def _closed(self, link: _Link, reason: int) -> None:
         self._lose(link, f"{_CLOSED.get(reason, 'The connection to libvirt failed')} ({self.uri}).")
 
-    # Reading. One task reads everything, one machine after the other, so nothing old can overtake something newer.
+    # Reading. Of a machine there is one reading at a time, so nothing old can overtake something newer.
 
     def _touch(self, uuid: str | None) -> _Due:
         """Have a machine (None: all) read; what is already to be read is read once."""
@@ -290,32 +295,53 @@ class Hypervisor:
         try:
             while True:
                 await self._wanted.wait()
-                while self._due:
-                    uuid = None if None in self._due else next(iter(self._due))
-                    await self._settle(link, uuid, self._due.pop(uuid))
                 self._wanted.clear()
+                while due := self._next_due(link):
+                    await (self._read(link, due[0], due[1]) if due[0] else self._list(link, due[1]))
         except HostpassError as error:
             self._lose(link, str(error))
 
-    async def _settle(self, link: _Link, uuid: str | None, due: _Due) -> None:
-        try:
-            await (self._list(link) if uuid is None else self._read(link, uuid))
-        except HypervisorRefused as error:
-            due.fail(error)
-            if uuid is None:
-                raise
-            _log.error("Machine %s could not be read and is shown as it was: %s", uuid, error)
-        except (HostpassError, asyncio.CancelledError):
-            due.fail(self._unavailable())
+    def _next_due(self, link: _Link) -> tuple[str | None, _Due] | None:
+        """What is to be read now: everything first; no machine of which a reading goes on."""
+        free = [None] if None in self._due else [uuid for uuid in self._due if uuid not in link.readings]
+        return (free[0], self._due.pop(free[0])) if free else None
+
+    async def _read(self, link: _Link, uuid: str, due: _Due) -> None:
+        reading = self._begin_reading(link, uuid, lambda connection: connection.read(uuid))
+        reading.add_done_callback(functools.partial(self._take, link, uuid, due))
+        await asyncio.wait({reading}, timeout=_READING_ALONE)
+
+    def _begin_reading(
+        self, link: _Link, uuid: str, question: Callable[[_Connection], Machine | None]
+    ) -> asyncio.Task[Machine | None]:
+        reading = asyncio.create_task(self._ask(link, question, uuid))
+        link.readings[uuid] = reading
+        reading.add_done_callback(functools.partial(self._reading_over, link, uuid))
+        return reading
+
+    def _reading_over(self, link: _Link, uuid: str, reading: asyncio.Task[Machine | None]) -> None:
+        del link.readings[uuid]
+        self._wanted.set()
+        if not reading.cancelled():
+            reading.exception()  # whoever waits for it can be gone
+
+    def _take(self, link: _Link, uuid: str, due: _Due, reading: asyncio.Task[Machine | None]) -> None:
+        """Tells what a READING has found, and the events that were heard before it."""
+        if link.lost.done() or reading.cancelled():
             # What libvirt has told holds after its return, too.
             self._touch(uuid).events[:0] = due.events
-            raise
+            due.fail(self._unavailable())
+            return
+        try:
+            self._tell_machine(uuid, reading.result())
+        except HostpassError as error:
+            _log.error("Machine %s could not be read and is shown as it was: %s", uuid, error)
+            due.fail(error)
         for event in due.events:
             self._emit(event)
         due.succeed()
 
-    async def _read(self, link: _Link, uuid: str) -> None:
-        machine = await self._ask(link, lambda connection: connection.read(uuid))
+    def _tell_machine(self, uuid: str, machine: Machine | None) -> None:
         if machine is None:
             self._known.pop(uuid, None)
             self._emit(MachineGone(MachineKey(self.uri, uuid)))
@@ -323,70 +349,109 @@ class Hypervisor:
             self._known[uuid] = machine
             self._emit(MachineRead(machine))
 
-    async def _list(self, link: _Link) -> None:
-        machines = [await self._listed(link, domain) for domain in await self._ask(link, _Connection.domains)]
-        self._known = {machine.uuid: machine for machine in machines if machine}
+    async def _list(self, link: _Link, due: _Due) -> None:
+        try:
+            domains = {domain.UUIDString(): domain for domain in await self._ask(link, _Connection.domains)}
+            found = {uuid: await self._listed(link, uuid, domain) for uuid, domain in domains.items()}
+        except HypervisorRefused as error:
+            due.fail(error)
+            raise
+        except (HostpassError, asyncio.CancelledError):
+            due.fail(self._unavailable())
+            raise
+        machines = {uuid: self._known.get(uuid) if late else machine for uuid, (machine, late) in found.items()}
+        self._known = {uuid: machine for uuid, machine in machines.items() if machine}
         link.listed = True
         self._tell(True)
         self._emit(MachinesListed(self.uri, tuple(self._known.values())))
+        due.succeed()
 
-    async def _listed(self, link: _Link, domain: Any) -> Machine | None:
+    async def _listed(self, link: _Link, uuid: str, domain: Any) -> tuple[Machine | None, bool]:
+        """The machine; and whether it is to be told as it is known, because its reading has failed or goes on."""
+        if uuid in link.readings:
+            self._touch(uuid)
+            return None, True
+        reading = self._begin_reading(link, uuid, lambda connection: connection.read_domain(domain))
+        await asyncio.wait({reading}, timeout=_READING_ALONE)
+        if not reading.done():
+            reading.add_done_callback(functools.partial(self._take, link, uuid, _Due()))
+            return None, True
         try:
-            return await self._ask(link, lambda connection: connection.read_domain(domain))
-        except HypervisorRefused as error:
-            uuid = domain.UUIDString()
+            return reading.result(), False
+        except HypervisorUnavailable:
+            raise
+        except HostpassError as error:
             _log.error("Machine %s could not be read and is shown as it was, if at all: %s", uuid, error)
-            return self._known.get(uuid)
-
-    async def _ask(self, link: _Link, question: Callable[[_Connection], _T]) -> _T:
-        """The answer to QUESTION, which changes nothing. HypervisorUnavailable: there was none in time."""
-        answer = link.begin(question)
-        await asyncio.wait({answer}, timeout=_READING_PATIENCE)
-        if not answer.done():
-            raise self._silent()
-        return answer.result()
-
-    def _silent(self) -> HypervisorUnavailable:
-        _log.warning("libvirt at %s has not answered for %.0f seconds.", self.uri, _READING_PATIENCE)
-        return HypervisorUnavailable(f"libvirt at {self.uri} has not answered for {_READING_PATIENCE:.0f} seconds.")
+            return None, True
 
     async def _uuid_of(self, uuid_or_name: str) -> str:
-        try:
-            async with asyncio.timeout(_READING_PATIENCE):
-                return await self._call(lambda connection: connection.uuid_of(uuid_or_name), uuid_or_name)
-        except TimeoutError:
-            raise self._silent() from None
+        if self._link is None:
+            raise self._unavailable()
+        return await self._ask(self._link, lambda connection: connection.uuid_of(uuid_or_name), uuid_or_name)
 
-    # Changing.
+    async def _ask(self, link: _Link, question: Callable[[_Connection], _T], about: str | None = None) -> _T:
+        """The answer to QUESTION, which changes nothing.
+
+        Where there is none in time: about one machine HypervisorRefused; else HypervisorUnavailable, as for a loss.
+        """
+        answer = await self._begin(link, question)
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await link.first((answer,))
+        except TimeoutError:
+            words = f"libvirt at {self.uri} has not answered for {_PATIENCE:.0f} seconds."
+            if about is not None:
+                self._give_up(link, answer, about)
+                raise HypervisorRefused(words) from None
+            _log.warning("%s", words)
+            self._lose(link, words)
+        return self._result(link, answer)
+
+    # Changing, and calling.
 
     async def _call(self, call: Callable[[_Connection], _T], about: str) -> _T:
-        """Make CALL, which is ABOUT a machine or a node device. Cancelled, it hangs as long as libvirt is at it."""
-        link = self._link
-        while link and len(link.changes) >= _CHANGES_AT_ONCE and not link.lost.done():
-            await link.first(link.changes)
-        if link is None or link.lost.done():
+        """Make CALL, ABOUT a machine or a node device. Cancelled, it hangs as long as libvirt is at it.
+
+        It is not even begun as long as another one about that hangs: libvirt would have it wait.
+        """
+        await self.wait_until_returned((about,))
+        if self._link is None:
             raise self._unavailable()
-        change = link.begin(call)
-        link.changes[change] = None
+        link = self._link
+        change = await self._begin(link, call, _CHANGES_AT_ONCE)
+        link.changes.add(change)
         try:
             await link.first((change,))
         except asyncio.CancelledError:
             self._give_up(link, change, about)
             raise
-        if not change.done():
+        return self._result(link, change)
+
+    async def _begin(
+        self, link: _Link, call: Callable[[_Connection], _T], changes: int = _CALLS_AT_ONCE
+    ) -> asyncio.Future[_T]:
+        """CALL, begun when there is a place for it: when fewer than so many CHANGES are made, say."""
+        while not link.lost.done() and (len(link.calls) >= _CALLS_AT_ONCE or len(link.changes) >= changes):
+            await link.first(link.calls)
+        if link.lost.done():
+            raise self._unavailable()
+        return link.begin(call)
+
+    def _result(self, link: _Link, call: asyncio.Future[_T]) -> _T:
+        if not call.done():
             raise self._unavailable()
         try:
-            return change.result()
+            return call.result()
         except HypervisorUnavailable as error:
             self._lose(link, str(error))
             raise
 
-    def _give_up(self, link: _Link, change: asyncio.Future[Any], about: str) -> None:
-        if change.done():
+    def _give_up(self, link: _Link, call: asyncio.Future[Any], about: str) -> None:
+        if call.done():
             return
-        link.changes[change] = about
+        link.hanging[call] = about
         if about in self._known:
-            change.add_done_callback(lambda _: self._touch(about))
+            call.add_done_callback(lambda _: self._touch(about))
         if len(link.hanging) > _HANGING:
             reason = f"{len(link.hanging)} calls of libvirt at {self.uri} do not return; it is connected to afresh."
             _log.warning("%s", reason)
@@ -394,12 +459,12 @@ class Hypervisor:
 
     async def _is_idle(self, uuid: str) -> bool:
         """Whether libvirt worked on no change of the machine at the end of a wait for that."""
-        link = self._link
-        if link is None:
+        await self.wait_until_returned((uuid,))
+        if self._link is None:
             raise self._unavailable()
-        async with link.waiting:
+        async with self._link.waiting:
             try:
-                async with asyncio.timeout(_IDLE_PATIENCE):
+                async with asyncio.timeout(_PATIENCE):
                     return await self._call(lambda connection: connection.wait_for_idle(uuid), uuid)
             except TimeoutError:
                 return False  # it hangs itself
@@ -458,12 +523,9 @@ class _Link:
         self.listed = False
         self.waiting = asyncio.Lock()  # one at a time waits for a machine to be idle: it takes a place meanwhile
         self.calls: set[asyncio.Future[Any]] = set()  # that have not returned
-        self.changes: dict[asyncio.Future[Any], str | None] = {}  # of these; what it is about, if it was given up
-
-    @property
-    def hanging(self) -> dict[asyncio.Future[Any], str]:
-        """The changes that nobody waits for any more, and what they are about."""
-        return {call: about for call, about in self.changes.items() if about is not None}
+        self.changes: set[asyncio.Future[Any]] = set()  # of these
+        self.hanging: dict[asyncio.Future[Any], str] = {}  # of these, whom nobody waits for, and what they are about
+        self.readings: dict[str, asyncio.Task[Machine | None]] = {}  # of machines, by UUID
 
     def begin(self, call: Callable[[_Connection], _T]) -> asyncio.Future[_T]:
         """CALL made in a thread of its own."""
@@ -485,11 +547,13 @@ class _Link:
 
     def _returned(self, call: asyncio.Future[Any]) -> None:
         self.calls.discard(call)
-        about = self.changes.pop(call, None)
+        self.changes.discard(call)
+        about = self.hanging.pop(call, None)
         error = None if call.cancelled() else call.exception()
         if about is not None:
-            outcome = f"ended with: {error}" if error else "has been done"
-            _log.warning("A change of %s that was given up because libvirt did not return from it %s", about, outcome)
+            _log.warning(
+                "A call about %s, from which libvirt did not return for long, has ended: %s", about, error or "done"
+            )
 
 
 class _Connection:

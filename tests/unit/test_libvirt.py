@@ -617,7 +617,7 @@ async def test_a_call_that_hangs_can_be_given_up_and_is_waited_out_later(
         await returned
         await hypervisor.wait_until_idle(OFF)
         assert len(tape.last(OFF).stored) == (1 if outcome == "done" else 0)
-    assert ("no room" if outcome == "refused" else "has been done") in caplog.text
+    assert ("no room" if outcome == "refused" else "has ended: done") in caplog.text
 
 
 async def test_a_node_device_that_hangs_is_waited_for_by_name(uri: str, opened: Opened) -> None:
@@ -685,30 +685,117 @@ async def test_calls_that_hang_on_and_on_do_not_use_libvirtd_up(uri: str, hang: 
         await tape.until_listed(3)
 
 
-async def test_a_reading_that_hangs_is_told_and_the_connection_is_made_afresh(
-    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ours, "_READING_PATIENCE", 0.2)
+async def test_a_machine_on_which_a_call_hangs_is_left_alone_until_it_has_returned(uri: str, hang: Hang) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        hang = Hang(monkeypatch, libvirt.virDomain, "isPersistent")
-        with pytest.raises(HypervisorUnavailable):
+        await given_up(*await hanging(hypervisor, hang, 1))
+        later = [asyncio.create_task(hypervisor.attach_stored(OFF, PCI)) for _ in range(5)]
+        hang.calm = True
+        await hypervisor.attach_stored(GAMING, USB.replace("0x046d", "0x046e"))  # others get on
+        assert hang.made == 2
+        await given_up(*later[1:])
+        hang.let_go()
+        await later[0]
+        assert len(tape.last(OFF).stored) == 2
+
+
+class Frozen:
+    """Of one machine, or of some: a reading hangs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.go = threading.Event()
+        self.readings = 0
+        persistent = libvirt.virDomain.isPersistent
+
+        def wait(domain: Any) -> Any:
+            if domain.name() in names:
+                self.readings += 1
+                self.go.wait(30)
+            return persistent(domain)
+
+        monkeypatch.setattr(libvirt.virDomain, "isPersistent", wait)
+
+
+async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_READING_ALONE", 0.05)
+    async with running(uri) as (hypervisor, tape):
+        listed = await tape.until_listed()
+        frozen = Frozen(monkeypatch, "off")
+        reading = asyncio.create_task(hypervisor.refresh_machine(OFF))
+        await hypervisor.refresh_machine(GAMING)
+        await hypervisor.refresh()
+        assert set((await tape.until_listed(2)).machines) == set(listed.machines)
+        machine = opened.connections[-1].lookupByUUIDString(OFF)
+        opened.fire(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, machine, "ua-1")
+        await hypervisor.attach_stored(GAMING, USB.replace("0x046d", "0x046e"))
+        assert not reading.done() and frozen.readings == 1
+        frozen.go.set()
+        await reading
+        await tape.until(lambda events: DeviceAdded(OFF, "ua-1") in events)
+    later = tape.events[tape.events.index(await tape.until_listed(2)) :]
+    assert [type(e) for e in later if getattr(getattr(e, "machine", e), "uuid", "") == OFF][:3] == [
+        MachineRead,
+        MachineRead,
+        DeviceAdded,
+    ]
+
+
+async def test_a_machine_that_libvirt_describes_only_later_is_listed_without_it(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_READING_ALONE", 0.05)
+    frozen = Frozen(monkeypatch, "off")
+    async with running(uri) as (_, tape):
+        listed = await tape.until_listed()
+        assert {machine.name for machine in listed.machines} == {"gaming", "trans"}
+        frozen.go.set()
+        await tape.until(lambda events: any(isinstance(event, MachineRead) for event in events))
+        assert tape.last(OFF).name == "off"
+
+
+async def test_a_machine_that_is_not_described_at_all_is_shown_as_it_was(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ours, "_PATIENCE", 0.1)
+    async with running(uri) as (hypervisor, tape):
+        listed = await tape.until_listed()
+        frozen = Frozen(monkeypatch, "off")
+        with pytest.raises(HypervisorRefused, match="has not answered"):
             await hypervisor.refresh_machine(OFF)
+        await hypervisor.refresh()
+        assert set((await tape.until_listed(2)).machines) == set(listed.machines)
+        frozen.go.set()
+        await tape.until(lambda events: isinstance(events[-1], MachineRead))
+    assert "could not be read and is shown as it was" in caplog.text
+
+
+async def test_a_list_that_never_comes_is_told_and_the_connection_is_made_afresh(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        hang = Hang(monkeypatch, libvirt.virConnect, "listAllDomains")
+        with pytest.raises(HypervisorUnavailable):
+            await hypervisor.refresh()
         lost = [event for event in tape.events if isinstance(event, HypervisorChanged)][1]
         assert (lost.connected, "has not answered" in lost.error) == (False, True)
-        monkeypatch.setattr(ours, "_READING_PATIENCE", 10)
         hang.calm = True
         await tape.until_listed(2)
         hang.let_go()
 
 
-async def test_a_name_that_is_never_looked_up_ends_too(uri: str, opened: Opened, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ours, "_READING_PATIENCE", 0.2)
+async def test_a_name_that_is_never_looked_up_ends_too(
+    uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
     go = threading.Event()
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         opened.connections[-1].lookupByName = lambda name: go.wait(10)
-        with pytest.raises(HypervisorUnavailable, match=r"has not answered"):
+        with pytest.raises(HypervisorRefused, match="has not answered"):
             await hypervisor.refresh_machine("nobody")
         go.set()
 
@@ -716,14 +803,14 @@ async def test_a_name_that_is_never_looked_up_ends_too(uri: str, opened: Opened,
 async def test_waiting_for_idle_can_hang_and_then_others_still_can_wait(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_IDLE_PATIENCE", 0.2)
+    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
     hang = Hang(monkeypatch, libvirt.virDomain, "memoryStats")
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         first = asyncio.create_task(hypervisor.wait_until_idle(GAMING))
         await hang.began()
         hang.calm = True
-        monkeypatch.setattr(ours, "_IDLE_PATIENCE", 10)
+        monkeypatch.setattr(ours, "_PATIENCE", 10)
         await hypervisor.wait_until_idle(OFF)
         assert not first.done()
         hang.let_go()
