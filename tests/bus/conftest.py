@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from hostpassd import names
-from hostpassd.bus.router import Router
+from hostpassd.bus.router import Batch, Router
 from hostpassd.bus.spec import Specification
 from tests.bus.busd import Client, PrivateBus, brokers
 from tests.bus.fakebus import FakeBus
+from tests.bus.told import DEVICE, MANAGER, NET, ONE, ROOT, TWO, device, manager, net
 
 NewClient = Callable[[int], Awaitable[Client]]
 
@@ -53,6 +54,14 @@ async def router(bus: PrivateBus, specification: Specification) -> AsyncIterator
     await made.own_name(names.BUS_NAME)
     yield made
     await made.close()
+
+
+@pytest.fixture
+def served(router: Router) -> Router:
+    """A router with the Manager and two devices."""
+    router.publish(Batch(added={ROOT: {MANAGER: manager()}}))
+    router.publish(Batch(added={ONE: {DEVICE: device()}, TWO: {DEVICE: device(Kind="net"), NET: net()}}))
+    return router
 
 
 @pytest.fixture
