@@ -183,7 +183,7 @@ async def test_unsendable_strings_in_replies_and_errors(served: Router, client: 
     served.handle(MANAGER, "GetMachine", fail)
     assert await refusal(client, ROOT, MANAGER, "GetMachine", "s", "x") == (
         ERROR + "NoSuchMachine",
-        "no \ufffd machine \ufffd",
+        "no machine",
     )
 
 

@@ -733,7 +733,7 @@ async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
         assert not reading.done() and frozen.readings == 1
         frozen.go.set()
         await reading
-        await tape.until(lambda events: DeviceAdded(OFF, "ua-1") in events)
+        await tape.until(lambda events: DeviceAdded(MachineKey(hypervisor.uri, OFF), "ua-1") in events)
     later = tape.events[tape.events.index(await tape.until_listed(2)) :]
     assert [type(e) for e in later if getattr(getattr(e, "machine", e), "uuid", "") == OFF][:3] == [
         MachineRead,
