@@ -306,7 +306,9 @@ def _check_fits(device: Device, options: Options) -> None:
             f"{device.name} is {device.kind}, which gets no PCI address: leave the option guest-address out."
         )
     if options.rom_bar is not None and not device.pci:
-        raise errors.InvalidOption(f"{device.name} is {device.kind}, which has no ROM to show: leave the option rom-bar out.")
+        raise errors.InvalidOption(
+            f"{device.name} is {device.kind}, which has no ROM to show: leave the option rom-bar out."
+        )
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
