@@ -216,7 +216,7 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
     hold = _hold_of(state, machine, device.name)
     if hold is None:
         _refuse_other_kinds(state, machine, device)
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing.")
+        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing")
     live, config = _halves_held(hold, options, device, machine)
     devices = _held_with(state, machine, device, live, config)
     steps: list[Step] = []
