@@ -163,10 +163,15 @@ def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
             if hold.live:
                 yield _hold_blocker(view, "held-live", device, hold, f"{name}, a virtual function of {device.label}")
     for hold in view.holds_on(device.name):
-        if hold.live:
-            yield _hold_blocker(view, "held-live", device, hold, device.label)
-        if hold.config:
-            yield _hold_blocker(view, "held-config", device, hold, device.label)
+        yield from hold_blockers(view, device, hold)
+
+
+def hold_blockers(view: View, device: Device, hold: Hold) -> Iterable[Blocker]:
+    """Of one HOLD on DEVICE itself."""
+    if hold.live:
+        yield _hold_blocker(view, "held-live", device, hold, device.label)
+    if hold.config:
+        yield _hold_blocker(view, "held-config", device, hold, device.label)
 
 
 def _hold_blocker(view: View, code: str, device: Device, hold: Hold, what: str) -> Blocker:

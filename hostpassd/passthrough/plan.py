@@ -161,12 +161,17 @@ def undo(step: Step) -> Step | None:
 
 
 def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocker, ...]:
-    """The device's blockers without the target machine's own holds of the kinds that an assign makes.
+    """The device's blockers without the target machine's own holds, of the kinds that an assign makes, on what moves.
 
-    A disk that the machine has by its node is in use, by the machine itself.
+    A disk that the machine has by its node is in use, by the machine itself, and so is what it has below the device.
     """
-    own = {hold.device for hold in state.holds_of(machine.uuid) if hold.kind in DETACHABLE_KINDS}
-    return tuple(b for b in eligibility.blockers(state, device) if b.machine != machine.uuid or b.device not in own)
+    own: set[Blocker] = set()
+    others: set[Blocker] = set()
+    for d in _moving(state, device):
+        for hold in state.holds_on(d.name):
+            if hold.machine == machine.uuid:
+                (own if hold.kind in DETACHABLE_KINDS else others).update(eligibility.hold_blockers(state, d, hold))
+    return tuple(b for b in eligibility.blockers(state, device) if b not in own or b in others)
 
 
 def plan_assign(state: State, machine: Machine, device: Device, options: Options) -> Plan:
@@ -182,7 +187,7 @@ def plan_assign(state: State, machine: Machine, device: Device, options: Options
             _plan(state, "assign", machine, device, [device], []), blockers=blockers_for(state, device, machine)
         )
     _check_fits(device, options)
-    devices = [device, *(state.devices[name] for name in eligibility.companions(state, device))]
+    devices = _moving(state, device)
     held = {d.name: _hold_of(state, machine, d.name) for d in devices}
     to_store = [d for d in devices if config and not (held[d.name] and _half(held[d.name], live=False))]
     to_attach = [d for d in devices if live and not (held[d.name] and _half(held[d.name], live=True))]
@@ -216,8 +221,8 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
     hold = _hold_of(state, machine, device.name)
     if hold is None:
         _refuse_other_kinds(state, machine, device)
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing")
-    live, config = _halves_held(hold, options, device, machine)
+        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing.")
+    live, config = _halves_held(options, machine, device.name, live=hold.live, config=hold.config)
     devices = _held_with(state, machine, device, live, config)
     steps: list[Step] = []
     for d in devices:
@@ -230,8 +235,6 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
         if claim:
             steps.append(Release(d.name, claim.alias, claim.id))
             released.append(d)
-    if not steps:
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name} in the half asked for")
     # Only when the last member is out can a host driver bind: the group is VFIO's as long as one is in.
     steps += [GiveBack(d.name) for d in released if d.pci]
     return _plan(state, "dismiss", machine, device, devices, steps)
@@ -241,22 +244,18 @@ def plan_dismiss_missing(machine: Machine, rows: Sequence[Missing], last: tuple[
     """The plan that takes ROWS, claims on one thing that is not on this host, out of MACHINE.
 
     LAST: the name and the instance that it had, ('', 0) if it never was here. Errors: HypervisorUnavailable,
-    NotAssigned.
+    InvalidOption, NotAssigned.
     """
     _check_reachable(machine)
     ids = {row.id for row in rows}
     place, instance = last
     name = place or rows[0].id
-    steps: list[Step] = []
-    for claim in machine.stored if options.config is not False else ():
-        if claim.id in ids:
-            steps.append(Unstore(name, claim))
-    for claim in machine.live if options.live is not False else ():
-        if claim.id in ids and claim.alias and not claim.missing:
-            steps.append(Release(name, claim.alias, claim.id))
-    if not steps:
-        raise errors.NotAssigned(f"{machine.name} does not have {name} in the half asked for")
-    return Plan("dismiss", machine.uuid, name, (name,), (instance,), tuple(steps), (name,))
+    unstore = [Unstore(name, claim) for claim in machine.stored if claim.id in ids]
+    live_claims = [claim for claim in machine.live if claim.id in ids and claim.alias and not claim.missing]
+    release = [Release(name, claim.alias, claim.id) for claim in live_claims]
+    live, config = _halves_held(options, machine, name, live=bool(release), config=bool(unstore))
+    steps = (*(unstore if config else ()), *(release if live else ()))
+    return Plan("dismiss", machine.uuid, name, (name,), (instance,), steps, (name,))
 
 
 def alias_of(device: Device) -> str:
@@ -278,6 +277,11 @@ def _plan(
     groups = tuple(sorted(locks))
     names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
     return Plan(operation, machine.uuid, device.name, names, instances, tuple(steps), groups)
+
+
+def _moving(state: State, device: Device) -> list[Device]:
+    """What an assign of DEVICE moves, DEVICE first."""
+    return [device, *(state.devices[name] for name in eligibility.companions(state, device))]
 
 
 def _is_device(device: Device) -> bool:
@@ -315,25 +319,28 @@ def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
     live = machine.active if options.live is None else options.live
     config = machine.persistent if options.config is None else options.config
     if live and not machine.active:
-        raise errors.InvalidOption(f"live: {machine.name} does not run; start it, or leave live out")
+        raise errors.InvalidOption(f"{machine.name} does not run: start it, or leave the option live out.")
     if config and not machine.persistent:
         raise errors.InvalidOption(
-            f"config: {machine.name} is transient, it has no stored configuration; leave config out"
+            f"{machine.name} is transient and has no stored configuration: leave the option config out."
         )
     if not live and not config:
-        raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
+        raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
     return live, config
 
 
-def _halves_held(hold: Hold, options: Options, device: Device, machine: Machine) -> tuple[bool, bool]:
-    live = hold.live if options.live is None else options.live
-    config = hold.config if options.config is None else options.config
-    if not live and not config:
-        raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
-    if (options.live and not hold.live) or (options.config and not hold.config):
-        half = "live" if options.live and not hold.live else "in its stored configuration"
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name} {half}: leave that option out")
-    return live, config
+def _halves_held(options: Options, machine: Machine, name: str, *, live: bool, config: bool) -> tuple[bool, bool]:
+    """The halves, of those asked for, in which MACHINE has NAME; LIVE, CONFIG: whether it has it in each.
+
+    Errors: InvalidOption where none is asked for, NotAssigned where it has it in none of them.
+    """
+    if options.live is False and options.config is False:
+        raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
+    found = live and options.live is not False, config and options.config is not False
+    if not any(found):
+        half = "in its stored configuration" if options.live is False else "live"
+        raise errors.NotAssigned(f"{machine.name} does not have {name} {half}: leave live and config out.")
+    return found
 
 
 def check_allowed(plan: Plan, override: frozenset[str]) -> None:

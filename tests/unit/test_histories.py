@@ -223,6 +223,7 @@ class Operations(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="hostpassd-histories-"))
         self.patches = pytest.MonkeyPatch()
         self.disk = Disk(self.patches)
+        self.patches.setattr("hostpassd.passthrough.intents.CHECK_PAUSE", 0.0)
         self.mistakes = _Mistakes()
         logging.getLogger("hostpassd").addHandler(self.mistakes)
         self.numbers = 10
