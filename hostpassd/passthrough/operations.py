@@ -89,13 +89,15 @@ class Permission:
 
     machine: MachineKey
     devices: frozenset[tuple[str, int, frozenset[tuple[str, str]]]]  # name, instance, what else it was authorised by
-    live: bool  # whether something comes into, or out of, the running machine
+    attaches: bool  # whether something comes into the running machine: who asked for that is not served without it
+    asks_guest: bool  # whether something is taken out of it, which the guest may have let go of by itself meanwhile
     overridden: frozenset[Blocker]
 
     def covers(self, other: Permission) -> bool:
         """Whether whoever has this may do what OTHER is for: the same, or less."""
         within = other.devices <= self.devices and other.overridden <= self.overridden
-        return within and other.machine == self.machine and other.live <= self.live
+        same = (other.machine, other.attaches) == (self.machine, self.attaches)
+        return within and same and other.asks_guest <= self.asks_guest
 
 
 class Operations:
@@ -372,7 +374,8 @@ class Operations:
         return Permission(
             plan.machine,
             frozenset(zip(plan.devices, plan.instances, counts, strict=True)),
-            any(isinstance(step, Attach | Release) for step in plan.steps),
+            any(isinstance(step, Attach) for step in plan.steps),
+            any(isinstance(step, Release) for step in plan.steps),
             frozenset(plan.overridden(options.override)),
         )
 

@@ -322,13 +322,13 @@ def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
     live = machine.active if options.live is None else options.live
     config = machine.persistent if options.config is None else options.config
     if live and not machine.active:
-        raise errors.InvalidOption(f"live: {machine.name} does not run; start it, or leave live out")
+        raise errors.InvalidOption(f"{machine.name} does not run: start it, or leave the option live out.")
     if config and not machine.persistent:
         raise errors.InvalidOption(
-            f"config: {machine.name} is transient, it has no stored configuration; leave config out"
+            f"{machine.name} is transient and has no stored configuration: leave the option config out."
         )
     if not live and not config:
-        raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
+        raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
     return live, config
 
 
@@ -338,7 +338,7 @@ def _halves_held(options: Options, machine: Machine, name: str, *, live: bool, c
     Errors: InvalidOption where none is asked for, NotAssigned where it has it in none of them.
     """
     if options.live is False and options.config is False:
-        raise errors.InvalidOption("Live and config are both false: there is nothing to do; ask for one.")
+        raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
     found = live and options.live is not False, config and options.config is not False
     if not any(found):
         half = "in its stored configuration" if options.live is False else "live"

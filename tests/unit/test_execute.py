@@ -608,11 +608,12 @@ async def test_a_replug_between_prompt_and_job_is_a_stale_plan(tmp_path: Path) -
 @pytest.mark.parametrize(
     "event",
     [
+        MachineRead(machine(running=False)),
         MachineRead(machine("renamed")),
         HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}),
         DeviceSeen(dataclasses.replace(LUN, label="another label")),
     ],
-    ids=["renamed", "mounted", "relabelled"],
+    ids=["stopped", "renamed", "mounted", "relabelled"],
 )
 async def test_whatever_changes_during_the_prompt_is_not_what_was_authorised(tmp_path: Path, event: Event) -> None:
     world = World(tmp_path)

@@ -128,9 +128,21 @@ async def test_whether_a_running_machine_is_changed_is_what_a_permission_rests_o
 
 
 @at_any_time
-async def test_a_machine_that_was_shut_off_meanwhile_gets_what_is_left_to_be_done(house: House, when: When) -> None:
-    assert await when(house, STICK, Options(timeout=5), lambda: put(house, machine(running=False))) == "done"
-    assert not house.libvirt.machines[UUID].live and len(house.libvirt.machines[UUID].stored) == 1
+async def test_who_asked_for_a_running_machine_is_not_served_without_it(house: House, when: When) -> None:
+    assert await when(house, STICK, Options(timeout=5), lambda: put(house, machine(running=False))) == "StalePlan"
+    assert not house.libvirt.machines[UUID].stored
+
+
+@at_any_time
+async def test_what_a_machine_let_go_of_as_it_was_shut_off_need_not_be_asked_for(house: House, when: When) -> None:
+    stored = (hostdev(STICK, stored=True),)
+    put(house, dataclasses.replace(machine(live=(hostdev(STICK),)), stored=stored))
+
+    def shut_off() -> None:
+        put(house, dataclasses.replace(machine(running=False), stored=stored))
+
+    assert await when(house, STICK, Options(timeout=5), shut_off, "dismiss") == "done"
+    assert house.libvirt.machines[UUID].stored == ()
 
 
 @at_any_time
@@ -348,7 +360,7 @@ async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     wish = Wish("assign", UUID, STICK.name, Options(live=True), CALLER)
     with pytest.raises(errors.InvalidOption) as refused:
         await house.daemon._operations.start(wish, _nobody)
-    assert str(refused.value).startswith("live: ab2Jc does not run")
+    assert str(refused.value).startswith("ab2Jc does not run")
     put(house, machine("a\u202eb\x9b2Jc\n", live=(hostdev(PAIR[0]),)))
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
