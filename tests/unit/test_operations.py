@@ -343,7 +343,7 @@ async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     wish = Wish("assign", UUID, STICK.name, Options(live=True), CALLER)
     with pytest.raises(errors.InvalidOption) as refused:
         await house.daemon._operations.start(wish, _nobody)
-    assert str(refused.value).startswith("live: ab2Jc does not run")
+    assert str(refused.value).startswith("ab2Jc does not run")
     put(house, machine("a\u202eb\x9b2Jc\n", live=(hostdev(PAIR[0]),)))
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
