@@ -218,7 +218,7 @@ class Router:
 
     async def close(self) -> None:
         """Sends what is queued (for up to a second) and leaves the bus. Handlers at work go on, unheard."""
-        with contextlib.suppress(BusCallError, TimeoutError):
+        with contextlib.suppress(BusCallError, errors.TimedOut):
             await self.peers.ask_driver("GetId", timeout=1)
         if self._connection:
             self._connection.disconnect()
