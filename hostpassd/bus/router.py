@@ -338,7 +338,8 @@ class Router:
 
     def _dispatch(self, message: Incoming) -> None:
         if message.fault:
-            raise message.fault
+            self._answer_error(message, message.fault)
+            return
         interface, method = self._method(message.path, message.interface, message.member)
         if message.signature != method.in_signature:
             raise errors.InvalidArgs(_mismatch(interface, method, message.signature))
