@@ -3,6 +3,12 @@
 Whoever can reach the bus chooses what comes in: header fields that are not known, bodies that are not what their
 signature says, 32 MiB at once, as fast as it goes. Messages are told apart by their length alone, which the bus has
 checked; of what is in them only the header is read, and the rest by whoever wants it (`read`).
+
+This is the only importer of dbus-next's private parts, which it does not promise to keep:
+- MessageBus: `_sock`, `_stream`, `_fd`, `_loop`, `_authenticate`, `_auth_readline` and `_finalize`, to be let in and to
+  leave as the library does, and read and write in between as it does not;
+- Marshaller and Unmarshaller, for values to bytes and back: the library itself only does whole messages;
+- SignatureTree's `_get` and `_cache`: the types of a signature, and what it keeps of them for ever.
 """
 
 from __future__ import annotations
@@ -135,7 +141,7 @@ def marshal(signature: str, body: list[Any]) -> bytes:
 def read(message: Incoming) -> list[Any]:
     """The values in the body of MESSAGE. Raises Unreadable, which says why."""
     if message.fault:
-        raise message.fault
+        raise type(message.fault)(*message.fault.args)  # one that was raised holds on to all that was there then
     try:
         with _forgetting():
             values = _Values(message.data, message.body)
@@ -339,6 +345,8 @@ class Connection(MessageBus):  # type: ignore[misc]
 
     def release(self) -> None:
         """Gives the descriptor of a lost connection back; dbus-next leaves that to the garbage collector."""
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
         self._stream.close()
         self._sock.close()
 

@@ -18,6 +18,9 @@ from hostpassd.bus.wire import Wire
 BUS_DRIVER = "org.freedesktop.DBus"
 BUS_DRIVER_PATH = "/org/freedesktop/DBus"
 
+# Seconds for an answer of the bus itself.
+DRIVER_TIMEOUT = 25.0
+
 # Unique names are never given twice, so the user of one needs asking for only once.
 SENDERS_KEPT = 1024
 
@@ -119,15 +122,23 @@ class Peers:
             self._send_call(destination, path, interface, member, signature, body, MessageFlag.NO_REPLY_EXPECTED)
 
     async def ask_driver(
-        self, member: str, signature: str = "", body: Sequence[Any] = (), timeout: float = 25
+        self, member: str, signature: str = "", body: Sequence[Any] = (), timeout: float | None = None
     ) -> list[Any]:
-        """Calls a method of the bus itself."""
-        return await self.call(BUS_DRIVER, BUS_DRIVER_PATH, BUS_DRIVER, member, signature, body, timeout=timeout)
+        """Calls a method of the bus itself. Raises BusCallError as `call` does, and TimedOut.
+
+        Under a flood of strangers its answer waits, too, behind all that came before.
+        """
+        try:
+            return await self.call(
+                BUS_DRIVER, BUS_DRIVER_PATH, BUS_DRIVER, member, signature, body, timeout=timeout or DRIVER_TIMEOUT
+            )
+        except TimeoutError:
+            raise errors.TimedOut("The message bus does not answer hostpassd: try again.") from None
 
     async def uid_of(self, sender: str) -> int:
         """The user id of the caller SENDER, which may be gone if it was asked for before.
 
-        Raises Cancelled if it is gone, BusCallError if the bus does not know.
+        Raises Cancelled if it is gone, BusCallError if the bus does not know, TimedOut if it does not answer.
         """
         if sender in self._uids:
             return self._uids[sender]
@@ -206,7 +217,7 @@ class Peers:
 
     @contextlib.asynccontextmanager
     async def subscribe(self, match: Match, handler: SignalHandler) -> AsyncIterator[None]:
-        """Inside, HANDLER hears the signals of MATCH. Raises BusCallError if the bus does not want to send them."""
+        """Inside, HANDLER hears the signals of MATCH. Raises as `ask_driver`."""
         if not match.sender.startswith(":") and match.sender != BUS_DRIVER:
             self._owner_of(match.sender)
         self._listen(match, handler)

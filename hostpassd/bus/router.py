@@ -222,7 +222,7 @@ class Router:
 
     async def close(self) -> None:
         """Sends what is queued (for up to a second) and leaves the bus. Handlers at work go on, unheard."""
-        with contextlib.suppress(BusCallError, TimeoutError):
+        with contextlib.suppress(BusCallError, errors.TimedOut):
             await self.peers.ask_driver("GetId", timeout=1)
         if self._connection:
             self._connection.disconnect()
@@ -342,7 +342,8 @@ class Router:
 
     def _dispatch(self, message: Incoming) -> None:
         if message.fault:
-            raise message.fault
+            self._answer_error(message, message.fault)
+            return
         interface, method = self._method(message.path, message.interface, message.member)
         if message.signature != method.in_signature:
             raise errors.InvalidArgs(_mismatch(interface, method, message.signature))

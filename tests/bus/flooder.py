@@ -114,6 +114,7 @@ def reads() -> Iterator[bytes]:
             message(OBJECT_MANAGER, "GetManagedObjects"),
             message(INTROSPECTABLE, "Introspect", path=ROOT + "/devices"),
             message(MANAGER, "FindDevices", "s", strings("x" * 500)),
+            message(MANAGER, "PlanAssign", "ssa{sv}", strings("demo", "1-1.2") + bytes(10)),
         ]
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import struct
 from typing import Any
 
@@ -12,6 +13,7 @@ import hypothesis
 import pytest
 from dbus_next import MessageType, Variant
 from dbus_next._private.marshaller import Marshaller
+from dbus_next.aio import MessageBus
 from dbus_next.signature import SignatureTree
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ from hostpassd.bus.connection import Inbox, Incoming, OutOfStep, TooMuch, Unread
 from hostpassd.bus.router import Batch, Router
 from hostpassd.bus.spec import OBJECT_MANAGER
 from tests.bus import fakebus
-from tests.bus.busd import PATIENCE
+from tests.bus.busd import PATIENCE, PROJECT
 from tests.bus.fakebus import CALL, INTERFACE, MEMBER, PATH, REPLY_SERIAL, SIGNAL, STRANGER, FakeBus, cut, framed
 
 NAMED = {PATH: "/a/b", INTERFACE: "org.example.A", MEMBER: "Do"}
@@ -351,9 +353,8 @@ async def test_what_a_full_socket_does_not_take_is_sent_later_and_in_order(serve
 
 def test_the_parts_of_the_library_that_it_does_not_promise_are_there() -> None:
     """All that connection.py leans on, so that another version fails here and with its name."""
-    bus = connection.Connection
     for name in ("_authenticate", "_auth_readline", "_message_reader", "_finalize", "wait_for_disconnect"):
-        assert callable(getattr(bus, name)), name
+        assert callable(getattr(MessageBus, name)), name
     values = connection._Values(bytes(16), 16)
     assert values.offset == 16 and callable(values.readers["v"])
     assert isinstance(SignatureTree._cache, dict) and SignatureTree._get("as").types[0].children[0].token == "s"
@@ -365,3 +366,9 @@ async def test_the_parts_of_a_connection_that_it_does_not_promise_are_there(serv
     line = served._connection
     assert line is not None
     assert line._fd == line._sock.fileno() and not line._stream.closed
+
+
+def test_no_other_module_uses_them() -> None:
+    private = re.compile(r"dbus_next\._private|SignatureTree|Unmarshaller|MessageBus")
+    using = [path.name for path in (PROJECT / "hostpassd").rglob("*.py") if private.search(path.read_text("utf-8"))]
+    assert using == ["connection.py"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hostpassd import errors, names
 from hostpassd.bus import connection, peers
 from hostpassd.bus.connection import Incoming, read
 from hostpassd.bus.peers import BusCallError, Match
-from hostpassd.bus.router import Router
+from hostpassd.bus.router import Batch, Call, Router
 from hostpassd.bus.spec import PEER
 from tests.bus import fakebus
 from tests.bus.busd import AGENT, DRIVER, PATIENCE, Client
@@ -127,6 +129,23 @@ async def test_an_answer_that_cannot_be_read_is_an_error_at_once(
         await answer
     assert caught.value.name == peers.INCONSISTENT
     assert not alone.peers._asked
+
+
+async def test_a_bus_that_does_not_answer_is_told_and_is_no_fault(
+    line: FakeBus, alone: Router, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def rescan(_: Call) -> Sequence[Any]:
+        raise AssertionError("who calls is not known")
+
+    monkeypatch.setattr(peers, "DRIVER_TIMEOUT", 0.01)
+    manager = {"Version": "", "State": "", "Hypervisors": [], "Generation": 0}
+    alone.publish(Batch(added={names.ROOT: {names.MANAGER: manager}}))
+    alone.handle(names.MANAGER, "Rescan", rescan)
+    await line.send(fakebus.message(fakebus.CALL, {PATH: names.ROOT, INTERFACE: names.MANAGER, MEMBER: "Rescan"}))
+    question, answer = [await line.take() for _ in range(2)]
+    assert question.member == "GetConnectionUnixUser"
+    assert answer.error_name == names.ERROR_PREFIX + "TimedOut"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 # --- signals ---
