@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from hostpassd.events import (
     DeviceRemoved,
     DeviceSeen,
     DevicesScanned,
+    Event,
     HostUse,
     HostUsesRead,
     HypervisorChanged,
@@ -20,12 +24,30 @@ from hostpassd.events import (
     MachinesListed,
     Releasing,
 )
-from hostpassd.host.device import Device, Scsi
+from hostpassd.host.device import Device, Scsi, same_thing
 from hostpassd.machines.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
-from hostpassd.passthrough.eligibility import blockers, companions
+from hostpassd.passthrough.eligibility import blockers, companions, is_leaf, use_blockers
 from hostpassd.passthrough.plan import blockers_for
 from hostpassd.state import Changes, State
-from tests.unit.world import KEY, OTHER, URI, UUID, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
+from hostpassd.state.holdings import Holdings
+from hostpassd.state.multimap import Multimap
+from hostpassd.state.tree import Tree
+from tests.unit.world import (
+    KEY,
+    OTHER,
+    URI,
+    UUID,
+    block,
+    bridge,
+    hostdev,
+    keyboard,
+    machine,
+    net,
+    pci,
+    scsi,
+    state_of,
+    usb,
+)
 
 STICK = usb("1-1", number=3, serial="A")
 TWIN = usb("1-2", number=4, serial="B")
@@ -164,6 +186,27 @@ def test_a_volume_is_held_on_every_disk_behind_it() -> None:
     assert [hold.device for hold in batch.holds_added] == [second.name]
     state.apply(HostUsesRead({}))
     assert held(state) == {} and len(state.missing[UUID]) == 2
+
+
+def test_a_claim_stands_on_what_its_device_lies_below_now() -> None:
+    card = pci("0000:01:00.0", group=1)
+    lun = scsi(2, 0, 0, 0, card)
+    disk = block("sda", lun)
+    state = state_of(card, dataclasses.replace(disk, parent=card.name))
+    state.apply(HostUsesRead({}, {"/dev/sda1": (disk.name,)}))
+    state.apply(MachineRead(machine(live=(on_node("/dev/sda"),), stored=(on_node("/dev/sda1"),))))
+    assert held(state) == {card.name: (True, True)}
+    state.apply(DeviceSeen(lun))
+    [batch] = state.apply(DeviceSeen(disk))  # its parent is another one than was known first
+    assert held(state) == {lun.name: (True, True)}
+    assert [h.device for h in batch.holds_removed] == [card.name]
+    # A child that comes before its parent.
+    state.apply(DeviceGone(lun.sysfs_path))
+    state.apply(DeviceSeen(disk))
+    state.apply(HostUsesRead({}, {"/dev/sda1": (disk.name,)}))
+    assert held(state) == {disk.name: (True, True)}
+    state.apply(DeviceSeen(lun))
+    assert held(state) == {lun.name: (True, True)}
 
 
 def test_a_replug_is_another_instance_and_ends_a_batch() -> None:
@@ -330,46 +373,88 @@ _A = usb("1-1", _HUB, number=3)
 _B = usb("1-2", _HUB, number=4)
 _LUN = scsi(2, 0, 0, 0, _A)
 _DISK = block("sdb", _LUN)
+_KEYS = keyboard("input3", _B)
 _IF = net("eth0", _MATE)
 _PF = pci("0000:02:00.0", _PORT, group=8, driver="igb")
 _VF = pci("0000:02:10.0", _PORT, group=9, driver="igbvf", physical=_PF)
-_ALL = (_PORT, _CARD, _MATE, _HUB, _A, _B, _LUN, _DISK, _IF, _PF, _VF)
+_ALL = (_PORT, _CARD, _MATE, _HUB, _A, _B, _LUN, _DISK, _KEYS, _IF, _PF, _VF)
 
+_on_bridge = Claim("macvtap", InterfaceSource("br0"), "", "<interface/>", "macvtap:net:br0", "interface br0")
 _claims = st.lists(
     st.sampled_from(
-        [*(hostdev(d, d.name) for d in (_A, _CARD, _MATE, _PF, _VF)), by_ids("i"), by_ids("n", 1, 4)],
+        [
+            *(hostdev(d, d.name) for d in (_A, _CARD, _MATE, _PF, _VF)),
+            *(by_ids("i"), by_ids("n", 1, 4), on_node("/dev/sdb"), on_node("/dev/sdb1"), on_node("/dev/vg/data")),
+            _on_bridge,
+        ],
     ),
     max_size=3,
 )
-_names = st.sampled_from(("vm", "renamed"))
 _uris = st.sampled_from((URI, AWAY))
+_uuids = st.sampled_from((UUID, UUID, OTHER))
 _machines = st.builds(
     lambda name, uuid, uri, running, live, stored: machine(
         name, uuid, running=running, live=tuple(live) if running else (), stored=tuple(stored), uri=uri
     ),
-    _names,
-    st.sampled_from((UUID, UUID, OTHER)),
+    st.sampled_from(("vm", "renamed")),
+    _uuids,
     _uris,
     st.booleans(),
     _claims,
     _claims,
 )
+_things = st.sampled_from((*_ALL, _VF, _LUN))  # most happens to these
+_moved = {  # by name, what lies elsewhere: of no function and in another group, below nothing, on no seat
+    _VF.name: pci("0000:02:10.0", _PORT, group=8, driver="igbvf"),
+    _MATE.name: dataclasses.replace(_MATE, parent=None),
+    _KEYS.name: dataclasses.replace(_KEYS, facts=()),
+}
+_seen = st.one_of(
+    _things,
+    _things.map(lambda d: dataclasses.replace(d, driver="vfio-pci")),
+    _things.map(lambda d: dataclasses.replace(d, label="other")),
+    st.sampled_from((_A, _B)).map(lambda d: usb(d.usb.port if d.usb else "", _HUB, number=77)),
+    st.sampled_from(sorted(_moved)).map(_moved.__getitem__),
+)
+
+
+def _scan(seen: list[Device], gone: set[str], unread: set[str]) -> DevicesScanned:
+    """A scan of everything, but of what is at or below the paths GONE; what SEEN is as said."""
+    others = {device.name: device for device in seen}
+    here = [d for d in _ALL if not any(f"{d.sysfs_path}/".startswith(f"{path}/") for path in gone)]
+    return DevicesScanned(
+        tuple(others.get(d.name, d) for d in here if d.sysfs_path not in unread),
+        tuple(d.sysfs_path for d in here if d.sysfs_path in unread),
+    )
+
+
+_paths = st.sets(_things.map(lambda d: d.sysfs_path), max_size=2)
+_scans = st.builds(_scan, st.lists(_seen, max_size=4), _paths, _paths)
+_used = st.sets(st.sampled_from((_DISK.name, _IF.name, _CARD.name)))
+_behind = st.sets(st.sampled_from((_DISK.name, _IF.name))).map(lambda names: tuple(sorted(names)))
+_nodes = st.dictionaries(st.sampled_from(("/dev/sdb1", "/dev/vg/data", "br0")), _behind)
 _events = st.one_of(
-    st.sampled_from(_ALL).map(DeviceSeen),
-    st.sampled_from(_ALL).map(lambda d: DeviceSeen(dataclasses.replace(d, driver="vfio-pci"))),
-    st.sampled_from(_ALL).map(lambda d: DeviceGone(d.sysfs_path)),
-    st.sampled_from((_A, _B)).map(lambda d: DeviceSeen(usb(d.usb.port if d.usb else "", _HUB, number=77))),
+    _seen.map(DeviceSeen),
+    _things.map(lambda d: DeviceGone(d.sysfs_path)),
+    _scans,
     _machines.map(MachineRead),
     _machines.map(MachineRead),
-    st.tuples(_uris, st.sampled_from((UUID, OTHER))).map(lambda key: MachineGone(MachineKey(*key))),
+    st.tuples(_uris, _uuids).map(lambda key: MachineGone(MachineKey(*key))),
     st.tuples(_uris, st.lists(_machines, max_size=2, unique_by=lambda m: m.uuid)).map(
         lambda listed: MachinesListed(listed[0], tuple(dataclasses.replace(m, uri=listed[0]) for m in listed[1]))
     ),
     st.tuples(_uris, st.booleans()).map(lambda which: HypervisorChanged(*which)),
-    st.sets(st.sampled_from((_DISK.name, _IF.name, _CARD.name))).map(
-        lambda names: HostUsesRead({n: (HostUse("mount", f"/mnt/{n}"),) for n in names})
+    st.tuples(_uris, _uuids, st.sampled_from((_A.name, "i")), st.booleans()).map(
+        lambda ask: Releasing(MachineKey(ask[0], ask[1]), ask[2], ask[3])
+    ),
+    st.tuples(_used, _nodes).map(
+        lambda read: HostUsesRead({n: (HostUse("mount", f"/mnt/{n}"),) for n in read[0]}, read[1])
     ),
 )
+
+
+def _depth(device: Device) -> int:
+    return device.sysfs_path.count("/")
 
 
 def _told(state: State) -> dict[str, object]:
@@ -393,32 +478,87 @@ def _told(state: State) -> dict[str, object]:
     return rows
 
 
-def _depth(device: Device) -> int:
-    return device.sysfs_path.count("/")
+class Readings:
+    """What the host was last said to do with its devices, as far as it is still known."""
 
+    def __init__(self) -> None:
+        self.uses: dict[str, tuple[HostUse, ...]] = {}
+        self.nodes: dict[str, tuple[str, ...]] = {}
 
-@settings(max_examples=400, deadline=None)
-@given(st.booleans(), st.lists(_events, max_size=25))
-def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[DeviceSeen]) -> None:
-    state = state_of(*_ALL) if whole else State()  # most has most to do where there is everything
-    uses: dict[str, tuple[HostUse, ...]] = {}
-    for event in events:
-        before = _told(state)
-        batches = state.apply(event)
+    def follow(self, event: Event, before: Mapping[str, Device], after: Mapping[str, Device]) -> None:
+        """EVENT has changed the devices from BEFORE to AFTER."""
         if isinstance(event, HostUsesRead):
-            uses = event.uses
-        # What is below a thing that turns out to be another keeps its uses.
-        replaced = event.device.name if isinstance(event, DeviceSeen) else ""
-        gone = {name for b in batches for _, name in b.removed if name == replaced or name not in state.devices}
-        uses = {n: rows for n, rows in uses.items() if n not in gone}
+            self.uses = event.uses
+            self.nodes = {node: tuple(n for n in names if n in after) for node, names in event.nodes.items()}
+        seen = event.devices if isinstance(event, DevicesScanned) else ()
+        seen = (event.device,) if isinstance(event, DeviceSeen) else seen
+        # What is below a thing that turns out to be another keeps its uses; what led to it is looked for anew.
+        others = {d.name for d in seen if d.name in before and not same_thing(before[d.name], d)}
+        self.uses = {name: rows for name, rows in self.uses.items() if name in after and name not in others}
+        lost = {name for name, d in before.items() if name not in after or after[name].instance != d.instance}
+        left = {node: tuple(name for name in names if name not in lost) for node, names in self.nodes.items()}
+        self.nodes = {node: names for node, names in left.items() if names or not self.nodes[node]}
+
+
+def _check_tree(tree: Tree) -> None:
+    devices = tree.devices.values()
+    pci_devices = [(d.name, d.pci) for d in devices if d.pci]
+    assert tree._by_path == {d.sysfs_path: d.name for d in devices}
+    assert _pairs(tree._children) == {(d.parent, d.name) for d in devices if d.parent}
+    assert _pairs(tree.groups) == {(pci.iommu_group, name) for name, pci in pci_devices if pci.iommu_group >= 0}
+    assert _pairs(tree.functions) == {(p.physical_function, name) for name, p in pci_devices if p.physical_function}
+    keyboards = {(d.keyboard_of, d.name) for d in devices if d.keyboard_of}
+    assert _pairs(tree._keyboards) == keyboards
+    lines = [{name, *(above.name for above in tree.ancestors(name))} for _, name in keyboards]  # there is one seat
+    assert tree.only_keyboards == dict.fromkeys(set.intersection(*lines) if lines else (), "seat0")
+
+
+def _pairs(multimap: Multimap[Any, Any]) -> set[tuple[Any, Any]]:
+    return {(key, value) for key, values in multimap.groups() for value in values}
+
+
+def _check_spread(state: State) -> None:
+    spread, tree = state._spread, state._tree
+    assert set(spread.uses) <= set(tree.devices)
+    for device in tree.devices.values():
+        assert spread._own.get(device.name, ()) == use_blockers(state, device)
+        below = [tree.devices[name] for name in tree.descendants(device.name)]
+        assert dict(spread.below(device.name)) == Counter(b for d in below for b in use_blockers(state, d))
+        leaves = [d for d in below if is_leaf(d, any(a.kind == "usb" for a in tree.ancestors(d.name)))]
+        assert spread._leaves[device.name] == len(leaves)
+
+
+def _check_holdings(holdings: Holdings) -> None:
+    told = {(device, uuid, kind) for uuid, rows in holdings._told.items() for device, kind in rows}
+    assert {(device, *row) for device, row in _pairs(holdings._on)} == told
+    leading = {(name, node) for node, names in holdings._nodes.items() for name in names}
+    assert _pairs(holdings._leading) == leading
+    assert set(holdings.machines) == {key.uuid for key in holdings.copies}
+    assert set(holdings._in) == set(holdings._missing_in) == set(holdings.copies)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.booleans(), st.lists(_events, max_size=25))
+def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[Event]) -> None:
+    state = state_of(*_ALL) if whole else State()  # most has most to do where there is everything
+    readings = Readings()
+    for event in events:
+        devices, before = dict(state.devices), _told(state)
+        batches = state.apply(event)
+        readings.follow(event, devices, state.devices)
         named = {key for b in batches for where in (b.added, b.changed, b.removed) for _, key in where}
         after = _told(state)
         assert {key for key in {**before, **after} if before.get(key) != after.get(key)} <= named
+        _check_tree(state._tree)
+        _check_spread(state)
+        _check_holdings(state._holdings)
     fresh = State()
     fresh.apply(DevicesScanned(tuple(sorted(state.devices.values(), key=_depth))))
+    fresh.apply(HostUsesRead(readings.uses, readings.nodes))
     for m in sorted(state.copies.values(), key=lambda m: m.key):
         fresh.apply(MachineRead(m))
-    fresh.apply(HostUsesRead({name: rows for name, rows in uses.items() if name in state.devices}))
+        for alias in state._holdings._releasing[m.key]:
+            fresh.apply(Releasing(m.key, alias))
     assert _told(state) == _told(fresh)
     for key in state.copies:
         assert set(state.holds_in(key)) == set(fresh.holds_in(key))

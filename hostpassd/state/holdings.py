@@ -1,0 +1,346 @@
+"""The machines, what they claim, and which devices that means."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from hostpassd.host.device import Device, Net
+from hostpassd.machines.machine import (
+    Claim,
+    Hold,
+    InterfaceSource,
+    Machine,
+    MachineKey,
+    MdevSource,
+    Missing,
+    NodeSource,
+    PciSource,
+    ScsiSource,
+    UsbSource,
+)
+from hostpassd.passthrough import eligibility
+from hostpassd.state.changes import Batches, Entity
+from hostpassd.state.multimap import Multimap
+from hostpassd.state.tree import Tree
+
+# By what a claim can name a device: ("pci", address), ("usb", bus, number), ("usb-id", vendor, product) ...
+Key = tuple[Any, ...]
+
+# What a reading of the host's uses can lead on to the devices behind: a device node, an interface.
+_BEHIND = ("node", "net")
+
+# The states of a machine that runs, and is not only there (paused, as one that a migration brings).
+_RUNS = ("running", "idle")
+
+# The holds of a machine, by device and kind.
+_Rows = dict[tuple[str, str], Hold]
+
+
+class Holdings:
+    """What machines hold. HELD_OTHERWISE is called with each device of which other holds are told than before.
+
+    `copies` has every machine of every hypervisor, and `_in` and `_missing_in` say of each what its claims come to:
+    always as they would be found afresh, from the keys that the devices have in `_keys` and the `_nodes` (of
+    partitions, volumes, virtual interfaces, each with the devices here behind it, if any). That is kept up by resolving
+    a machine whenever it is read anew, or one of the keys that it names (`_interest`) has other devices, or devices
+    that lie elsewhere. A node n is in `_leading[d]` exactly when d is in `_nodes[n]`.
+
+    What is told is one for each UUID: `machines` has the copy that runs, `_told` the holds of all copies, and `missing`
+    what the copy in `machines` claims and is not here. A device d has the row (u, k) in `_on` exactly when `_told[u]`
+    has the row (d, k).
+    """
+
+    def __init__(self, tree: Tree, batches: Batches, held_otherwise: Callable[[str], None]) -> None:
+        self.copies: dict[MachineKey, Machine] = {}
+        self.machines: dict[str, Machine] = {}
+        self.missing: dict[str, tuple[Missing, ...]] = {}
+        self._tree = tree
+        self._batches = batches
+        self._held_otherwise = held_otherwise
+        self._copies_of: Multimap[str, MachineKey] = Multimap()
+        self._keys: Multimap[Key, str] = Multimap()
+        self._nodes: dict[str, tuple[str, ...]] = {}
+        self._leading: Multimap[str, str] = Multimap()
+        self._interest: Multimap[Key, MachineKey] = Multimap()
+        self._in: dict[MachineKey, _Rows] = {}
+        self._missing_in: dict[MachineKey, tuple[Missing, ...]] = {}
+        self._told: dict[str, _Rows] = {}
+        self._on: Multimap[str, tuple[str, str]] = Multimap()
+        self._releasing: dict[MachineKey, set[str]] = {}  # the aliases that a guest was asked for
+        self._places: dict[MachineKey, dict[str, tuple[str, int]]] = {}  # where each claim of a machine stood last
+
+    # --- reading ---
+
+    def on(self, device: str) -> list[Hold]:
+        """What is told of DEVICE."""
+        return [self._told[uuid][(device, kind)] for uuid, kind in self._on[device]]
+
+    def of(self, uuid: str) -> Iterable[Hold]:
+        """What is told of the machine with UUID."""
+        return self._told.get(uuid, {}).values()
+
+    def within(self, machine: MachineKey) -> Iterable[Hold]:
+        """The holds of this very machine."""
+        return self._in.get(machine, {}).values()
+
+    def twins(self, machine: MachineKey) -> list[MachineKey]:
+        """The copies of MACHINE on other hypervisors."""
+        return [key for key in self._copies_of[machine.uuid] if key != machine]
+
+    def keyed(self, key: Key) -> list[str]:
+        """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
+        return [*self._keys[key], *(self._nodes.get(key[1], ()) if key[0] in _BEHIND else ())]
+
+    def find_claim(self, machine: MachineKey, claim: Claim, *, live: bool) -> str | None:
+        """The device that a machine's CLAIM means now."""
+        if live and claim.missing:
+            return None
+        own = frozenset(hold.device for hold in self.within(machine) if hold.live)
+        return next(iter(self._find(claim, None if live else own)), None)
+
+    def last_place(self, machine: MachineKey, claim_id: str) -> tuple[str, int]:
+        """The name and the instance of the device on which a claim stood last; ('', 0): it never stood on any."""
+        return self._places.get(machine, {}).get(claim_id, ("", 0))
+
+    # --- what devices are called ---
+
+    def rename(self, device: Device) -> None:
+        """Updates by what claims can name DEVICE."""
+        self._resolve_interested(self._keys.put(device.name, _device_keys(device)))
+
+    def drop(self, name: str) -> None:
+        """NAME is a device no more. What came of its partitions is not known before the next reading."""
+        keys = self._keys.put(name, ())
+        nodes = list(self._leading[name])
+        for node in nodes:
+            self._nodes[node] = tuple(other for other in self._nodes[node] if other != name)
+            self._leading.put(node, self._nodes[node])
+            if not self._nodes[node]:
+                del self._nodes[node]
+        self._resolve_interested([*keys, *((kind, node) for node in nodes for kind in _BEHIND)])
+
+    def moved(self, names: Iterable[str]) -> None:
+        """The devices NAMES lie below others than before: what stands for them in an operation may be another."""
+        for name in names:
+            led = [(kind, node) for node in self._leading[name] for kind in _BEHIND]
+            self._resolve_interested([*self._keys.keys_of(name), *led])
+
+    def read_nodes(self, nodes: Mapping[str, tuple[str, ...]]) -> None:
+        """NODES, with the devices behind each, are all that there are now."""
+        devices = self._tree.devices
+        new = {node: tuple(name for name in names if name in devices) for node, names in nodes.items()}
+        changed = [node for node in {**self._nodes, **new} if self._nodes.get(node) != new.get(node)]
+        self._nodes = new
+        for node in changed:
+            self._leading.put(node, new.get(node, ()))
+        self._resolve_interested((kind, node) for node in changed for kind in _BEHIND)
+
+    # --- machines ---
+
+    def read(self, machine: Machine) -> None:
+        """MACHINE is as its hypervisor describes it now."""
+        if self.copies.get(machine.key) == machine:
+            return
+        self.copies[machine.key] = machine
+        self._copies_of.put(machine.key, [machine.uuid])
+        self._interest.put(
+            machine.key, (key for claim in (*machine.live, *machine.stored) for key in claim_keys(claim))
+        )
+        self.resolve(machine.key)
+
+    def lose(self, key: MachineKey) -> None:
+        """The machine KEY is no more."""
+        if not self.copies.pop(key, None):
+            return
+        self._copies_of.put(key, ())
+        self._interest.put(key, ())
+        for index in (self._in, self._missing_in, self._places, self._releasing):
+            index.pop(key, None)
+        self._show(key.uuid)
+
+    def releasing(self, key: MachineKey, alias: str, *, asked: bool) -> None:
+        """The guest of KEY was asked to let the device with ALIAS go; or (not ASKED) has, or needs not any more."""
+        aliases = self._releasing.setdefault(key, set())
+        (aliases.add if asked else aliases.discard)(alias)
+        self.resolve(key)
+
+    def resolve(self, key: MachineKey) -> None:
+        """Stands each claim of the machine KEY on the device that it means now; what means none is missing."""
+        machine = self.copies.get(key)
+        if not machine:
+            return
+        self._releasing[key] = {c.alias for c in machine.live} & self._releasing.get(key, set())
+        made = {claim.id for claim in (*machine.live, *machine.stored)}
+        places = {claim: place for claim, place in self._places.get(key, {}).items() if claim in made}
+        self._places[key] = places
+        rows: _Rows = {}
+        missing: dict[str, Missing] = {}
+        own: frozenset[str] = frozenset()
+        for live, claims in ((True, machine.live), (False, machine.stored)):
+            for claim in claims:
+                if live and claim.missing:
+                    continue
+                devices = self._find(claim, None if live else own)
+                for device in devices:
+                    places[claim.id] = (device, self._tree.devices[device].instance)
+                    _merge_hold(rows, self._hold(machine, claim, device, live))
+                if not devices and not self._is_here(claim):
+                    _merge_missing(missing, claim, live)
+            own = frozenset(device for device, _ in rows)
+        self._in[key], self._missing_in[key] = rows, tuple(missing.values())
+        self._show(key.uuid)
+
+    def _resolve_interested(self, keys: Iterable[Key]) -> None:
+        """Resolves the machines that name something by one of KEYS."""
+        for machine in dict.fromkeys(machine for key in keys for machine in self._interest[key]):
+            self.resolve(machine)
+
+    def _find(self, claim: Claim, own: frozenset[str] | None) -> list[str]:
+        """The devices that CLAIM means: one, but for a volume on several disks or a bridge of several interfaces.
+
+        OWN: what the machine holds live, which tells the twins of a stored claim apart. None: CLAIM is live itself,
+        one of the twins is in use, and none of them is free as long as nobody knows which.
+        """
+        # A serial port on the mainboard is below nothing that can be assigned: it is held itself.
+        targets = list(dict.fromkeys(self._tree.target(name) or name for name in self._candidates(claim)))
+        if len(targets) > 1 and isinstance(claim.source, UsbSource) and own is not None:
+            # libvirt refuses an ambiguous vendor and product; the live half says which of the twins it is.
+            targets = [name for name in targets if name in own]
+            return targets if len(targets) == 1 else []
+        return targets
+
+    def _is_here(self, claim: Claim) -> bool:
+        """Whether CLAIM means something of this host that is on no device: a loop, a bridge without members."""
+        return any(key[0] in _BEHIND and key[1] in self._nodes for key in claim_keys(claim))
+
+    def _candidates(self, claim: Claim) -> list[str]:
+        keys = claim_keys(claim)
+        if not keys:
+            return []
+        found = self.keyed(keys[0])
+        return [name for name in found if all(name in self._keys[key] for key in keys[1:])]
+
+    def _hold(self, machine: Machine, claim: Claim, device: str, live: bool) -> Hold:
+        releasing = live and claim.alias in self._releasing[machine.key]
+        return Hold(machine.uuid, device, claim.kind, live, not live, claim.alias, releasing, machine.stale)
+
+    # --- what is told ---
+
+    def _show(self, uuid: str) -> None:
+        """Tells of all copies of a machine together. One has the path: the one that runs."""
+        old, new = self.machines.get(uuid), self._foremost(uuid)
+        if new is None:
+            self._tell_holds(uuid, {})
+            for index in (self._told, self.machines, self.missing):
+                index.pop(uuid, None)
+            self._batches.current.remove(("machine", uuid))
+            return
+        self.machines[uuid] = new
+        self._tell_machine(old, new)
+        rows: _Rows = {}
+        for hold in (hold for key in (new.key, *self.twins(new.key)) for hold in self.within(key)):
+            _merge_hold(rows, hold)
+        self._tell_holds(uuid, rows)
+        missing = self._missing_in.get(new.key, ())
+        if self.missing.get(uuid, ()) != missing:
+            self.missing[uuid] = missing
+            self._batches.current.change(("machine", uuid))
+        if old and old.shown_name != new.shown_name:
+            for hold in list(self.of(uuid)):
+                self._held_otherwise(hold.device)
+
+    def _foremost(self, uuid: str) -> Machine | None:
+        """Of copies the one that runs, or does most; else always the same."""
+        found = (self.copies[key] for key in self._copies_of[uuid])
+        return min(found, key=lambda m: (not m.active, m.stale, m.state not in _RUNS, m.uri), default=None)
+
+    def _tell_machine(self, old: Machine | None, new: Machine) -> None:
+        entity: Entity = ("machine", new.uuid)
+        if old and old.uri == new.uri:
+            if old != new:
+                self._batches.current.change(entity)
+            return
+        if old:
+            self._batches.current.remove(entity)  # as an object it is another one: its hypervisor is
+        self._batches.add(entity)
+
+    def _tell_holds(self, uuid: str, new: _Rows) -> None:
+        old = self._told.get(uuid, {})
+        if new == old:
+            return
+        self._batches.current.change(("machine", uuid))
+        self._told[uuid] = new
+        changed = [row for row in {**old, **new} if old.get(row) != new.get(row)]
+        for kind in {kind for _, kind in changed}:
+            self._on.put((uuid, kind), (device for device, other in new if other == kind))
+        for row in changed:
+            self._tell_hold(old.get(row), new.get(row))
+        for device in dict.fromkeys(device for device, _ in changed):
+            self._held_otherwise(device)
+
+    def _tell_hold(self, before: Hold | None, after: Hold | None) -> None:
+        changes = self._batches.current
+        if before and after:
+            if (before.live, before.config) != (after.live, after.config):
+                changes.holds_changed.append((before, after))
+        elif after:
+            changes.add_hold(after)
+        elif before:
+            changes.remove_hold(before)
+
+
+def _device_keys(device: Device) -> Iterator[Key]:
+    """By what claims can name DEVICE."""
+    if device.pci:
+        yield ("pci", device.pci.address)
+    if device.usb and not eligibility.is_hub(device):
+        yield ("usb", device.usb.bus, device.usb.number)
+        yield ("usb-id", device.usb.vendor_id, device.usb.product_id)
+    if device.scsi:
+        yield ("scsi", device.scsi.host, device.scsi.channel, device.scsi.target, device.scsi.lun)
+    if device.kind == "mdev":
+        for facts in device.facts:
+            yield ("mdev", getattr(facts, "uuid", "").lower())
+    for facts in device.facts:
+        if isinstance(facts, Net):
+            yield ("net", facts.interface)
+    for node in device.device_nodes:
+        yield ("node", node)
+
+
+def claim_keys(claim: Claim) -> list[Key]:
+    """The keys that a device must have, all of them, to be what CLAIM means."""
+    match claim.source:
+        case PciSource(address):
+            return [("pci", address)]
+        case UsbSource(vendor, product, bus, number):
+            place: list[Key] = [("usb", bus, number)] if bus is not None and number is not None else []
+            named: list[Key] = [("usb-id", vendor, product)] if vendor is not None and product is not None else []
+            return place + named
+        case ScsiSource(host, channel, target, lun):
+            return [("scsi", host, channel, target, lun)]
+        case MdevSource(uuid):
+            return [("mdev", uuid.lower())]
+        case NodeSource(path):
+            return [("node", path)]
+        case InterfaceSource(interface):
+            return [("net", interface)]
+
+
+def _merge_hold(rows: _Rows, hold: Hold) -> None:
+    """Adds HOLD to ROWS: of one device and kind there is one row, with the halves of all."""
+    old = rows.get((hold.device, hold.kind))
+    if old:
+        halves = {name: getattr(old, name) or getattr(hold, name) for name in ("live", "config", "releasing", "stale")}
+        hold = dataclasses.replace(old, **halves)
+    rows[(hold.device, hold.kind)] = hold
+
+
+def _merge_missing(missing: dict[str, Missing], claim: Claim, live: bool) -> None:
+    old = missing.get(claim.id)
+    row = Missing(claim.id, claim.text, live, not live, claim.alias, claim.kind)
+    if old:
+        row = dataclasses.replace(old, live=old.live or live, config=old.config or not live)
+    missing[claim.id] = row

@@ -1,0 +1,343 @@
+"""The one state and its single writer: apply(event) -> changes. No I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+from hostpassd.events import (
+    DeviceAdded,
+    DeviceGone,
+    DeviceRemoved,
+    DeviceSeen,
+    DevicesScanned,
+    Event,
+    FilesHang,
+    HostUse,
+    HostUsesRead,
+    HypervisorChanged,
+    Job,
+    JobChanged,
+    JobForgotten,
+    MachineGone,
+    MachineRead,
+    MachinesListed,
+    Releasing,
+    RemovalFailed,
+)
+from hostpassd.host.device import Device, same_thing
+from hostpassd.machines.machine import Claim, Hold, Machine, MachineKey, Missing
+from hostpassd.model.codes import Blocker
+from hostpassd.passthrough import eligibility
+from hostpassd.state.changes import MANAGER, Batches, Changes
+from hostpassd.state.holdings import Holdings, Key
+from hostpassd.state.spread import Spread
+from hostpassd.state.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HypervisorState:
+    """A hypervisor connection."""
+
+    uri: str
+    connected: bool
+    error: str
+    listed: bool = False  # whether it has told its machines since it was connected
+
+
+class State:
+    """Everything that is known. Only `apply` writes it, and each write costs per change, not per size.
+
+    The face of three: `Tree`, how the devices lie; `Holdings`, which machine holds which; `Spread`, what they are used
+    for and what that comes to above them. When `apply` returns, what each of them says of itself holds.
+    """
+
+    def __init__(
+        self,
+        first_instance: int = 1,
+        excluded_classes: tuple[str, ...] = eligibility.EXCLUDED_CLASSES,
+        never: frozenset[str] = frozenset(),
+    ) -> None:
+        self.jobs: dict[int, Job] = {}
+        self.hypervisors: dict[str, HypervisorState] = {}
+        self.hanging: tuple[str, ...] = ()  # files of the kernel that do not answer
+        self.excluded_classes = excluded_classes
+        self.never = never
+        self._next_instance = first_instance
+        self._batches = Batches()
+        self._tree = Tree(self._batches)
+        self._spread = Spread(self._tree, lambda device: eligibility.use_blockers(self, device))
+        self._holdings = Holdings(self._tree, self._batches, self._held_otherwise)
+
+    # --- reading: devices ---
+
+    @property
+    def devices(self) -> Mapping[str, Device]:
+        """All devices, by name."""
+        return self._tree.devices
+
+    def device(self, name: str) -> Device | None:
+        """The device called NAME."""
+        return self._tree.devices.get(name)
+
+    def at(self, sysfs_path: str) -> Device | None:
+        """The device at SYSFS_PATH."""
+        return self._tree.at(sysfs_path)
+
+    def children(self, name: str) -> list[str]:
+        """The names of the devices directly below, sorted."""
+        return self._tree.children(name)
+
+    def ancestors(self, name: str) -> Iterator[Device]:
+        """The devices above, nearest first."""
+        return self._tree.ancestors(name)
+
+    def descendants(self, name: str) -> Iterator[str]:
+        """The names of all devices below, parents first."""
+        return self._tree.descendants(name)
+
+    def group(self, number: int) -> Iterable[str]:
+        """The members of an IOMMU group."""
+        return self._tree.groups[number]
+
+    def virtual_functions(self, device: str) -> Iterable[str]:
+        """The virtual functions of DEVICE."""
+        return self._tree.functions[device]
+
+    def target(self, device: str) -> str | None:
+        """The device that DEVICE stands for in an operation: the nearest of a kind that can be assigned."""
+        return self._tree.target(device)
+
+    # --- reading: what they are used for ---
+
+    def uses_of(self, device: str) -> tuple[HostUse, ...]:
+        """What the host uses DEVICE for, the console that it shows and the seat's only keyboard included."""
+        here = self.device(device)
+        uses = self._spread.uses.get(device, ())
+        if here and here.pci and here.pci.boot_display:
+            uses += (HostUse("boot-display", "shows the host's console"),)
+        if here and here.keyboard_of and self.only_keyboards_of(self.target(device) or device):
+            uses += (HostUse("keyboard", f"the only keyboard of {here.keyboard_of}"),)
+        return uses
+
+    def only_keyboards_of(self, device: str) -> str:
+        """The seat all of whose keyboards are at or below DEVICE, '' if there is none."""
+        return self._tree.only_keyboards.get(device, "")
+
+    def below(self, device: str) -> Mapping[Blocker, int]:
+        """The blockers that spread upward from what is below DEVICE."""
+        return self._spread.below(device)
+
+    def has_leaves(self, device: str) -> bool:
+        """Whether anything below DEVICE could be assigned by itself."""
+        return self._spread.has_leaves(device)
+
+    # --- reading: machines ---
+
+    @property
+    def copies(self) -> Mapping[MachineKey, Machine]:
+        """All machines of all hypervisors."""
+        return self._holdings.copies
+
+    @property
+    def machines(self) -> Mapping[str, Machine]:
+        """The machines that are told, by UUID: of copies on several hypervisors the one that runs."""
+        return self._holdings.machines
+
+    @property
+    def missing(self) -> Mapping[str, tuple[Missing, ...]]:
+        """By UUID what a machine claims and is not here."""
+        return self._holdings.missing
+
+    def twins(self, machine: MachineKey) -> list[MachineKey]:
+        """The copies of MACHINE on other hypervisors."""
+        return self._holdings.twins(machine)
+
+    def machine_name(self, uuid: str) -> str:
+        """What a machine is called in messages and logs."""
+        machine = self.machines.get(uuid)
+        return machine.shown_name if machine else uuid
+
+    def holds_on(self, device: str) -> Iterable[Hold]:
+        """What is told of DEVICE: of copies of a machine on several hypervisors all holds count, as one's."""
+        return self._holdings.on(device)
+
+    def holds_of(self, uuid: str) -> Iterable[Hold]:
+        """What is told of one machine, with the holds of its copies."""
+        return self._holdings.of(uuid)
+
+    def holds_in(self, machine: MachineKey) -> Iterable[Hold]:
+        """The holds of this very machine."""
+        return self._holdings.within(machine)
+
+    def keyed(self, key: Key) -> list[str]:
+        """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
+        return self._holdings.keyed(key)
+
+    def find_claim(self, machine: MachineKey, claim: Claim, *, live: bool) -> str | None:
+        """The device that a machine's CLAIM means now."""
+        return self._holdings.find_claim(machine, claim, live=live)
+
+    def last_place(self, machine: MachineKey, claim_id: str) -> tuple[str, int]:
+        """The name and the instance of the device on which a claim stood last; ('', 0): it never stood on any."""
+        return self._holdings.last_place(machine, claim_id)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a hypervisor cannot be reached, or something of the host cannot be read."""
+        return bool(self.hanging) or any(not h.connected for h in self.hypervisors.values())
+
+    # --- writing ---
+
+    def apply(self, event: Event) -> list[Changes]:
+        """Takes one event in; what it changed, in batches: what goes and comes back ends one and opens the next."""
+        match event:
+            case DeviceSeen(device):
+                self._see(device)
+            case DeviceGone(path):
+                self._lose(self.at(path))
+            case DevicesScanned(devices, unread):
+                self._scanned(devices, unread)
+            case FilesHang(files):
+                self.hanging = files
+                self._batches.current.change(MANAGER)
+            case HostUsesRead(uses, nodes):
+                self._spread.read_uses(uses)
+                self._holdings.read_nodes(nodes)
+            case MachineRead(machine):
+                self._holdings.read(machine)
+            case MachineGone(key):
+                self._holdings.lose(key)
+            case MachinesListed(uri, machines):
+                self._listed(uri, machines)
+            case HypervisorChanged(uri, connected, error):
+                self._hypervisor(HypervisorState(uri, connected, error))
+            case Releasing(key, alias, asked):
+                self._holdings.releasing(key, alias, asked=asked)
+            case DeviceRemoved(key, alias):
+                self._holdings.releasing(key, alias, asked=False)
+            case JobChanged(job):
+                self._job(job)
+            case JobForgotten(number):
+                if self.jobs.pop(number, None):
+                    self._batches.current.remove(("job", str(number)))
+            case DeviceAdded() | RemovalFailed():
+                pass
+        self._tree.find_only_keyboards()
+        return self._batches.take()
+
+    # --- devices ---
+
+    def _scanned(self, devices: tuple[Device, ...], unread: tuple[str, ...]) -> None:
+        seen = {device.name for device in (*devices, *filter(None, map(self.at, unread)))}
+        for device in [device for device in self.devices.values() if device.name not in seen]:
+            self._lose(device)
+        for device in devices:
+            self._see(device)
+
+    def _see(self, device: Device) -> None:
+        old = self.device(device.name)
+        if old and same_thing(old, device):
+            self._update(old, dataclasses.replace(device, instance=old.instance))
+            return
+        # What is below has uevents of its own: as long as none says that it is gone, it is there.
+        below = [self.devices[name] for name in self.descendants(device.name)] if old else []
+        uses = {name: self._spread.uses[name] for name in (d.name for d in below) if name in self._spread.uses}
+        self._lose(old)
+        self._spread.uses |= uses
+        for fresh in (device, *below):
+            self._insert(dataclasses.replace(fresh, instance=self._next_instance))
+            self._next_instance += 1
+
+    def _insert(self, device: Device) -> None:
+        self._batches.add(("device", device.name))
+        self._link(device)
+        self._settle(device)
+        self._holdings.moved(self.descendants(device.name))  # a child can come first
+
+    def _update(self, old: Device, new: Device) -> None:
+        if old == new:
+            return
+        if old.parent != new.parent or old.facts != new.facts:
+            self._tree.touch(old.name)  # and those of the group that it may leave
+            self._unlink(old)
+            self._link(new)
+        else:
+            self._tree.replace(new)
+        self._settle(new)
+        if old.parent != new.parent:
+            self._holdings.moved((new.name, *self.descendants(new.name)))
+
+    def _lose(self, device: Device | None) -> None:
+        """DEVICE, with all that is below it, is no more."""
+        if not device or device.name not in self.devices:
+            return
+        for child in self.children(device.name):
+            self._lose(self.device(child))
+        self._tree.touch(device.name)
+        self._unlink(device)
+        self._tree.drop(device.name)
+        self._spread.forget(device.name)
+        self._batches.current.remove(("device", device.name))
+        self._holdings.drop(device.name)
+
+    def _link(self, device: Device) -> None:
+        self._tree.link(device)
+        self._spread.link(device)
+        self._spread.again(_physical(device))
+
+    def _unlink(self, device: Device) -> None:
+        self._spread.unlink(device)
+        self._tree.unlink(device)
+        self._spread.again(_physical(device))
+
+    def _settle(self, device: Device) -> None:
+        """DEVICE lies where it does: finds what names it, and what it spreads."""
+        self._holdings.rename(device)
+        self._spread.again(device.name)
+        self._tree.touch(device.name)
+
+    def _held_otherwise(self, name: str) -> None:
+        """Other holds are told of NAME than before: it, and whose virtual function it is, may spread otherwise."""
+        self._tree.touch(name)
+        self._spread.again(name)
+        device = self.device(name)
+        if device:
+            self._spread.again(_physical(device))
+
+    # --- machines ---
+
+    def _hypervisor(self, new: HypervisorState) -> None:
+        old = self.hypervisors.get(new.uri)
+        if old and (old.connected, old.error) == (new.connected, new.error):
+            return
+        self.hypervisors[new.uri] = new
+        self._batches.current.change(MANAGER)
+        if not new.connected:
+            for machine in [m for m in self.copies.values() if m.uri == new.uri]:
+                self._holdings.read(dataclasses.replace(machine, stale=True))
+
+    def _listed(self, uri: str, machines: tuple[Machine, ...]) -> None:
+        seen = {machine.key for machine in machines}
+        for key in [key for key in self.copies if key.uri == uri and key not in seen]:
+            self._holdings.lose(key)
+        for machine in machines:
+            self._holdings.read(machine)
+        if uri in self.hypervisors:
+            self.hypervisors[uri] = dataclasses.replace(self.hypervisors[uri], listed=True)
+
+    # --- jobs ---
+
+    def _job(self, job: Job) -> None:
+        old = self.jobs.get(job.number)
+        if old == job:
+            return
+        self.jobs[job.number] = job
+        entity = ("job", str(job.number))
+        (self._batches.current.change if old else self._batches.current.add)(entity)
+        if job.ended and not (old and old.ended):
+            self._batches.current.jobs_ended.append(job)
+
+
+def _physical(device: Device) -> str | None:
+    return device.pci.physical_function if device.pci else None
