@@ -43,8 +43,9 @@ READ_LIMIT = 64 * 1024
 # What the specification allows of values within values.
 DEPTH_LIMIT = 64
 
-# Values and characters of signatures in one message: dbus-next makes an object of each, which takes some 10 us.
-VALUES_LIMIT = 4096
+# Values and characters of signatures in one message: dbus-next makes an object of each, which takes a microsecond or a
+# few.
+VALUES_LIMIT = 1024
 
 # Seconds of reading in one turn of the loop, and bytes after which the time is looked at: some hundred messages.
 SHARE = 0.005

@@ -40,9 +40,10 @@ CALLS_PER_SENDER = 32
 CALLS_PER_USER = 128
 CALLS = 512
 
-# In each turn of the loop, seconds and calls for those who call; everything else has its turn in between.
-SHARE = 0.005
-CALLS_PER_TURN = 32
+# In each turn of the loop, seconds and calls for those who call; everything else has its turn in between. Short, for
+# the socket holds some 200 KB, and a call can only be seen when what came before it has been read.
+SHARE = 0.001
+CALLS_PER_TURN = 8
 
 # Bytes, about, of calls that came and wait for their turn.
 WAITING_PER_SENDER = 1024 * 1024
