@@ -704,12 +704,14 @@ class Frozen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         self.go = threading.Event()
+        self.began = threading.Event()
         self.readings = 0
         persistent = libvirt.virDomain.isPersistent
 
         def wait(domain: Any) -> Any:
             if domain.name() in names:
                 self.readings += 1
+                self.began.set()
                 self.go.wait(30)
             return persistent(domain)
 
@@ -724,6 +726,7 @@ async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
         listed = await tape.until_listed()
         frozen = Frozen(monkeypatch, "off")
         reading = asyncio.create_task(hypervisor.refresh_machine(OFF))
+        assert await asyncio.to_thread(frozen.began.wait, 10)
         await hypervisor.refresh_machine(GAMING)
         await hypervisor.refresh()
         assert set((await tape.until_listed(2)).machines) == set(listed.machines)

@@ -167,6 +167,7 @@ class Stuck:
 
     def __init__(self, about: str, lock: str, effect: Callable[[], None]) -> None:
         self.about, self.lock, self.effect = about, lock, effect
+        self.given_up = False
         self.returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def end(self, error: errors.HostpassError | None) -> None:
@@ -365,7 +366,11 @@ class Libvirt:
         if self.stick(call):
             stuck = Stuck(about or lock, lock, effect)
             self.stuck.append(stuck)
-            await asyncio.wait({stuck.returned})
+            try:
+                await asyncio.wait({stuck.returned})
+            except asyncio.CancelledError:
+                stuck.given_up = True
+                raise
             return stuck.returned.result()
         self.before(call)
         self._check_connected()
