@@ -23,12 +23,12 @@ _VALUE_LIMIT = 4096
 # Records that wait for room in the journal's socket.
 _WAITING_LIMIT = 256
 
-# Anybody can be refused as often as they like. So in each period (seconds) a user has so many records of refusals, all
-# users have so many, and at its end so many users learn how many more there were.
-_PERIOD = 60.0
+# Anybody can be refused as often as they like. So only so many refusals in each period have a record of their own; the
+# rest are counted, and one record for each user tells their number when the period ends.
+_PERIOD = 60.0  # seconds
 _OF_A_USER = 5
 _OF_ALL = 60
-_USERS_COUNTED = 20
+_USERS_COUNTED = 20  # users with a number of their own; all others share one
 _OTHERS = -1  # all the others, together
 
 

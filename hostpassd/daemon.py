@@ -17,7 +17,7 @@ from hostpassd import errors, names
 from hostpassd.audit import AuditLog
 from hostpassd.bus.access import Access
 from hostpassd.bus.manager import ManagerMethods
-from hostpassd.bus.objects import Publisher
+from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from hostpassd.config import Config

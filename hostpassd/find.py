@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from hostpassd import errors, names
 from hostpassd.host.device import Device, Net, device_name
 from hostpassd.machines.machine import Machine, Missing
+from hostpassd.model.naming import NO_INTERFACE
 from hostpassd.state import State
 
 # Characters. Nothing that is here has a longer name.
@@ -40,16 +41,6 @@ _INTERFACE_LIMIT = 15
 _KINDS = (
     *("pci", "usb", "usb-interface", "scsi-host", "scsi-target", "scsi", "scsi-generic", "mdev-parent"),
     *("block", "drm", "input", "sound", "video", "tty", "nvme", "tpm"),
-)
-
-# What is never an interface's name here, though one may be called so: containers give back the interfaces that they
-# were lent under names of their own choice. Object names, USB ports and root hubs (from usb1 on; usb0 is an
-# interface), disks, and what else the kernel counts.
-_NO_INTERFACE = re.compile(
-    r"(pci|usb|scsi|mdev|net|block|drm|input|sound|video|tty|nvme|tpm)_\w*"
-    r"|[0-9]+-[0-9.]+|usb[1-9][0-9]*"
-    r"|(sd|hd|vd|xvd)[a-z]{1,2}|tty\w+"
-    r"|(sr|sg|fd|mmcblk|pmem|nvme|host|card|input|video|tpm)[0-9]\w*"
 )
 
 
@@ -93,7 +84,7 @@ def find_devices(state: State, text: str) -> list[str]:
 def _check_length(text: str) -> None:
     if len(text) > TEXT_LIMIT:
         raise errors.InvalidArgs(
-            f"a text of {len(text)} characters spells nothing here: give one of {TEXT_LIMIT} or less"
+            f"A text of {len(text)} characters spells nothing here: give one of {TEXT_LIMIT} or less."
         )
 
 
@@ -117,7 +108,7 @@ def _called(state: State, text: str) -> Iterable[str]:
         return state.keyed(("mdev", text.lower()))
     kinds = _KINDS if _KERNEL_NAME.fullmatch(text) else ()
     found = {name for kind in kinds if _is_called(state.device(name := device_name(kind, text)), text)}
-    if found or len(text) > _INTERFACE_LIMIT or _NO_INTERFACE.fullmatch(text):
+    if found or len(text) > _INTERFACE_LIMIT or NO_INTERFACE.fullmatch(text):
         return found
     name = device_name("net", text)
     return [name] if _is_called(state.device(name), text) else []
@@ -149,10 +140,10 @@ def one_device(state: State, text: str) -> Device:
     """
     found = find_devices(state, text)
     if not found:
-        raise errors.NoSuchDevice(f"no device here is called {text[:80]!r}: see FindDevices and GetManagedObjects")
+        raise errors.NoSuchDevice(f"No device here is called {text[:80]!r}: see FindDevices and GetManagedObjects.")
     targets = list(dict.fromkeys(state.target(name) or name for name in found))
     if len(targets) > 1:
-        raise errors.AmbiguousDevice(f"{text[:80]!r} is {', '.join(targets[:8])}: name one of them")
+        raise errors.AmbiguousDevice(f"{text[:80]!r} is {', '.join(targets[:8])}: name one of them.")
     return state.devices[targets[0]]
 
 
@@ -168,9 +159,9 @@ def one_machine(state: State, text: str) -> Machine:
     else:
         found = [machine for machine in state.machines.values() if machine.name == text]
     if not found:
-        raise errors.NoSuchMachine(f"no machine here is called {text[:80]!r}: give a name, a UUID or an object path")
+        raise errors.NoSuchMachine(f"No machine here is called {text[:80]!r}: give a name, a UUID or an object path.")
     if len(found) > 1:
-        raise errors.AmbiguousMachine(f"{len(found)} machines are called {text[:80]!r}: give the UUID")
+        raise errors.AmbiguousMachine(f"{len(found)} machines are called {text[:80]!r}: give the UUID.")
     return found[0]
 
 
@@ -194,5 +185,5 @@ def missing_at(state: State, machine: Machine, text: str, instance: int | None =
             there.setdefault(number, []).append(row)
     if len(there) > 1:
         ids = ", ".join(row.id for rows in there.values() for row in rows)
-        raise errors.AmbiguousDevice(f"more than one thing was last at {name}: give one of the ids {ids}")
+        raise errors.AmbiguousDevice(f"More than one thing was last at {name}: give one of the ids {ids}.")
     return tuple(row for rows in there.values() for row in rows)

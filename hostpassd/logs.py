@@ -33,10 +33,11 @@ class Lines(logging.Handler):
         self._writer.start()
 
     def format(self, record: logging.LogRecord) -> str:
-        """The text of RECORD: of what it quotes nothing can make a line of its own."""
+        """The text of RECORD: nothing that it quotes looks like a line of its own, and a traceback is indented."""
         text = clean(f"{record.name}: {record.getMessage()}", _MESSAGE_LIMIT)
         if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
+            traceback = logging.Formatter().formatException(record.exc_info).splitlines()
+            text += "".join(f"\n  {_without_controls(line)}" for line in traceback)
         return text + "\n"
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -66,6 +67,12 @@ class Lines(logging.Handler):
         lost, self._lost = self._lost, 0
         if lost:
             _write_all(f"hostpassd.logs: {lost} lines are lost: nobody read them in time\n")
+
+
+def _without_controls(line: str) -> str:
+    """LINE of a traceback, with its indentation."""
+    text = line.lstrip(" ")
+    return " " * (len(line) - len(text)) + clean(text, _MESSAGE_LIMIT)
 
 
 def _write_all(text: str) -> None:

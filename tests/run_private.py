@@ -11,9 +11,7 @@ import asyncio
 import contextlib
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,17 +21,23 @@ from typing import Any
 from dbus_next import Message, MessageType, Variant
 from dbus_next.aio import MessageBus
 
-from tests.bus.busd import PrivateBus
+from tests.bus.busd import BusDidNotStart, PrivateBus, hang_up
 from tests.bus.mockhost import MockHost
 
 NAME, ROOT = "org.hostpassd1", "/org/hostpassd1"
+POLKIT = "org.freedesktop.PolicyKit1"
 LIBVIRT_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
+EMBEDDED = "test:///default"
 PATIENCE = 60  # seconds for the daemon to own its name
 
 DEMO_MACHINE = """<node><domain type='test'><name>demo</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
 <memory>8192</memory><os><type>hvm</type></os>
 <test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate></domain></node>
 """
+
+
+class Failed(Exception):
+    """What did not work, in a sentence."""
 
 
 class Front:
@@ -48,7 +52,7 @@ class Front:
         message = Message(destination, path, interface, member, signature=signature, body=list(body))
         reply = await self._bus.call(message)
         if reply.message_type is MessageType.ERROR:
-            raise SystemExit(f"{member}: {reply.error_name}: {reply.body[0] if reply.body else ''}")
+            raise Failed(f"{member}: {reply.error_name}: {reply.body[0] if reply.body else ''}")
         return reply.body[0] if reply.body else None
 
     async def manager(self, member: str, signature: str = "", *body: Any) -> Any:
@@ -69,7 +73,7 @@ class Front:
         for task in tasks:
             task.cancel()
         if not owned.is_set():
-            raise SystemExit("The daemon did not start: its own words are above.")
+            raise Failed("The daemon did not start: its own words are above.")
 
     async def objects(self) -> dict[str, dict[str, Any]]:
         """All objects, each with the values of all its interfaces."""
@@ -104,7 +108,23 @@ def print_tree(objects: dict[str, dict[str, Any]]) -> None:
         if objects[path]["Parent"] == "/":
             show(path, 0)
     free = sum(1 for path in devices if objects[path]["Assignable"])
-    print(f"{len(devices)} devices, {free} of them can be assigned; {len(names)} machines")
+    print(f"{counted(len(devices), 'device')}, {free} of them can be assigned; {counted(len(names), 'machine')}")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+async def stand_in_for_polkit(address: str) -> MessageBus:
+    """Has everybody on the private bus allowed everything: the host is made up, and polkitd need not be installed."""
+    bus = await MessageBus(bus_address=address).connect()
+    bus.add_message_handler(
+        lambda m: (
+            Message.new_method_return(m, "(bba{ss})", [[True, False, {}]]) if m.member == "CheckAuthorization" else None
+        )
+    )
+    await bus.request_name(POLKIT)
+    return bus
 
 
 async def demonstrate(front: Front) -> None:
@@ -117,36 +137,48 @@ async def demonstrate(front: Front) -> None:
         print(f"{member} demo 1-1.2: {job} is done; the stored configuration of demo now has {held}")
 
 
+async def show(arguments: argparse.Namespace, daemon: asyncio.subprocess.Process, address: str, uri: str) -> int:
+    """Shows what the daemon says, and, unless it is told to do it once, returns only when that ends."""
+    front = Front(await MessageBus(bus_address=address).connect())
+    await front.wait_for_name(daemon)
+    print_tree(await front.objects())
+    if uri == EMBEDDED:
+        print("No libvirt runs here, so its embedded driver is asked, with one machine that is in memory alone.")
+    if arguments.simulated:
+        polkit = await stand_in_for_polkit(address)
+        await demonstrate(front)
+        hang_up(polkit)
+    busctl = ["busctl", f"--address={address}"]
+    state = [*busctl, "get-property", NAME, ROOT, NAME + ".Manager", "State"]
+    print("$ " + shlex.join(state), flush=True)
+    if await (await asyncio.create_subprocess_exec(*state)).wait():
+        raise Failed("busctl did not reach the daemon: its own words are above.")
+    if arguments.once:
+        return 0
+    print(f"hostpassd answers there (hypervisor {uri}); try: {shlex.join([*busctl, 'tree', NAME])}")
+    print("Ctrl-C ends it.", flush=True)
+    raise Failed(f"The daemon has ended by itself, with status {await daemon.wait()}.")
+
+
 async def serve(arguments: argparse.Namespace, address: str, environment: dict[str, str], uri: str, folder: str) -> int:
-    """Runs the daemon, shows what it says, and stays until a signal."""
+    """Runs the daemon and shows what it says. Whatever that is at, a signal ends it."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     command = [sys.executable, "-B", "-m", "hostpassd", "--bus-address", address, "--uri", uri]
     command += ["--state-folder", f"{folder}/state", "--config", f"{folder}/none.toml", "--log-level", "warning"]
     daemon = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
+    showing = asyncio.create_task(show(arguments, daemon, address, uri))
+    stopping = asyncio.create_task(stop.wait())
     try:
-        front = Front(await MessageBus(bus_address=address).connect())
-        await front.wait_for_name(daemon)
-        print_tree(await front.objects())
-        if arguments.simulated:
-            await demonstrate(front)
-        busctl = ["busctl", f"--address={address}"]
-        for words in (
-            ["get-property", NAME, ROOT, NAME + ".Manager", "State"],
-            ["call", NAME, ROOT, NAME + ".Manager", "Sync"],
-        ):
-            print("$ " + shlex.join(busctl + words), flush=True)
-            shown = await asyncio.create_subprocess_exec(*busctl, *words)
-            if await shown.wait():
-                return 1
-        if not arguments.once:
-            print(f"hostpassd answers at {address} (hypervisor {uri}); try: {shlex.join([*busctl, 'tree', NAME])}")
-            print("Ctrl-C ends it.", flush=True)
-            await asyncio.wait({asyncio.ensure_future(stop.wait()), asyncio.ensure_future(daemon.wait())},
-                               return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
-        return daemon.returncode or 0
+        await asyncio.wait({showing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if showing.done():
+            return showing.result()
+        print("\nEnded.")
+        return 0
     finally:
+        showing.cancel()
+        stopping.cancel()
         if daemon.returncode is None:
             daemon.terminate()
             await daemon.wait()
@@ -163,7 +195,7 @@ def host(simulated: bool, folder: str) -> Iterator[tuple[dict[str, str], str]]:
             yield mock.environment(), f"test://{machine}"
         return
     there = any(os.path.exists(path) for path in LIBVIRT_SOCKETS)
-    yield dict(os.environ), "qemu:///system" if there else "test:///default"
+    yield dict(os.environ), "qemu:///system" if there else EMBEDDED
 
 
 def main() -> int:
@@ -172,14 +204,16 @@ def main() -> int:
     parser.add_argument("--simulated", action="store_true", help="on a made-up host, with one assign and one dismiss")
     parser.add_argument("--once", action="store_true", help="end after showing it, instead of serving until Ctrl-C")
     arguments = parser.parse_args()
-    if not shutil.which("busctl"):
-        raise SystemExit("busctl is missing: apt-get install systemd")
-    with tempfile.TemporaryDirectory(prefix="hostpassd-run-") as folder, PrivateBus() as bus:
-        with host(arguments.simulated, folder) as (environment, uri):
-            try:
-                return asyncio.run(serve(arguments, bus.address, environment, uri, folder))
-            except subprocess.SubprocessError as error:
-                raise SystemExit(str(error)) from None
+    try:
+        with tempfile.TemporaryDirectory(prefix="hostpassd-run-") as folder, PrivateBus() as bus:
+            address = bus.address.partition(",")[0]  # without its guid it is shorter, and as good
+            with host(arguments.simulated, folder) as (environment, uri):
+                return asyncio.run(serve(arguments, address, environment, uri, folder))
+    except (BusDidNotStart, Failed) as error:
+        print(f"run: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

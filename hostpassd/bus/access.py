@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import logging
 import unicodedata
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,14 @@ AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 TIMEOUT = 25.0
 PROMPT_TIMEOUT = 300.0
 
-# The bus lets us wait for 128 answers. Those that need no person have places of their own, which they wait for.
+# The bus lets us wait for 128 answers. Those that need no person have places of their own, which are waited for so many
+# seconds. Nobody has many of them, or whoever asks for much would keep all others waiting.
 QUIET_PLACES = 24
+QUIET_PLACES_PER_PERSON = 6
+PLACE_TIMEOUT = 25.0
 
-# Prompts have the others, and wait for none. Nobody has many, and the last ones are for whoever has none: who would
-# keep all others from being asked needs dozens of accounts.
+# Prompts have the others, and wait for none. Nobody has many prompts open. While few places are left, only those who
+# have none open get one: to use up all places takes dozens of accounts.
 PROMPTS = 96
 PROMPTS_PER_PERSON = 8
 PROMPTS_FOR_NEWCOMERS = 32
@@ -68,6 +72,7 @@ class Access:
         self._router = router
         self._log = log
         self._quiet = asyncio.Semaphore(QUIET_PLACES)
+        self._quiet_of: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()  # by person
         self._prompts: Counter[str] = Counter()  # open ones, by person
         self._numbers = itertools.count(1)
         self._troubles: set[tuple[str, str]] = set()  # logged, by action, since polkit answered last about it
@@ -93,21 +98,22 @@ class Access:
         return "yes"
 
     async def _check(self, call: Call, checks: Sequence[Check]) -> None:
-        wanted = [check for check in checks if await self._wants_authentication(call, *check)]
+        person = await _person(await self._router.uid_of(call.sender))
+        wanted = [check for check in checks if await self._wants_authentication(call, person, *check)]
         if not wanted:
             return
         if not call.interactive:
             raise InteractiveAuthorizationRequired(
                 f"{wanted[0][0]} takes an administrator's authentication: allow interactive authorization in the call."
             )
-        async with self._place_for_prompt(call):
+        async with self._place_for_prompt(person):
             for action in dict.fromkeys(action for action, _ in wanted):
                 await self._prompt(call, action, _together([row for other, row in wanted if other == action]))
 
-    async def _wants_authentication(self, call: Call, action: str, details: Mapping[str, str]) -> bool:
+    async def _wants_authentication(self, call: Call, person: str, action: str, details: Mapping[str, str]) -> bool:
         """Whether the caller may do ACTION after an authentication only. Raises NotAuthorized if not at all."""
         try:
-            async with asyncio.timeout(TIMEOUT), self._quiet:
+            async with self._quiet_place(person), asyncio.timeout(TIMEOUT):
                 authorized, challenge, _ = await self._ask(call, action, details, interactive=False)
         except TimeoutError:
             raise NotAuthorized("polkit does not answer: ask the administrator to restart it.") from None
@@ -135,9 +141,20 @@ class Access:
             raise _refusal(action, challenge, answer)
 
     @contextlib.asynccontextmanager
-    async def _place_for_prompt(self, call: Call) -> AsyncIterator[None]:
-        uid = await self._router.uid_of(call.sender)
-        person = await _person(uid)
+    async def _quiet_place(self, person: str) -> AsyncIterator[None]:
+        """One of PERSON's places first, then one of all: in the line for those nobody stands more than a few times."""
+        own = self._quiet_of.setdefault(person, asyncio.Semaphore(QUIET_PLACES_PER_PERSON))
+        async with contextlib.AsyncExitStack() as places:
+            try:
+                async with asyncio.timeout(PLACE_TIMEOUT):
+                    await places.enter_async_context(own)
+                    await places.enter_async_context(self._quiet)
+            except TimeoutError:
+                raise LimitExceeded("polkit is being asked too much at the moment: try again in a minute.") from None
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _place_for_prompt(self, person: str) -> AsyncIterator[None]:
         own, left = self._prompts[person], PROMPTS - self._prompts.total()
         if own >= PROMPTS_PER_PERSON:
             raise LimitExceeded(f"You have {own} prompts open: answer some of them first.")
@@ -206,7 +223,7 @@ def _refusal(action: str, challenge: bool, answer: Mapping[str, str]) -> NotAuth
 
 
 async def _person(uid: int) -> str:
-    """Whose prompts those of UID count as."""
+    """Whose checks and prompts those of UID count as."""
     owner = await asyncio.to_thread(_owner_of_range, uid)
     return f"range of {owner}" if owner else f"user {uid}"
 

@@ -8,7 +8,8 @@ from typing import Any
 from hostpassd import errors, find, names
 from hostpassd.bus import options
 from hostpassd.bus.access import Access
-from hostpassd.bus.objects import Publisher, plan_row
+from hostpassd.bus.present import plan_row
+from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.router import Call, Router
 from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.operations import Check, Operations, Wish

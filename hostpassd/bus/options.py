@@ -9,7 +9,7 @@ from typing import Any
 
 from hostpassd import errors
 from hostpassd.bus.router import Variant
-from hostpassd.passthrough.eligibility import FINAL, OVERRIDABLE
+from hostpassd.model.codes import BLOCKERS, OVERRIDABLE
 from hostpassd.passthrough.plan import Options
 
 _COMMON = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b"}
@@ -44,7 +44,7 @@ def _check(values: dict[str, Any]) -> None:
         raise errors.InvalidOption(f"the option timeout is a number of seconds from 1 to {_LONGEST}")
     if "override" in values:
         values["override"] = frozenset(values["override"])
-        for code in sorted(values["override"] - OVERRIDABLE - FINAL):
+        for code in sorted(values["override"] - BLOCKERS.keys()):
             known = ", ".join(sorted(OVERRIDABLE))
             raise errors.InvalidOption(f"there is no blocker {code[:40]!r}: those that can be overridden are {known}")
     address = values.get("guest_address")

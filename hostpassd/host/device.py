@@ -49,6 +49,16 @@ class Usb:
     device_class: int
     speed: int  # Mbit/s, rounded down (1.5 is 1)
     interfaces: tuple[str, ...]  # class, subclass and protocol of each interface: 08:06:50
+    other_interfaces: tuple[str, ...] = ()  # those of its other configurations and alternate settings
+    marks: tuple[str, ...] = ()  # what else it shows: fido mtp scanner
+    socket: str = ""  # the port by which its physical socket goes, '' for a root hub
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UsbInterface:
+    """Facts of an interface of a USB device."""
+
+    triple: str  # class, subclass and protocol: 08:06:50
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +95,7 @@ class Net:
     interface: str
     mac_address: str
     ifindex: int = 0
+    type: str = ""  # the kernel's DEVTYPE: wlan, wwan ...; '' for Ethernet
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,9 +112,10 @@ class Input:
     """Facts of an input device."""
 
     keyboard_of: str  # the seat whose keyboard it is: seat0; '' if it is none
+    category: str = ""  # keyboard, mouse, game-controller; '' for another or none
 
 
-Facts = Pci | Usb | Scsi | Mdev | MdevParent | Net | Block | Input
+Facts = Pci | Usb | UsbInterface | Scsi | Mdev | MdevParent | Net | Block | Input
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,10 +12,31 @@ import os
 import re
 from collections.abc import Callable, Collection
 
-from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, clean, device_name
+from hostpassd.host.device import (
+    Block,
+    Device,
+    Facts,
+    Input,
+    Mdev,
+    MdevParent,
+    Net,
+    Pci,
+    Scsi,
+    Usb,
+    UsbInterface,
+    clean,
+    device_name,
+)
+from hostpassd.host.hwdb import Names
 from hostpassd.host.reading import Files
+from hostpassd.host.usbmarks import all_interfaces, marks
+from hostpassd.host.usbport import read_socket
+from hostpassd.model.naming import label
 
 log = logging.getLogger(__name__)
+
+# Of the whole daemon: a model that is new to it is looked up once.
+NAMES = Names()
 
 DEVICES = "/sys/devices/"
 VIRTUAL = "/sys/devices/virtual/"
@@ -99,6 +120,7 @@ class Source:
     files: Files
     memory: Memory
     afresh: bool  # read also what does not change as long as the device is there
+    names: Names = NAMES  # by ids, for what udev has no names
 
     @property
     def kernel_name(self) -> str:
@@ -167,7 +189,8 @@ class Kind:
     unless: str = ""  # a file that, when it reads 1, makes the device none of this kind
     facts: Callable[[Source], tuple[Facts, ...]] = lambda source: ()
     words: Callable[[Source], Words] = lambda source: Words()
-    label: Callable[[Source, Words], str] = lambda source, words: ""
+    own_words_first: bool = False  # what it calls itself counts before what udev's database has
+    by_ids: Callable[[Source], tuple[str, str]] | None = None  # vendor and product, where nobody else tells them
     nodes: Callable[[Source], tuple[str, ...]] | None = None  # None: its own
 
     def covers(self, source: Source) -> bool:
@@ -196,12 +219,7 @@ def kind_of(source: Source) -> Kind | None:
 
 def describe(source: Source, kind: Kind, parent: str | None) -> Device | None:
     """SOURCE, of KIND and below the device named PARENT, as a Device; None if it vanished meanwhile."""
-    own = kind.words(source)
-    words = Words(
-        vendor=clean(source.prop("ID_VENDOR_FROM_DATABASE")) or own.vendor,
-        product=clean(source.prop("ID_MODEL_FROM_DATABASE")) or own.product,
-        serial=own.serial,
-    )
+    words = _words(source, kind)
     device = Device(
         name=device_name(kind.name, source.kernel_name, os.path.basename(os.path.dirname(source.path))),
         kind=kind.name,
@@ -209,14 +227,25 @@ def describe(source: Source, kind: Kind, parent: str | None) -> Device | None:
         parent=parent,
         device_nodes=(kind.nodes or own_nodes)(source),
         driver=source.link("driver"),
-        label=kind.label(source, words) or clean(source.kernel_name),
         vendor=words.vendor,
         product=words.product,
         serial=words.serial,
         facts=kind.facts(source),
     )
     # Asked last: only what was there after the reading was there all through it.
-    return device if os.path.exists(f"{source.path}/uevent") else None
+    return dataclasses.replace(device, label=label(device)) if os.path.exists(f"{source.path}/uevent") else None
+
+
+def _words(source: Source, kind: Kind) -> Words:
+    """The first name there is for each of vendor and product: its own, udev's, or that which its ids have."""
+    own = kind.words(source)
+    udev = Words(clean(source.prop("ID_VENDOR_FROM_DATABASE")), clean(source.prop("ID_MODEL_FROM_DATABASE")))
+    first, second = (own, udev) if kind.own_words_first else (udev, own)
+    vendor, product = first.vendor or second.vendor, first.product or second.product
+    if kind.by_ids and not (vendor and product):
+        by_ids = kind.by_ids(source)
+        vendor, product = vendor or by_ids[0], product or by_ids[1]
+    return Words(vendor, product, own.serial)
 
 
 # Nodes.
@@ -250,7 +279,7 @@ def _pci_function(source: Source) -> Pci:
     return Pci(
         address=source.kernel_name,
         class_code=class_code,
-        class_name=_class_name(source),
+        class_name=_class_name(source, class_code),
         vendor_id=source.number("vendor"),
         device_id=source.number("device"),
         subsystem_vendor_id=source.number("subsystem_vendor"),
@@ -301,19 +330,22 @@ def _read_header(source: Source) -> Header | None:
 _ASLEEP = frozenset({"D3hot", "D3cold"})
 
 
-def _class_name(source: Source) -> str:
-    return clean(source.prop("ID_PCI_SUBCLASS_FROM_DATABASE") or source.prop("ID_PCI_CLASS_FROM_DATABASE"))
+def _class_name(source: Source, class_code: int) -> str:
+    told = source.prop("ID_PCI_SUBCLASS_FROM_DATABASE") or source.prop("ID_PCI_CLASS_FROM_DATABASE")
+    return clean(told) or source.names.pci_class(class_code)
 
 
-def _pci_label(source: Source, words: Words) -> str:
-    vendor = words.vendor or f"{source.number('vendor'):04x}"
-    return f"{vendor} {words.product or 'device ' + format(source.number('device'), '04x')}"
+def _pci_by_ids(source: Source) -> tuple[str, str]:
+    return source.names.pci(source.number("vendor"), source.number("device"))
 
 
 # USB.
 
 
 def _usb(source: Source) -> tuple[Facts, ...]:
+    folders = _usb_interface_folders(source)
+    interfaces = _usb_interfaces(source, folders)
+    descriptors = b"".join(source.read_parts("descriptors", *_DESCRIPTORS))
     return (
         Usb(
             bus=source.number("busnum", 10),
@@ -323,9 +355,16 @@ def _usb(source: Source) -> tuple[Facts, ...]:
             product_id=source.number("idProduct", 16),
             device_class=source.number("bDeviceClass", 16),
             speed=_speed(source.text("speed")),
-            interfaces=_usb_interfaces(source),
+            interfaces=interfaces,
+            other_interfaces=tuple(triple for triple in all_interfaces(descriptors) if triple not in interfaces),
+            marks=marks(source, folders, source.prop("libsane_matched") == "yes"),
+            socket=read_socket(source.path),
         ),
     )
+
+
+# A page each, the most that sysfs gives at once. The descriptors of a camera are longer than one.
+_DESCRIPTORS = tuple((page * 4096, 4096) for page in range(4))
 
 
 def _speed(text: str) -> int:
@@ -335,37 +374,41 @@ def _speed(text: str) -> int:
         return 0  # "unknown"
 
 
-def _usb_interfaces(source: Source) -> tuple[str, ...]:
-    """The active configuration's; those udev read from the descriptors while none has been made active yet."""
+def _usb_interface_folders(source: Source) -> list[str]:
     name = source.kernel_name
     # A root hub usb1 has the interface 1-0:1.0.
     port = f"{name[3:]}-0" if name.startswith("usb") else name
-    folders = [entry for entry in source.entries() if entry.startswith(f"{port}:")]
-    found = [tuple(source.number(f"{folder}/bInterface{part}", 16) for part in _TRIPLE) for folder in folders]
-    if not found:
-        triples = (word for word in source.prop("ID_USB_INTERFACES").split(":") if re.fullmatch("[0-9a-f]{6}", word))
-        found = [tuple(bytes.fromhex(word)) for word in triples]
-    return tuple(":".join(f"{part:02x}" for part in triple) for triple in found)
+    return [entry for entry in source.entries() if entry.startswith(f"{port}:")]
+
+
+def _usb_interfaces(source: Source, folders: list[str]) -> tuple[str, ...]:
+    """The active configuration's; those udev read from the descriptors while none has been made active yet."""
+    found = [_triple(source, f"{folder}/") for folder in folders]
+    if found:
+        return tuple(found)
+    told = (word for word in source.prop("ID_USB_INTERFACES").split(":") if re.fullmatch("[0-9a-f]{6}", word))
+    return tuple(bytes.fromhex(word).hex(":") for word in told)
+
+
+def _triple(source: Source, folder: str = "") -> str:
+    return ":".join(f"{source.number(f'{folder}bInterface{part}', 16):02x}" for part in _TRIPLE)
 
 
 _TRIPLE = ("Class", "SubClass", "Protocol")
 
 
 def _usb_words(source: Source) -> Words:
-    return Words(source.text("manufacturer"), source.text("product"), source.text("serial"))
+    # The kernel calls itself, its version and its driver the manufacturer of a root hub.
+    root = source.kernel_name.startswith("usb")
+    return Words("" if root else source.text("manufacturer"), source.text("product"), source.text("serial"))
 
 
-def _full_name(source: Source, words: Words) -> str:
-    """Vendor and product, without saying the vendor twice."""
-    if words.product.lower().startswith(words.vendor.lower()):
-        return words.product
-    return f"{words.vendor} {words.product}".strip()
+def _usb_by_ids(source: Source) -> tuple[str, str]:
+    return source.names.usb(source.number("idVendor", 16), source.number("idProduct", 16))
 
 
-def _usb_interface_label(source: Source, words: Words) -> str:
-    number = source.kernel_name.partition(":")[2]
-    triple = ":".join(f"{source.number('bInterface' + part, 16):02x}" for part in _TRIPLE)
-    return f"Interface {number} ({source.text('interface') or triple})"
+def _usb_interface(source: Source) -> tuple[Facts, ...]:
+    return (UsbInterface(_triple(source)),)
 
 
 # SCSI.
@@ -388,20 +431,11 @@ def _scsi_words(source: Source) -> Words:
     return Words(source.text("vendor"), source.text("model"), serial)
 
 
-def _scsi_label(source: Source, words: Words) -> str:
-    name = _full_name(source, words)
-    return f"{name} ({_scsi_type(source)})" if name else ""
-
-
 # Mediated devices.
 
 
 def _mdev(source: Source) -> tuple[Facts, ...]:
     return (Mdev(uuid=clean(source.kernel_name), type=clean(source.link("mdev_type"))),)
-
-
-def _mdev_label(source: Source, words: Words) -> str:
-    return source.text("mdev_type/name") or clean(source.link("mdev_type"))
 
 
 def _mdev_types(source: Source) -> tuple[Facts, ...]:
@@ -421,7 +455,8 @@ _TYPES = "mdev_supported_types"
 
 
 def _net(source: Source) -> tuple[Facts, ...]:
-    return (Net(clean(source.kernel_name), source.text("address"), source.number("ifindex", 10)),)
+    number = source.number("ifindex", 10)
+    return (Net(clean(source.kernel_name), source.text("address"), number, clean(source.devtype)),)
 
 
 def _block(source: Source) -> tuple[Facts, ...]:
@@ -441,52 +476,51 @@ def _block_words(source: Source) -> Words:
     return Words(serial=clean(source.prop("ID_SERIAL_SHORT")))
 
 
-def _block_label(source: Source, words: Words) -> str:
-    return f"{_node(source)}, {_human(_size(source))}"
-
-
-def _human(size: float) -> str:
-    """SIZE in bytes for people, in powers of 1000 like the labels of disks: 20.0 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} PB"
-
-
 def _input(source: Source) -> tuple[Facts, ...]:
     seat = clean(source.prop("ID_SEAT")) or "seat0"
-    return (Input(seat if source.prop("ID_INPUT_KEYBOARD") == "1" else ""),)
+    keyboard = source.prop("ID_INPUT_KEYBOARD") == "1"
+    category = next((word for prop, word in _INPUTS.items() if source.prop(prop) == "1"), "")
+    return (Input(seat if keyboard else "", category),)
 
 
-def _named(source: Source, words: Words) -> str:
-    return words.product
-
-
-def _noded(source: Source, words: Words) -> str:
-    return _node(source)
-
-
-def _numbered(words: str) -> Callable[[Source, Words], str]:
-    return lambda source, _: f"{words} {re.sub('^[a-z]+', '', source.kernel_name)}"
+# The first that udev has found in the capabilities of an input device tells its category.
+_INPUTS = {
+    "ID_INPUT_JOYSTICK": "game-controller",
+    "ID_INPUT_KEYBOARD": "keyboard",
+    "ID_INPUT_MOUSE": "mouse",
+    "ID_INPUT_TOUCHPAD": "mouse",
+    "ID_INPUT_TABLET": "mouse",
+}
 
 
 KINDS: dict[str, tuple[Kind, ...]] = {
-    "pci": (Kind("pci", facts=_pci, label=_pci_label),),
+    "pci": (Kind("pci", facts=_pci, by_ids=_pci_by_ids),),
     "usb": (
-        Kind("usb", "usb_device", facts=_usb, words=_usb_words, label=_full_name),
-        Kind("usb-interface", "usb_interface", label=_usb_interface_label),
+        Kind(
+            "usb",
+            "usb_device",
+            facts=_usb,
+            words=_usb_words,
+            own_words_first=True,
+            by_ids=_usb_by_ids,
+        ),
+        Kind(
+            "usb-interface",
+            "usb_interface",
+            facts=_usb_interface,
+            words=lambda source: Words(product=source.text("interface")),
+        ),
     ),
     "scsi": (
-        Kind("scsi-host", "scsi_host", label=_numbered("SCSI host")),
-        Kind("scsi-target", "scsi_target", label=_numbered("SCSI target")),
-        Kind("scsi", "scsi_device", facts=_scsi, words=_scsi_words, label=_scsi_label),
+        Kind("scsi-host", "scsi_host"),
+        Kind("scsi-target", "scsi_target"),
+        Kind("scsi", "scsi_device", facts=_scsi, words=_scsi_words),
     ),
-    "scsi_generic": (Kind("scsi-generic", label=_noded),),
-    "mdev": (Kind("mdev", facts=_mdev, label=_mdev_label),),
+    "scsi_generic": (Kind("scsi-generic"),),
+    "mdev": (Kind("mdev", facts=_mdev, words=lambda source: Words(product=source.text("mdev_type/name"))),),
     "net": (Kind("net", facts=_net),),
     # NVMe's hidden paths have neither a node nor a number; their disk is the multipath head above them.
-    "block": (Kind("block", "disk", unless="hidden", facts=_block, words=_block_words, label=_block_label),),
+    "block": (Kind("block", "disk", unless="hidden", facts=_block, words=_block_words),),
     "drm": (Kind("drm", pattern="card[0-9]+"),),
     "input": (
         Kind(
@@ -494,7 +528,6 @@ KINDS: dict[str, tuple[Kind, ...]] = {
             pattern="input[0-9]+",
             facts=_input,
             words=lambda source: Words(product=source.text("name")),
-            label=_named,
             nodes=_nodes_of_children,
         ),
     ),
@@ -503,20 +536,18 @@ KINDS: dict[str, tuple[Kind, ...]] = {
             "sound",
             pattern="card[0-9]+",
             words=lambda source: Words(product=source.text("id")),
-            label=_named,
             nodes=_nodes_of_children,
         ),
     ),
-    "video4linux": (Kind("video", words=lambda source: Words(product=source.text("name")), label=_named),),
-    "tty": (Kind("tty", label=_noded),),
+    "video4linux": (Kind("video", words=lambda source: Words(product=source.text("name"))),),
+    "tty": (Kind("tty"),),
     "nvme": (
         Kind(
             "nvme",
             words=lambda source: Words(product=source.text("model"), serial=source.text("serial")),
-            label=_named,
         ),
     ),
-    "tpm": (Kind("tpm", label=_noded),),
+    "tpm": (Kind("tpm"),),
 }
 
 # Of any subsystem; /sys/class/mdev_bus lists them.

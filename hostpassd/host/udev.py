@@ -25,6 +25,7 @@ from hostpassd.host.settle import Settling, enlarge, kernel_socket
 from hostpassd.host.storage import BlockNode
 from hostpassd.host.sysfs import (
     KINDS,
+    NAMES,
     SHOWS_IN_PARENT,
     VIRTUAL,
     Memory,
@@ -346,7 +347,8 @@ class _Batch:
             self.gone.add(source.path)
         else:
             self._seen(source)
-        if device.action in ("add", "remove", "change"):
+        # Bound: only then the report descriptors of a USB interface can be read.
+        if device.action in ("add", "remove", "change") or (device.action == "bind" and source.subsystem == "usb"):
             self._show_in_parent(source, device.context, files)
 
     def _seen(self, source: Source) -> None:
@@ -410,6 +412,7 @@ class _Everything:
 def _read_all(memory: Memory, files: Files) -> _Everything:
     """Everything there is. In a thread: with a libudev context of its own."""
     context = pyudev.Context()
+    NAMES.forget()
     found = _Everything(nics=set(_nics()))
     names: dict[str, str] = {}
     for path in sorted(set(_paths())):

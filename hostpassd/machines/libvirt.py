@@ -43,6 +43,7 @@ from hostpassd.events import (
 from hostpassd.host.device import clean
 from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, with_claim, without_claim
 from hostpassd.machines.machine import Claim, Machine, MachineKey, Ports, UsbSource
+from hostpassd.threads import in_thread
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -218,7 +219,7 @@ class Hypervisor:
         heard = functools.partial(_hand_over, loop, self._heard, link)
         closed = functools.partial(_hand_over, loop, self._closed, link)
         # Against a frozen libvirtd it does not return.
-        opening = _in_thread(functools.partial(_Connection, self.uri, heard, closed))
+        opening = in_thread(functools.partial(_Connection, self.uri, heard, closed), "libvirt-call")
         await asyncio.wait({opening}, timeout=_OPEN_PATIENCE)
         if not opening.done():
             self._tell(False, f"libvirt at {self.uri} does not answer.")
@@ -529,7 +530,7 @@ class _Link:
 
     def begin(self, call: Callable[[_Connection], _T]) -> asyncio.Future[_T]:
         """CALL made in a thread of its own."""
-        made = _in_thread(functools.partial(call, self.connection))
+        made = in_thread(functools.partial(call, self.connection), "libvirt-call")
         self.calls.add(made)
         made.add_done_callback(self._returned)
         return made
@@ -543,7 +544,7 @@ class _Link:
         """Closes the connection once the calls in progress, which use it, have returned."""
         while self.calls:
             await asyncio.wait(self.calls)
-        await _in_thread(self.connection.close)
+        await in_thread(self.connection.close, "libvirt-call")
 
     def _returned(self, call: asyncio.Future[Any]) -> None:
         self.calls.discard(call)
@@ -836,28 +837,3 @@ def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *argu
     """Have CALL made on LOOP, from any thread; dropped where the loop has ended."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call, *arguments)
-
-
-def _in_thread(call: Callable[[], _T]) -> asyncio.Future[_T]:
-    """CALL made in a thread of its own, which the end of the process does not wait for."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_T] = loop.create_future()
-
-    def deliver(result: Any, error: Exception | None) -> None:
-        if future.done():
-            return
-        if error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def work() -> None:
-        try:
-            result = call()
-        except Exception as error:
-            _hand_over(loop, deliver, None, error)
-        else:
-            _hand_over(loop, deliver, result, None)
-
-    threading.Thread(target=work, name="libvirt-call", daemon=True).start()
-    return future

@@ -1,17 +1,16 @@
-"""Blockers and companions: pure. What each code means stands in the design's section on meaning."""
+"""Blockers and companions: pure decisions. What each code means is in the table of codes (model/codes.py)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from hostpassd.events import HostUse
 from hostpassd.host.device import ASSIGNABLE_KINDS, Device, Pci
 from hostpassd.machines.machine import Hold
-
-NEVER = "never"
-OVERRIDE = "override"
+from hostpassd.model import category
+from hostpassd.model.codes import Blocker, blocker
+from hostpassd.model.naming import is_bridge
 
 # 05 memory, 07 communication (serial ports: the original's own rule), 08 system peripherals, 0c05 SMBus.
 EXCLUDED_CLASSES = ("05", "07", "08", "0c05")
@@ -31,49 +30,6 @@ _USE_CODES = {
     "macvlan": "network-in-use",
     "namespace": "network-in-use",
 }
-
-
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
-class Blocker:
-    """One reason why a device cannot, or should not, be assigned. `machine`: whose hold it is, if it is one."""
-
-    code: str
-    severity: str
-    message: str
-    device: str
-    machine: str = ""
-
-
-# Every code that a caller can accept by name.
-OVERRIDABLE = frozenset(
-    {
-        "class-excluded",
-        "not-leaf",
-        "mounted",
-        "storage-stack",
-        "network-in-use",
-        "boot-display",
-        "last-keyboard",
-        "has-virtual-functions",
-        "held-config",
-        "no-free-port",
-    }
-)
-
-
-# Every code that no caller can.
-FINAL = frozenset(
-    {
-        "not-assignable-kind",
-        "bridge",
-        "hub",
-        "no-iommu",
-        "group-not-viable",
-        "host-system",
-        "not-responding",
-        "held-live",
-    }
-)
 
 
 class View(Protocol):
@@ -96,12 +52,7 @@ class View(Protocol):
 
 def is_hub(device: Device) -> bool:
     """Whether it is a USB hub, root hubs included."""
-    return device.usb is not None and (device.usb.device_class == 0x09 or device.usb.port.startswith("usb"))
-
-
-def is_bridge(pci: Pci) -> bool:
-    """Whether it is a PCI bridge: by header type, or by base class (an ISA bridge has header type 0)."""
-    return pci.header_type in (1, 2) or pci.base_class == 0x06
+    return device.usb is not None and category.is_hub(device.usb)
 
 
 def is_leaf(device: Device, under_usb: bool) -> bool:
@@ -143,53 +94,41 @@ def use_blockers(view: View, device: Device) -> tuple[Blocker, ...]:
 
 def _kind_blockers(view: View, device: Device) -> list[Blocker]:
     """The blockers that come of what the device is; they stay on it."""
-    name, label = device.name, device.label
+    name, what = device.name, device.label
     if device.kind not in ASSIGNABLE_KINDS or view.target(name) != name:
-        return [Blocker("not-assignable-kind", NEVER, _not_assignable(view, device), name)]
+        target = view.target(name) or name
+        owner = target if target != name else ""
+        return [blocker("not-assignable-kind", name, what=what, kind=device.kind, owner=owner)]
     if is_hub(device):
-        return [Blocker("hub", NEVER, f"{label} is a USB hub: assign the devices below it", name)]
+        return [blocker("hub", name, what=what)]
     found = _pci_blockers(view, device, device.pci) if device.pci else []
     seat = view.only_keyboards_of(name)
     if seat:
-        text = f"{label} is, or leads to, the only keyboard of {seat}: plug in another one first"
-        found.append(Blocker("last-keyboard", OVERRIDE, text, name))
+        found.append(blocker("last-keyboard", name, what=what, seat=seat))
     return found
 
 
-def _not_assignable(view: View, device: Device) -> str:
-    target = view.target(device.name)
-    if target and target != device.name:
-        return f"{device.label} is a function of {target}: assign that"
-    return f"{device.label} is of a kind ({device.kind}) that cannot be assigned"
-
-
 def _pci_blockers(view: View, device: Device, pci: Pci) -> list[Blocker]:
-    name = device.name
+    name, what = device.name, pci.address
     if pci.off_bus or pci.header_type == 0x7F:
-        return [Blocker("not-responding", NEVER, f"{pci.address} does not answer on its bus: reset or replug it", name)]
+        return [blocker("not-responding", name, what=what)]
     found = []
     if is_bridge(pci):
-        found.append(Blocker("bridge", NEVER, f"{pci.address} is a bridge: assign the devices behind it", name))
+        found.append(blocker("bridge", name, what=what))
     if pci.iommu_group < 0:
-        text = f"{pci.address} is in no IOMMU group: enable the IOMMU in the firmware and on the kernel's command line"
-        found.append(Blocker("no-iommu", NEVER, text, name))
-    culprits = [] if is_bridge(pci) else sorted(_culprits(view, device))
+        found.append(blocker("no-iommu", name, what=what))
+    culprits = () if is_bridge(pci) else tuple(sorted(_culprits(view, device)))
     if culprits:
-        text = f"IOMMU group {pci.iommu_group} also has {', '.join(culprits)}, which the host keeps: use another slot"
-        found.append(Blocker("group-not-viable", NEVER, text, name))
+        found.append(blocker("group-not-viable", name, group=pci.iommu_group, members=culprits))
     if f"{pci.class_code >> 16:02x}" in view.excluded_classes or f"{pci.class_code >> 8:04x}" in view.excluded_classes:
-        text = f"{pci.address} is of PCI class {pci.class_code >> 8:04x}, which the configuration keeps for the host"
-        found.append(Blocker("class-excluded", OVERRIDE, text, name))
+        found.append(blocker("class-excluded", name, what=what, **{"class": f"{pci.class_code >> 8:04x}"}))
     if view.has_leaves(name):
-        text = f"devices that can be assigned by themselves are below {pci.address}: assign those"
-        found.append(Blocker("not-leaf", OVERRIDE, text, name))
+        found.append(blocker("not-leaf", name, what=what))
     if pci.boot_display:
-        text = f"{pci.address} shows the host's console: the host would lose its screen"
-        found.append(Blocker("boot-display", OVERRIDE, text, name))
-    functions = sorted(view.virtual_functions(name))
+        found.append(blocker("boot-display", name, what=what))
+    functions = tuple(sorted(view.virtual_functions(name)))
     if functions:
-        text = f"{pci.address} has virtual functions ({', '.join(functions)}): assign those, or remove them first"
-        found.append(Blocker("has-virtual-functions", OVERRIDE, text, name))
+        found.append(blocker("has-virtual-functions", name, what=what, functions=functions))
     return found
 
 
@@ -210,29 +149,31 @@ def _culprits(view: View, device: Device) -> Iterable[str]:
 
 def _host_blockers(view: View, device: Device) -> Iterable[Blocker]:
     if device.name in view.never:
-        text = f"{device.label} is named in the configuration as never to be given away"
-        yield Blocker("host-system", NEVER, text, device.name)
+        yield blocker("host-system", device.name, what=device.label)
     for use in view.uses_of(device.name):
         code = "host-system" if use.system else _USE_CODES.get(use.kind)
         if code:
-            severity = NEVER if code == "host-system" else OVERRIDE
-            text = f"the host uses {device.label} ({use.kind}): {use.detail}"
-            yield Blocker(code, severity, text, device.name)
+            yield blocker(code, device.name, what=device.label, kind=use.kind, detail=use.detail)
 
 
 def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
     """Of holds on DEVICE, and of live ones on its virtual functions, which go with it."""
-    for name in view.virtual_functions(device.name):
+    for name in sorted(view.virtual_functions(device.name)):
         for hold in view.holds_on(name):
             if hold.live:
-                machine = view.machine_name(hold.machine)
-                text = f"the running machine {machine} has {name}, a virtual function of {device.label}"
-                yield Blocker("held-live", NEVER, f"{text}: dismiss it there first", device.name, hold.machine)
+                yield _hold_blocker(view, "held-live", device, hold, f"{name}, a virtual function of {device.label}")
     for hold in view.holds_on(device.name):
-        machine = view.machine_name(hold.machine)
-        if hold.live:
-            text = f"the running machine {machine} has {device.label}: dismiss it there first"
-            yield Blocker("held-live", NEVER, text, device.name, hold.machine)
-        if hold.config:
-            text = f"the stored configuration of the machine {machine} has {device.label}: dismiss it there first"
-            yield Blocker("held-config", OVERRIDE, text, device.name, hold.machine)
+        yield from hold_blockers(view, device, hold)
+
+
+def hold_blockers(view: View, device: Device, hold: Hold) -> Iterable[Blocker]:
+    """Of one HOLD on DEVICE itself."""
+    if hold.live:
+        yield _hold_blocker(view, "held-live", device, hold, device.label)
+    if hold.config:
+        yield _hold_blocker(view, "held-config", device, hold, device.label)
+
+
+def _hold_blocker(view: View, code: str, device: Device, hold: Hold, what: str) -> Blocker:
+    name = view.machine_name(hold.machine)
+    return blocker(code, device.name, what=what, machine=hold.machine, machine_name=name)

@@ -165,6 +165,7 @@ class Executor:
         self._heard: dict[tuple[MachineKey, str], type[DeviceAdded | DeviceRemoved | RemovalFailed] | None] = {}
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._said: dict[int | str, str] = {}  # what was logged last of an operation or device that is still left
 
     @contextlib.asynccontextmanager
     async def alone(self, groups: tuple[str, ...]) -> AsyncIterator[None]:
@@ -233,7 +234,10 @@ class Executor:
         await self._until(lambda: all(self._has_host_driver(n) or not self._group_is_free(n) for n in here), free)
 
     async def _owe(self, plan: Plan, uri: str) -> None:
-        """From the first asking on the drivers are owed to the host: the last guest can let go when no job waits."""
+        """Writes down, before a guest is first asked, that its devices are owed to their host drivers.
+
+        It can let go of the last one when no job waits for that any more.
+        """
         for step in plan.steps:
             if isinstance(step, GiveBack) and step.device not in self._intents.lent:
                 await self._intents.lend(step.device, uri, "")
@@ -351,22 +355,35 @@ class Executor:
     async def _put_in_order(self, left: Unfinished) -> None:
         begun = list(left.steps[: left.begun])
         asked = _asked_a_guest(begun)
-        log.warning("an earlier %s was not finished: it is put in order", left.operation)
+        if left.number not in self._said:
+            log.warning("an earlier %s was not finished: it is put in order", left.operation)
+            self._said[left.number] = ""
         try:
             await self._wait_out(left, begun)
         except errors.NoSuchMachine:
-            await self._intents.end(left.number)
+            await self._end_left(left)
             return
         except errors.HostpassError as error:
-            log.error("what the earlier %s did cannot be seen yet: %s", left.operation, error)
+            self._say_once(left.number, f"what the earlier {left.operation} did cannot be seen yet: {error}")
             return
         failures = []
         if not (self._is_whole(left) or self._is_taken_back(left)):
             failures = await (self._finish(left) if asked else self._undo(left, None))
-        for failure in failures:
-            log.error("of the earlier %s this could not be done: %s", left.operation, failure)
+        if failures:
+            told = "; ".join(map(str, failures))
+            self._say_once(left.number, f"of the earlier {left.operation} this could not be done: {told}")
         if _is_over(failures):
-            await self._intents.end(left.number)
+            await self._end_left(left)
+
+    async def _end_left(self, left: Unfinished) -> None:
+        self._said.pop(left.number, None)
+        await self._intents.end(left.number)
+
+    def _say_once(self, about: int | str, text: str) -> None:
+        """Logs TEXT unless it is what was said last ABOUT an operation or a device."""
+        if self._said.get(about) != text:
+            log.error("%s", text)
+            self._said[about] = text
 
     def _is_whole(self, left: Unfinished) -> bool:
         """Whether all that was to be done has been, and who asked for it was not told that it failed.
@@ -386,7 +403,7 @@ class Executor:
 
         So it was undone before it asked a guest, and the disk failed such that the log tells of the asking alone.
         """
-        removed = [left.steps[at] for at in left.done if isinstance(left.steps[at], Unstore)]
+        removed = [left.steps[at] for at in left.done - left.undone if isinstance(left.steps[at], Unstore)]
         return bool(removed) and not left.failed and not any(self._shows(left.key, step) for step in removed)
 
     async def _wait_out(self, left: Unfinished, begun: list[Step]) -> None:
@@ -410,9 +427,12 @@ class Executor:
         async with self.alone((lock_of(here) if here else device,)):
             while (loan := self._intents.lent.get(device)) and self._group_is_free(device):
                 try:
-                    return await self._give_back(device, Patience(GiveBack(device).text, _GRACE))
+                    await self._give_back(device, Patience(GiveBack(device).text, _GRACE))
+                    self._said.pop(device, None)
+                    return
                 except errors.HostpassError as error:
-                    return log.error("%s could not be given back to its host driver: %s", device, error)
+                    self._say_once(device, f"{device} could not be given back to its host driver: {error}")
+                    return
                 except StillAtIt as step:
                     log.warning("libvirt is still at it: %s", step)
                     await self._effects(loan[0]).wait_until_returned({device})
@@ -450,6 +470,8 @@ class Executor:
 
     async def _release(self, effects: Effects, key: MachineKey, step: Release, patience: Patience) -> None:
         alias = step.alias
+        if self._shows(key, step):
+            return  # by now, and another device can have that alias
         self._heard[(key, alias)] = None
         try:
             self._emit(Releasing(key, alias))

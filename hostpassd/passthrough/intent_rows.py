@@ -2,14 +2,14 @@
 
 A row is a JSON object. Its first key says what it tells, the value of that of which operation (a number) or of which
 device. A version row says which version of hostpassd wrote the rows below it. What this version does not understand is
-kept as it is, and so is all that the same operation or device has.
+kept as it is, and so is all that the same operation or device has, and what stands above any version row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from hostpassd.machines.domain_xml import claim_of
@@ -83,8 +83,13 @@ class Reading:
         if text and row and "version" in row:
             self.close_section()
             self._version = row["version"], text
-        elif text is None or self._version is None:
+        elif text is None:
             self._doubt_all()
+        elif self._version is None:  # the row that said so is lost
+            if row is None:
+                self.damaged = True
+            else:
+                self.kept.append(text)
         elif row is None or self._version[0] != VERSION or not self._goes_on(row, text):
             self._strange.append(text)
 
@@ -167,6 +172,17 @@ def gone_on(operation: Unfinished, row: dict[str, Any]) -> Unfinished:
         case {"undone": _, "at": at}:
             return dataclasses.replace(operation, undone=operation.undone | {at})
     raise ValueError(f"a row of another kind: {row}")
+
+
+def superseded(operation: Unfinished, devices: Collection[str]) -> Unfinished:
+    """OPERATION with nothing left to be done for, or taken back from, DEVICES."""
+    places = {at for at, step in enumerate(operation.steps) if step.device in devices}
+    return dataclasses.replace(operation, done=operation.done | places, undone=operation.undone | places)
+
+
+def is_superseded(operation: Unfinished) -> bool:
+    """Whether that is so for all its devices."""
+    return operation.done & operation.undone >= set(range(len(operation.steps)))
 
 
 def rows_of(operation: Unfinished) -> Iterator[dict[str, Any]]:

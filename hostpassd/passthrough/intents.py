@@ -9,8 +9,10 @@ import errno
 import functools
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Collection, Coroutine
+import time
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +24,11 @@ from hostpassd.passthrough.intent_rows import (
     Unfinished,
     begin_row,
     gone_on,
+    is_superseded,
     object_in,
     rows_of,
     strings_in,
+    superseded,
 )
 from hostpassd.passthrough.plan import Plan
 from hostpassd.passthrough.rowfile import RowFile
@@ -37,6 +41,9 @@ _T = TypeVar("_T")
 _FORMER_NAME = "journal"
 # Seconds that a write may take. A disk that hangs must not hang a job beyond its time, nor the end of the daemon.
 PATIENCE = 15.0
+# Seconds, at least, from a failure to the next attempt that a mere wish for an operation brings about: anybody can have
+# as many wishes as they like.
+CHECK_PAUSE = 1.0
 
 
 class IntentLog:
@@ -62,6 +69,10 @@ class IntentLog:
         self.problem = ""  # why it cannot be read or written, for people
         self.trouble = asyncio.Event()  # set while there is one
         self._failures = 0
+        self._failed_at = -math.inf
+        self._catching_up: asyncio.Future[None] | None = None
+        self._pending = 0  # calls that the thread has not returned from, the waiting ones included
+        self._alive_at = 0.0  # when the thread last ended one, or got one while it had none
         self._hanging: asyncio.Future[Any] | None = None  # a call that has taken longer than it may
         try:
             self._take(self._read())
@@ -84,7 +95,12 @@ class IntentLog:
     async def check(self, plan: Plan) -> None:
         """Raises StateFolderError or Failed if PLAN cannot be written down, or is about what is not understood."""
         if self.trouble.is_set():
+            if time.monotonic() < self._failed_at + CHECK_PAUSE:
+                raise errors.StateFolderError(self.problem)
             await self.catch_up()
+        self._check_kept(plan)
+
+    def _check_kept(self, plan: Plan) -> None:
         kept = [strings_in(row) for row in self._kept]
         for thing in (*plan.devices, plan.machine.uuid, *plan.groups):
             if any(strings is None or thing in strings for strings in kept):
@@ -97,19 +113,27 @@ class IntentLog:
     async def begin(self, number: int, plan: Plan, uri: str) -> None:
         """The job NUMBER starts on a machine of the hypervisor URI; what it makes of its devices counts from here on.
 
-        So what was left of earlier operations on them is over.
+        So what was left of earlier operations that moved them to or from that machine is over, as far as they go. What
+        merely shares a group with them, as two sticks share their controller's, stays to be put in order.
         """
-        await self.check(plan)
-        over = [left for left in self._left.values() if not set(left.groups).isdisjoint(plan.groups)]
+        if self.trouble.is_set():
+            await self.catch_up()
+        self._check_kept(plan)
+        before = {left.number: left for left in self._left.values() if _meet(left, plan, uri)}
+        after = [superseded(left, plan.devices) for left in before.values()]
         begun = Unfinished(number, plan.operation, plan.machine.uuid, uri, plan.groups, plan.steps, 0)
         self._running[number] = begun
-        for left in over:
-            del self._left[left.number]
+        for left in after:
+            self._left[left.number] = left
+            if is_superseded(left):
+                del self._left[left.number]
+        over = before.keys() - self._left.keys()
         try:
-            await self._write(begin_row(begun, (left.number for left in over)))
+            # What goes on in part has no row that says so.
+            await self._write(begin_row(begun, sorted(over)), anew=len(over) < len(before))
         except errors.StateFolderError:
             del self._running[number]
-            self._left |= {left.number: left for left in over}
+            self._left |= before
             raise
 
     async def step(self, number: int, at: int) -> None:
@@ -163,7 +187,16 @@ class IntentLog:
             await self._tell(self._write({"return": device}))
 
     async def catch_up(self) -> None:
-        """Reads the file, if that could not be done yet, and writes everything anew. StateFolderError."""
+        """Reads the file, if that could not be done yet, and writes everything anew. StateFolderError.
+
+        This is done once for all who ask for it meanwhile.
+        """
+        if self._catching_up is None or self._catching_up.done():
+            self._catching_up = asyncio.ensure_future(self._catch_up())
+            self._catching_up.add_done_callback(_look_at)
+        await asyncio.shield(self._catching_up)
+
+    async def _catch_up(self) -> None:
         if not self._is_read:
             self._take(await self._in_thread(self._read))
         everything, failures = self._everything(), self._failures
@@ -213,7 +246,7 @@ class IntentLog:
 
     # --- writing ---
 
-    def _write_anew(self, everything: list[str]) -> None:
+    def _write_anew(self, everything: Iterable[str]) -> None:
         self._file.replace(everything)
         self._former.unlink(missing_ok=True)
 
@@ -223,9 +256,9 @@ class IntentLog:
         operations[number] = gone_on(operations[number], row)
         await self._write(row)
 
-    async def _write(self, row: dict[str, Any], compact: bool = False) -> None:
+    async def _write(self, row: dict[str, Any], *, compact: bool = False, anew: bool = False) -> None:
         everything, failures = self._everything(), self._failures
-        if self.trouble.is_set():  # the file is not what is known here
+        if anew or self.trouble.is_set():  # the file is not what is known here
             call = functools.partial(self._file.replace, everything)
         else:
             call = functools.partial(self._file.add, json.dumps(row), everything, compact=compact)
@@ -242,15 +275,38 @@ class IntentLog:
         try:
             if self._hanging and not self._hanging.done():
                 raise TimeoutError(errno.ETIMEDOUT, "")
-            future = asyncio.get_running_loop().run_in_executor(self._writer, call)
-            future.add_done_callback(_look_at)
-            await asyncio.wait({future}, timeout=PATIENCE)
-            if not future.done():
-                self._hanging = future
-                raise TimeoutError(errno.ETIMEDOUT, "")
+            future = self._submit(call)
+            await self._wait_for(future)
             return future.result()
         except OSError as error:
             raise errors.StateFolderError(self._note(error)) from None
+
+    def _submit(self, call: Callable[[], _T]) -> asyncio.Future[_T]:
+        def make() -> _T:
+            try:
+                return call()
+            finally:
+                self._alive_at = time.monotonic()
+
+        def ended(future: asyncio.Future[_T]) -> None:
+            self._pending -= 1
+            _look_at(future)
+
+        if not self._pending:
+            self._alive_at = time.monotonic()
+        self._pending += 1
+        future = asyncio.get_running_loop().run_in_executor(self._writer, make)
+        future.add_done_callback(ended)
+        return future
+
+    async def _wait_for(self, future: asyncio.Future[Any]) -> None:
+        """Returns when FUTURE is done. TimeoutError: one call hangs; a queue of many takes its time, and goes on."""
+        while not future.done():
+            left = self._alive_at + PATIENCE - time.monotonic()
+            if left <= 0:
+                self._hanging = future
+                raise TimeoutError(errno.ETIMEDOUT, "")
+            await asyncio.wait({future}, timeout=left)
 
     def _note(self, error: OSError) -> str:
         """ERROR in words; it is logged when it is news."""
@@ -260,23 +316,39 @@ class IntentLog:
         self.problem = words
         self.trouble.set()
         self._failures += 1
+        self._failed_at = time.monotonic()
         return words
 
     def _clear(self, failures: int) -> None:
-        """All is written that was known when there had been so many FAILURES; after another one that is not all."""
+        """Ends the trouble after a write of all that was known; not if FAILURES, counted before it, have become more.
+
+        Then something came meanwhile that could not be written.
+        """
         if failures != self._failures or not self.trouble.is_set():
             return
         log.info("%s is written again", self._file.path)
         self.problem = ""
         self.trouble.clear()
 
-    def _everything(self) -> list[str]:
-        """All rows that are still to be known."""
-        rows: list[dict[str, Any]] = [{"version": VERSION}]
-        for operation in (*self._left.values(), *self._running.values()):
-            rows += rows_of(operation)
-        rows += [{"lend": device, "uri": uri, "driver": driver} for device, (uri, driver) in self.lent.items()]
-        return [*self._kept, *map(json.dumps, rows)]
+    def _everything(self) -> Iterator[str]:
+        """All rows that are still to be known, as things are now; they are made when, and where, they are written."""
+        return _all_rows(tuple(self._kept), (*self._left.values(), *self._running.values()), tuple(self.lent.items()))
+
+
+def _all_rows(kept: Iterable[str], operations: Iterable[Unfinished], lent: Iterable[tuple[str, Loan]]) -> Iterator[str]:
+    yield from kept
+    yield json.dumps({"version": VERSION})
+    for operation in operations:
+        yield from map(json.dumps, rows_of(operation))
+    for device, (uri, driver) in lent:
+        yield json.dumps({"lend": device, "uri": uri, "driver": driver})
+
+
+def _meet(left: Unfinished, plan: Plan, uri: str) -> bool:
+    """Whether LEFT moved a device of PLAN to or from its machine, and has a lock in common with it."""
+    shared = not set(left.groups).isdisjoint(plan.groups)
+    moved = {step.device for step in left.steps}
+    return shared and (left.machine, left.uri) == (plan.machine.uuid, uri) and not moved.isdisjoint(plan.devices)
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:

@@ -14,16 +14,15 @@ from typing import Any
 
 from hostpassd import errors, find, names
 from hostpassd.audit import AuditLog
-from hostpassd.backoff import Backoff
 from hostpassd.events import Event, HypervisorChanged, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
 from hostpassd.faults import vital
 from hostpassd.machines.machine import Machine, MachineKey, Missing
+from hostpassd.model.codes import Blocker
 from hostpassd.passthrough import plan as plans
-from hostpassd.passthrough.eligibility import Blocker
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
-from hostpassd.passthrough.plan import Options, Plan
+from hostpassd.passthrough.plan import Attach, Options, Plan, Release
 from hostpassd.state import State
 
 log = logging.getLogger(__name__)
@@ -31,10 +30,10 @@ log = logging.getLogger(__name__)
 # How long an ended job stays, in seconds, so that a caller that did not wait cannot miss its end.
 JOB_STAYS = 30.0
 JOBS_PER_USER = 16
-# Seconds from one attempt at putting in order what was left, or lent, to the next, whatever happens meanwhile: at
-# first, doubled each time, at most.
-RETRY_FIRST = 2.0
-RETRY_LIMIT = 300.0
+# Seconds between two attempts at giving a device back, whatever happens meanwhile: the first pause, and the longest.
+UPKEEP_PAUSES = 1.0, 60.0
+# The same between two attempts at what else was left, when neither a job nor a new connection brings about one.
+RETRY_PAUSES = 60.0, 3600.0
 # Seconds that a stop waits for jobs to be undone; the rest is in the intent log, for the next start.
 STOP_PATIENCE = 10.0
 # Seconds between two attempts to write the intent log, while it cannot be written and nobody asks for an operation.
@@ -42,6 +41,7 @@ LOG_RETRY = 10.0
 
 # What puts something in order.
 Work = Callable[[], Coroutine[Any, Any, None]]
+
 # An action, and what polkit, its rules and its prompts are told of one device that it is about.
 Check = tuple[str, Mapping[str, str]]
 
@@ -62,6 +62,16 @@ _NOTHING_THERE = (
 )
 
 
+# Refusals that what changed since a plan was shown can bring about.
+_MAY_CHANGE = (
+    errors.NoSuchDevice,
+    errors.AmbiguousDevice,
+    errors.AmbiguousMachine,
+    errors.AlreadyAssigned,
+    errors.NotAssigned,
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wish:
     """What a caller asked for, as it was spelt."""
@@ -79,13 +89,15 @@ class Permission:
 
     machine: MachineKey
     devices: frozenset[tuple[str, int, frozenset[tuple[str, str]]]]  # name, instance, what else it was authorised by
-    live: bool  # whether the machine runs, where the caller leaves it to that what is changed
+    attaches: bool  # whether something comes into the running machine: who asked for that is not served without it
+    asks_guest: bool  # whether something is taken out of it, which the guest may have let go of by itself meanwhile
     overridden: frozenset[Blocker]
 
     def covers(self, other: Permission) -> bool:
         """Whether whoever has this may do what OTHER is for: the same, or less."""
-        same = (other.machine, other.live) == (self.machine, self.live)
-        return same and other.devices <= self.devices and other.overridden <= self.overridden
+        within = other.devices <= self.devices and other.overridden <= self.overridden
+        same = (other.machine, other.attaches) == (self.machine, self.attaches)
+        return within and same and other.asks_guest <= self.asks_guest
 
 
 class Operations:
@@ -102,9 +114,11 @@ class Operations:
         self._controls: dict[int, Control] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tidying: asyncio.Task[None] | None = None
-        self._backoff = Backoff(RETRY_FIRST, RETRY_LIMIT)  # of these, by the same names
         self._upkeep: dict[str, asyncio.Task[None]] = {}  # what puts in order what jobs left, by device or job
         self._again: dict[str, Work] = {}  # what is to be done once more when one of these has ended
+        self._connected: set[str] = set()  # the hypervisors that have not listed their machines since they were
+        self._later: asyncio.TimerHandle | None = None  # when what was left is tried again
+        self._pauses: dict[str, float] = {}  # the last one, by device; '' for what else was left
         self._stopping = False
         self._untidy = False
         self._retry = False
@@ -120,9 +134,10 @@ class Operations:
 
     async def _start(self, wish: Wish, authorise: Authorise) -> Control:
         plan = self._allowed_plan(wish)
+        permission, checks = self._permission(plan, wish.options), self.checks(plan, wish.options)
+        self._check_limit(wish.uid)
         await self._intents.check(plan)
-        permission = self._permission(plan, wish.options)
-        await authorise(self.checks(plan, wish.options))
+        await authorise(checks)
         again = self._allowed_plan(wish)
         if not permission.covers(self._permission(again, wish.options)):
             raise errors.StalePlan("the device or the machine changed while authorisation was asked for: look again")
@@ -146,24 +161,32 @@ class Operations:
 
     def notice(self, event: Event) -> None:
         """Called for each event after the state has taken it in."""
-        if isinstance(event, HypervisorChanged) and event.connected:
-            self._backoff.keep(())  # it may be another one than what things failed with
+        if isinstance(event, HypervisorChanged):
+            self._connected.add(event.uri)
         if isinstance(event, MachinesListed | MachineRead | MachineGone):
-            # Not at each reading: a retry has its machine read.
-            self._tidy_soon(retry=isinstance(event, MachinesListed))
+            # Not at each reading: a retry has its machine read. Not at each list: anybody may ask for one.
+            back = isinstance(event, MachinesListed) and event.uri in self._connected
+            if isinstance(event, MachinesListed):
+                self._connected.discard(event.uri)
+            self._tidy_soon(retry=back)
 
     async def keep_log(self) -> None:
-        """Has the intent log written at the start, and again whenever that has failed, until cancelled."""
+        """Has the intent log written at the start, and again whenever that has failed, until cancelled.
+
+        What was left is tried again each time that it could be.
+        """
         while True:
             with contextlib.suppress(errors.StateFolderError):
                 await self._intents.catch_up()
-            self._tidy_soon(retry=True)
+                self._tidy_soon(retry=True)
             await self._intents.trouble.wait()
             await asyncio.sleep(LOG_RETRY)
 
     async def stop(self) -> None:
         """Cancels all jobs, and returns when each is undone or left in the intent log: soon, whatever libvirt does."""
         self._stopping = True
+        if self._later:
+            self._later.cancel()
         controls = list(self._controls.values())
         for control in controls:
             control.cancelled.set()
@@ -182,9 +205,8 @@ class Operations:
             await asyncio.wait(self._tasks, timeout=STOP_PATIENCE)
 
     def _tidy_soon(self, *, retry: bool) -> None:
-        """Gives back what is idle, soon; RETRY: and tries again what was left. Of either only what is due."""
-        left = self._intents.unfinished or self._intents.trouble.is_set()
-        if not (self._intents.lent or (retry and left)):
+        """Gives back what is idle, soon; RETRY: and tries again what was left."""
+        if not (self._intents.lent or (retry and self._intents.unfinished)):
             return
         self._untidy, self._retry = True, self._retry or retry
         if self._tidying is None or self._tidying.done():
@@ -193,25 +215,11 @@ class Operations:
     async def _tidy(self) -> None:
         while self._untidy:
             retry, self._untidy, self._retry = self._retry, False, False
-            if retry and self._intents.trouble.is_set():
-                with contextlib.suppress(errors.StateFolderError):
-                    await self._intents.catch_up()
-            unfinished, idle = self._intents.unfinished, self._executor.idle()
-            self._backoff.keep({*map(_job_of, unfinished), *(device for device, _ in idle)})
-            for left in unfinished if retry else ():
-                self._look_after_in_time(_job_of(left), left.uri, functools.partial(self._recover_alone, left))
-            for device, uri in idle:
-                self._look_after_in_time(device, uri, functools.partial(self._give_back, device))
-
-    def _look_after_in_time(self, what: str, uri: str, work: Work) -> None:
-        """Not at each event: anybody can bring those about, and what cannot be done may do so itself."""
-        if self._reachable(uri) and self._backoff.is_due(what):
-            self._look_after(what, work)
-
-    def _try_again(self, what: str) -> None:
-        """WHAT could not be put in order: it is tried again when it is due."""
-        pause = self._backoff.failed(what)
-        asyncio.get_running_loop().call_later(pause, functools.partial(self._tidy_soon, retry=True))
+            for left in self._intents.unfinished if retry else ():
+                self._look_after(_job_of(left), functools.partial(self._recover_alone, left))
+            for device, uri in self._executor.idle():
+                if self._reachable(uri):
+                    self._look_after(device, functools.partial(self._give_back, device))
 
     def _look_after(self, what: str, work: Work) -> asyncio.Task[None]:
         """WORK in a task of its own, which nobody's giving up ends: libvirt can be at it for as long as it likes."""
@@ -224,7 +232,7 @@ class Operations:
 
     def _looked_after(self, what: str) -> None:
         del self._upkeep[what]
-        if (work := self._again.pop(what, None)) and not self._stopping and self._backoff.is_due(what):
+        if (work := self._again.pop(what, None)) and not self._stopping:
             self._look_after(what, work)
 
     async def _safely(self, work: Work) -> None:
@@ -235,8 +243,27 @@ class Operations:
 
     async def _give_back(self, device: str) -> None:
         await self._executor.give_back(device)
-        if (device, self._intents.lent.get(device, ("", ""))[0]) in self._executor.idle():
-            self._try_again(device)
+        if device in self._intents.lent:
+            # Not again at once: what cannot be done may itself bring about the events for which it is tried.
+            await asyncio.sleep(self._pause(device, UPKEEP_PAUSES))
+        else:
+            self._pauses.pop(device, None)
+
+    def _pause(self, what: str, pauses: tuple[float, float]) -> float:
+        """Seconds until WHAT is tried again: twice as long each time, from the first of PAUSES to the second."""
+        first, longest = pauses
+        self._pauses[what] = min(2 * self._pauses.get(what, first / 2), longest)
+        return self._pauses[what]
+
+    def _retry_later(self) -> None:
+        """Has what was left tried again after a while."""
+        if self._later is None and not self._stopping:
+            pause = self._pause("", RETRY_PAUSES)
+            self._later = asyncio.get_running_loop().call_later(pause, self._retry_now)
+
+    def _retry_now(self) -> None:
+        self._later = None
+        self._tidy_soon(retry=True)
 
     async def _recover_alone(self, left: Unfinished) -> None:
         alone = contextlib.AsyncExitStack()
@@ -250,8 +277,9 @@ class Operations:
                 return
             await self._executor.recover(left)
             if self._intents.left(left.number):
-                self._try_again(_job_of(left))
+                self._retry_later()
             else:
+                self._pauses.pop("", None)
                 for device in _devices_of(left):
                     self._audit_recovery(left, device)
         self._tidy_soon(retry=False)
@@ -270,7 +298,7 @@ class Operations:
         try:
             plan = self.plan(wish)
         except errors.HostpassError as error:
-            if options.plan and not isinstance(error, errors.InvalidArgs):
+            if options.plan and isinstance(error, _MAY_CHANGE):
                 raise errors.StalePlan(f"the plan does not hold any more: {error}") from None
             raise
         if options.plan and plan.token != options.plan:
@@ -343,11 +371,11 @@ class Operations:
         """The permission that PLAN takes, as things are now."""
         details = [self._details(plan, name, ()) for name in plan.devices]
         counts = [frozenset((key, value) for key, value in row.items() if key not in _PRESENT) for row in details]
-        active = self._state.copies[plan.machine].active
         return Permission(
             plan.machine,
             frozenset(zip(plan.devices, plan.instances, counts, strict=True)),
-            active if options.live is None else options.live,
+            any(isinstance(step, Attach) for step in plan.steps),
+            any(isinstance(step, Release) for step in plan.steps),
             frozenset(plan.overridden(options.override)),
         )
 

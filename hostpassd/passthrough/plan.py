@@ -13,8 +13,9 @@ from hostpassd import errors
 from hostpassd.host.device import ASSIGNABLE_KINDS, Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.machines.machine import Claim, Hold, Machine, MachineKey, Missing
+from hostpassd.model.codes import NEVER, Blocker, blocker
+from hostpassd.model.naming import is_bridge
 from hostpassd.passthrough import eligibility
-from hostpassd.passthrough.eligibility import Blocker
 from hostpassd.state import State
 
 # The kinds of hold that are the handing over of the device itself.
@@ -136,7 +137,7 @@ class Plan:
 
     def refused(self, override: frozenset[str]) -> tuple[Blocker, ...]:
         """The blockers that a caller who accepts OVERRIDE still meets."""
-        return tuple(b for b in self.blockers if b.severity == eligibility.NEVER or b.code not in override)
+        return tuple(b for b in self.blockers if b.severity == NEVER or b.code not in override)
 
     def overridden(self, override: frozenset[str]) -> tuple[Blocker, ...]:
         """The blockers that a caller who accepts OVERRIDE goes past."""
@@ -160,20 +161,20 @@ def undo(step: Step) -> Step | None:
 
 
 def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocker, ...]:
-    """The device's blockers without the target machine's own holds of the kinds that an assign makes.
+    """The device's blockers without the target machine's own holds, of the kinds that an assign makes, on what moves.
 
-    A disk that the machine has by its node is in use, by the machine itself. So is what its copy on another hypervisor
-    has.
+    A disk that the machine has by its node is in use, by the machine itself. So is what it has below the device, and
+    what its copy on another hypervisor has.
     """
-    own = {hold.device for hold in state.holds_in(machine.key) if hold.kind in DETACHABLE_KINDS}
-    others = [hold for twin in state.twins(machine.key) for hold in state.holds_in(twin)]
-    theirs = {("held-live", hold.device) for hold in others if hold.live}
-    theirs |= {("held-config", hold.device) for hold in others if hold.config}
-
-    def is_own(b: Blocker) -> bool:
-        return b.machine == machine.uuid and b.device in own and (b.code, b.device) not in theirs
-
-    return tuple(b for b in eligibility.blockers(state, device) if not is_own(b))
+    own: set[Blocker] = set()
+    others: set[Blocker] = set()
+    for d in _moving(state, device):
+        for key in (machine.key, *state.twins(machine.key)):
+            for hold in state.holds_in(key):
+                if hold.device == d.name:
+                    is_own = key == machine.key and hold.kind in DETACHABLE_KINDS
+                    (own if is_own else others).update(eligibility.hold_blockers(state, d, hold))
+    return tuple(b for b in eligibility.blockers(state, device) if b not in own or b in others)
 
 
 def plan_assign(state: State, machine: Machine, device: Device, options: Options) -> Plan:
@@ -189,12 +190,12 @@ def plan_assign(state: State, machine: Machine, device: Device, options: Options
             _plan(state, "assign", machine, device, [device], []), blockers=blockers_for(state, device, machine)
         )
     _check_fits(device, options)
-    devices = [device, *(state.devices[name] for name in eligibility.companions(state, device))]
+    devices = _moving(state, device)
     held = {d.name: _hold_of(state, machine, d.name) for d in devices}
     to_store = [d for d in devices if config and not (held[d.name] and _half(held[d.name], live=False))]
     to_attach = [d for d in devices if live and not (held[d.name] and _half(held[d.name], live=True))]
     if not to_store and not to_attach:
-        raise errors.AlreadyAssigned(f"{machine.name} already has {device.name}: there is nothing to do")
+        raise errors.AlreadyAssigned(f"{machine.name} already has {device.name}: there is nothing to do.")
     places = _card_places(machine, device, to_store, options)
     steps: list[Step] = []
     # Those with a place first: for the others libvirt takes what is free.
@@ -223,8 +224,8 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
     hold = _hold_of(state, machine, device.name)
     if hold is None:
         _refuse_other_kinds(state, machine, device)
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing")
-    live, config = _halves_held(hold, options, device, machine)
+        raise errors.NotAssigned(f"{machine.name} does not have {device.name}: see the machine's Devices and Missing.")
+    live, config = _halves_held(options, machine, device.name, live=hold.live, config=hold.config)
     devices = _held_with(state, machine, device, live, config)
     steps: list[Step] = []
     for d in devices:
@@ -237,8 +238,6 @@ def plan_dismiss(state: State, machine: Machine, device: Device, options: Option
         if claim:
             steps.append(Release(d.name, claim.alias, claim.id))
             released.append(d)
-    if not steps:
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name} in the half asked for")
     # Only when the last member is out can a host driver bind: the group is VFIO's as long as one is in.
     steps += [GiveBack(d.name) for d in released if d.pci]
     return _plan(state, "dismiss", machine, device, devices, steps)
@@ -248,22 +247,18 @@ def plan_dismiss_missing(machine: Machine, rows: Sequence[Missing], last: tuple[
     """The plan that takes ROWS, claims on one thing that is not on this host, out of MACHINE.
 
     LAST: the name and the instance that it had, ('', 0) if it never was here. Errors: HypervisorUnavailable,
-    NotAssigned.
+    InvalidOption, NotAssigned.
     """
     _check_reachable(machine)
     ids = {row.id for row in rows}
     place, instance = last
     name = place or rows[0].id
-    steps: list[Step] = []
-    for claim in machine.stored if options.config is not False else ():
-        if claim.id in ids:
-            steps.append(Unstore(name, claim))
-    for claim in machine.live if options.live is not False else ():
-        if claim.id in ids and claim.alias and not claim.missing:
-            steps.append(Release(name, claim.alias, claim.id))
-    if not steps:
-        raise errors.NotAssigned(f"{machine.name} does not have {name} in the half asked for")
-    return Plan("dismiss", machine.key, name, (name,), (instance,), tuple(steps), (name,))
+    unstore = [Unstore(name, claim) for claim in machine.stored if claim.id in ids]
+    live_claims = [claim for claim in machine.live if claim.id in ids and claim.alias and not claim.missing]
+    release = [Release(name, claim.alias, claim.id) for claim in live_claims]
+    live, config = _halves_held(options, machine, name, live=bool(release), config=bool(unstore))
+    steps = (*(unstore if config else ()), *(release if live else ()))
+    return Plan("dismiss", machine.key, name, (name,), (instance,), steps, (name,))
 
 
 def alias_of(device: Device) -> str:
@@ -287,65 +282,75 @@ def _plan(
     return Plan(operation, machine.key, device.name, names, instances, tuple(steps), groups)
 
 
+def _moving(state: State, device: Device) -> list[Device]:
+    """What an assign of DEVICE moves, DEVICE first."""
+    return [device, *(state.devices[name] for name in eligibility.companions(state, device))]
+
+
 def _is_device(device: Device) -> bool:
     """Whether an operation could be about it: a bridge or a hub is what others share."""
-    bridge = device.pci and eligibility.is_bridge(device.pci)
+    bridge = device.pci and is_bridge(device.pci)
     return device.kind in ASSIGNABLE_KINDS and not bridge and not eligibility.is_hub(device)
 
 
 def _check_reachable(machine: Machine) -> None:
     if machine.stale:
         raise errors.HypervisorUnavailable(
-            f"{machine.uri} cannot be reached: {machine.name} is as last known, try later"
+            f"{machine.uri} cannot be reached: {machine.name} is as last known, try later."
         )
 
 
 def _check_instance(device: Device, options: Options) -> None:
     if options.instance is not None and options.instance != device.instance:
         raise errors.StalePlan(
-            f"another thing is plugged in at {device.name} now (instance {device.instance}): look again"
+            f"Another thing is plugged in at {device.name} now (instance {device.instance}): look again."
         )
 
 
 def _check_fits(device: Device, options: Options) -> None:
     if options.guest_address and device.kind not in ("pci", "mdev"):
         raise errors.InvalidOption(
-            f"guest-address: {device.name} is {device.kind}, a PCI address is not for it; leave it out"
+            f"{device.name} is {device.kind}, which gets no PCI address: leave the option guest-address out."
         )
     if options.rom_bar is not None and not device.pci:
-        raise errors.InvalidOption(f"rom-bar: {device.name} is {device.kind} and has no ROM to show; leave it out")
+        raise errors.InvalidOption(
+            f"{device.name} is {device.kind}, which has no ROM to show: leave the option rom-bar out."
+        )
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
     live = machine.active if options.live is None else options.live
     config = machine.persistent if options.config is None else options.config
     if live and not machine.active:
-        raise errors.InvalidOption(f"live: {machine.name} does not run; start it, or leave live out")
+        raise errors.InvalidOption(f"{machine.name} does not run: start it, or leave the option live out.")
     if config and not machine.persistent:
         raise errors.InvalidOption(
-            f"config: {machine.name} is transient, it has no stored configuration; leave config out"
+            f"{machine.name} is transient and has no stored configuration: leave the option config out."
         )
     if not live and not config:
-        raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
+        raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
     return live, config
 
 
-def _halves_held(hold: Hold, options: Options, device: Device, machine: Machine) -> tuple[bool, bool]:
-    live = hold.live if options.live is None else options.live
-    config = hold.config if options.config is None else options.config
-    if not live and not config:
-        raise errors.InvalidOption("live and config are both false: there is nothing to do; ask for one")
-    if (options.live and not hold.live) or (options.config and not hold.config):
-        half = "live" if options.live and not hold.live else "in its stored configuration"
-        raise errors.NotAssigned(f"{machine.name} does not have {device.name} {half}: leave that option out")
-    return live, config
+def _halves_held(options: Options, machine: Machine, name: str, *, live: bool, config: bool) -> tuple[bool, bool]:
+    """The halves, of those asked for, in which MACHINE has NAME; LIVE, CONFIG: whether it has it in each.
+
+    Errors: InvalidOption where none is asked for, NotAssigned where it has it in none of them.
+    """
+    if options.live is False and options.config is False:
+        raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
+    found = live and options.live is not False, config and options.config is not False
+    if not any(found):
+        half = "in its stored configuration" if options.live is False else "live"
+        raise errors.NotAssigned(f"{machine.name} does not have {name} {half}: leave live and config out.")
+    return found
 
 
 def check_allowed(plan: Plan, override: frozenset[str]) -> None:
     """Raises Blocked unless the caller accepts, by OVERRIDE, all that blocks PLAN."""
     found = plan.refused(override)
     if found:
-        told = "; ".join(f"{b.code}: {b.message}" for b in found)
+        told = " ".join(f"{b.code}: {b.message}" for b in found)
         raise errors.Blocked(f"{plan.device} cannot be assigned: {told}")
 
 
@@ -357,11 +362,8 @@ def _port_blockers(machine: Machine, to_attach: list[Device]) -> Iterable[Blocke
     ):
         needed = [d for d in to_attach if d.pci and d.pci.express is express]
         if len(needed) > free:
-            names = ", ".join(d.name for d in needed)
-            text = (
-                f"{machine.shown_name} has {free} free places for {names}: give it {what} for each and start it again"
-            )
-            yield Blocker("no-free-port", eligibility.OVERRIDE, text, needed[0].name)
+            names, told = tuple(d.name for d in needed), machine.shown_name
+            yield blocker("no-free-port", names[0], machine_name=told, devices=names, places=free, needs=what)
 
 
 # The kinds of node that are what a device does for the host.
@@ -397,12 +399,12 @@ def _half(hold: Hold | None, *, live: bool) -> bool:
 def _refuse_other_kinds(state: State, machine: Machine, device: Device) -> None:
     for hold in state.holds_in(machine.key):
         if hold.device == device.name:
-            text = f"{machine.name} uses {device.name} as {hold.kind}: change that in the machine's own configuration"
+            text = f"{machine.name} uses {device.name} as {hold.kind}: change that in the machine's own configuration."
             raise errors.NotSupported(text)
     for twin in state.twins(machine.key):
         if any(hold.device == device.name for hold in state.holds_in(twin)):
             text = (
-                f"it is not {machine.uri} but {twin.uri} whose machine {machine.uuid} has {device.name}: take it there"
+                f"It is not {machine.uri} but {twin.uri} whose machine {machine.uuid} has {device.name}: take it there."
             )
             raise errors.NotAssigned(text)
 

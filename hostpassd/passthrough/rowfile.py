@@ -116,9 +116,12 @@ class RowFile:
 
 
 def rows_in(data: bytes) -> list[str | None]:
-    """The rows of a file, and None for each line that is none; a last one that was written in part is left out."""
+    """The rows of a file, and None for each line that is none; a last one that was written in part is left out.
+
+    One that has its end was written as a whole, and is damaged.
+    """
     rows = [_row(line) for line in data.split(b"\n") if line]
-    if len(rows) > 1 and rows[-1] is None:
+    if len(rows) > 1 and rows[-1] is None and not data.endswith(b"\n"):
         rows.pop()
     return rows
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from hostpassd.events import HostUse
 from hostpassd.host.device import Device
+from hostpassd.model.codes import Blocker
 from hostpassd.passthrough import eligibility
-from hostpassd.passthrough.eligibility import Blocker
 from hostpassd.state.tree import Tree
 
 

@@ -27,8 +27,8 @@ from hostpassd.events import (
 )
 from hostpassd.host.device import Device, same_thing
 from hostpassd.machines.machine import Claim, Hold, Machine, MachineKey, Missing
+from hostpassd.model.codes import Blocker
 from hostpassd.passthrough import eligibility
-from hostpassd.passthrough.eligibility import Blocker
 from hostpassd.state.changes import MANAGER, Batches, Changes
 from hostpassd.state.holdings import Holdings, Key
 from hostpassd.state.spread import Spread

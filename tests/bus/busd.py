@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,13 @@ ACTIONS = Path("/usr/share/polkit-1/actions")
 RULES = Path("/etc/polkit-1/rules.d")
 POLKITD = "/usr/lib/polkit-1/polkitd"
 
+# The two message buses of the world, and how the second is started. It is not installed, which would have it take the
+# place of the host's own bus: `./dev test` unpacks it.
+DBUS_DAEMON, DBUS_BROKER = "dbus-daemon", "dbus-broker"
+BECOME_BROKER = Path(__file__).with_name("broker.py")
+BROKER_UNPACKED = [os.environ[key] for key in ("HOSTPASSD_DBUS_BROKER",) if key in os.environ]
+OWN_MOUNTS = ["unshare", "--mount", "--propagation", "private"]
+
 DRIVER = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 AUTHORITY = (
     "org.freedesktop.PolicyKit1",
@@ -43,7 +51,8 @@ AGENT = "org.freedesktop.PolicyKit1.AuthenticationAgent"
 # Seconds after which a test that waits has failed. No test may count on less: machines are as slow as they are.
 PATIENCE = 60
 
-# What Debian's system bus has; and root, as which the tests run the daemon's parts, may own our name and call agents.
+# What Debian's system bus has; and the user who runs it, as whom the daemon's parts run too, may own our name, stand in
+# for polkit and call agents. polkit's policy comes with polkitd: where that is not installed, the bus does without.
 BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -64,9 +73,11 @@ BUS_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
   </policy>
   <include>{policy}</include>
-  <include>{polkit}</include>
-  <policy user="root">
+  <include ignore_missing="yes">{polkit}</include>
+  <policy user="{uid}">
     <allow own="org.hostpassd1"/>
+    <allow own="org.freedesktop.PolicyKit1"/>
+    <allow send_destination="org.freedesktop.PolicyKit1"/>
     <allow send_interface="org.freedesktop.PolicyKit1.AuthenticationAgent"/>
   </policy>
 </busconfig>
@@ -80,33 +91,78 @@ polkit.addRule(function(action, subject) {{
 """
 
 
-class PrivateBus:
-    """A dbus-daemon of its own, of type system, under POLICY (the shipped one). A context manager."""
+class BusDidNotStart(Exception):
+    """The bus ended before it listened; why, in its own words."""
 
-    def __init__(self, policy: Path = SHIPPED_POLICY) -> None:
+
+def brokers() -> tuple[list[str], str]:
+    """The message buses that tests can run on here and, where that is not all of them, why."""
+    if os.getuid() != 0:
+        return [DBUS_DAEMON], f"{DBUS_BROKER} needs root"
+    if subprocess.run([*OWN_MOUNTS, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        return [DBUS_DAEMON], f"{DBUS_BROKER} needs a mount namespace, which cannot be made here"
+    return [DBUS_DAEMON, DBUS_BROKER], ""
+
+
+class PrivateBus:
+    """A bus of its own, of type system, under POLICY (the shipped one), served by BROKER. A context manager."""
+
+    def __init__(self, policy: Path = SHIPPED_POLICY, broker: str = DBUS_DAEMON) -> None:
         self._policy = policy
+        self._broker = broker
         self.address = ""
 
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="hostpassd-bus-"))
         self._folder.chmod(0o755)  # callers with other user ids reach the socket
-        configuration = self._folder / "bus.conf"
-        socket = self._folder / "socket"
-        configuration.write_text(
-            BUS_CONFIGURATION.format(socket=socket, policy=self._policy, polkit=POLKIT_POLICY), encoding="utf-8"
+        self._configuration = self._folder / "bus.conf"
+        self._configuration.write_text(
+            BUS_CONFIGURATION.format(
+                socket=self._folder / "socket", policy=self._policy, polkit=POLKIT_POLICY, uid=os.getuid()
+            ),
+            encoding="utf-8",
         )
-        # setpriv: a test run that is killed takes its bus along, and that takes its polkitd along.
-        command = ["setpriv", "--pdeathsig", "TERM", "dbus-daemon", "--nofork", "--nopidfile", "--nosyslog"]
-        self.process = subprocess.Popen(
-            [*command, f"--config-file={configuration}", "--print-address"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        started = self._start_broker() if self._broker == DBUS_BROKER else self._start_daemon()
+        if not started:
+            said = (self._folder / "words").read_text(encoding="utf-8").strip()
+            self.__exit__()
+            raise BusDidNotStart(f"{self._broker} did not start: {said}")
+        return self
+
+    def _start_daemon(self) -> bool:
+        command = ["dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", f"--config-file={self._configuration}"]
+        self._spawn([*command, "--print-address"])
         assert self.process.stdout
         self.address = self.process.stdout.readline().strip()
-        assert self.address, "dbus-daemon did not start"
-        return self
+        return bool(self.address)
+
+    def _start_broker(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as bus, socket.socket(socket.AF_UNIX) as client:
+            bus.bind(str(self._folder / "socket"))
+            (self._folder / "socket").chmod(0o666)
+            bus.listen(128)
+            command = [sys.executable, "-B", str(BECOME_BROKER), str(bus.fileno()), str(self._configuration)]
+            self._spawn([*OWN_MOUNTS, *command, *BROKER_UNPACKED], bus.fileno())
+            bus.close()
+            self.address = f"unix:path={self._folder / 'socket'}"
+            client.settimeout(PATIENCE)
+            client.connect(str(self._folder / "socket"))
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"\0AUTH\r\n")  # answered once it serves; hung up on if it ends before
+                return bool(client.recv(1))
+        return False
+
+    def _spawn(self, command: list[str], *passed: int) -> None:
+        # setpriv: a test run that is killed takes its bus along, and that takes its polkitd along.
+        with (self._folder / "words").open("w", encoding="utf-8") as stderr:
+            self.process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *command],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,  # Ctrl-C at a terminal is not for the bus
+                pass_fds=passed,
+            )
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -146,7 +202,7 @@ class Polkit:
             self._place(undo, ACTIONS / self._actions.name, self._actions.read_text(encoding="utf-8"))
             self._place(undo, self._rule_file(), self._rules)
             self._connection = await MessageBus(bus_address=self._bus.address).connect()
-            undo.callback(self._connection.disconnect)
+            undo.callback(hang_up, self._connection)
             self._changed = asyncio.Event()
             self._connection.add_message_handler(self._hear)
             await self.ask(*DRIVER, "AddMatch", "s", [f"type='signal',interface='{AUTHORITY[2]}'"])
@@ -229,6 +285,13 @@ class Polkit:
     def _hear(self, message: Any) -> None:
         if message.member in ("Changed", "NameOwnerChanged"):
             self._changed.set()
+
+
+def hang_up(connection: Any) -> None:
+    """Leaves the bus, and closes the socket, which dbus-next would leave to the garbage collector."""
+    asyncio.get_running_loop().remove_reader(connection._fd)
+    connection._stream.close()
+    connection._sock.close()
 
 
 def _sweep() -> None:
@@ -348,7 +411,11 @@ class Client:
 
     async def send_raw(self, data: bytes) -> None:
         """Puts DATA on the wire as it is. Returns when the bus has read it or hung up."""
-        await self._order("raw", data=list(data))
+        await self._order("raw", data=list(data), answered=0)
+
+    async def call_raw(self, data: bytes, serial: int) -> Any:
+        """Puts DATA on the wire as it is, a call of SERIAL; returns the body of its reply. Raises Refused."""
+        return await asyncio.wait_for(self._order("raw", data=list(data), answered=serial), PATIENCE)
 
     async def be_agent(self, subject: Client) -> None:
         """Registers as the polkit agent of SUBJECT's process; both must have one user id."""
@@ -421,10 +488,12 @@ class _Caller:
         if flags & 1:
             _tell(id=id, kind="sent", body=None)
 
-    async def _do_raw(self, id: int, data: list[int]) -> None:
+    async def _do_raw(self, id: int, data: list[int], answered: int) -> None:
         loop = asyncio.get_running_loop()
+        self._calls[answered] = id
         await loop.sock_sendall(self._bus._sock, bytes(data))
-        _tell(id=id, kind="sent", body=None)
+        if not answered:
+            _tell(id=id, kind="sent", body=None)
 
     async def _do_agent(self, id: int, pid: int) -> None:
         body = [["unix-process", process_details(pid, os.getuid())], "C", "/agent"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from hostpassd import names
-from hostpassd.bus.router import Router
+from hostpassd.bus.router import Batch, Router
 from hostpassd.bus.spec import Specification
-from tests.bus.busd import Client, PrivateBus
+from tests.bus.busd import Client, PrivateBus, brokers
+from tests.bus.fakebus import FakeBus
+from tests.bus.told import DEVICE, MANAGER, NET, ONE, ROOT, TWO, device, manager, net
 
 NewClient = Callable[[int], Awaitable[Client]]
 
@@ -22,10 +25,24 @@ def specification() -> Specification:
     return Specification.load()
 
 
+BROKERS, WHY_NOT_ALL = brokers()
+
+
+def pytest_report_header() -> str:
+    """Says on which message buses the tests run, and why not on others."""
+    return f"message buses: {', '.join(BROKERS)}{WHY_NOT_ALL and f' ({WHY_NOT_ALL})'}"
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> str:
+    """Each of the programs that are a message bus."""
+    return str(request.param)
+
+
 @pytest.fixture
-def bus() -> Iterator[PrivateBus]:
+def bus(broker: str) -> Iterator[PrivateBus]:
     """A private bus."""
-    with PrivateBus() as private:
+    with PrivateBus(broker=broker) as private:
         yield private
 
 
@@ -37,6 +54,14 @@ async def router(bus: PrivateBus, specification: Specification) -> AsyncIterator
     await made.own_name(names.BUS_NAME)
     yield made
     await made.close()
+
+
+@pytest.fixture
+def served(router: Router) -> Router:
+    """A router with the Manager and two devices."""
+    router.publish(Batch(added={ROOT: {MANAGER: manager()}}))
+    router.publish(Batch(added={ONE: {DEVICE: device()}, TWO: {DEVICE: device(Kind="net"), NET: net()}}))
+    return router
 
 
 @pytest.fixture
@@ -57,3 +82,19 @@ async def new_client(bus: PrivateBus) -> AsyncIterator[NewClient]:
 async def client(new_client: NewClient) -> Client:
     """A caller that is nobody."""
     return await new_client(65534)
+
+
+@pytest.fixture
+async def fake(tmp_path: Path) -> AsyncIterator[FakeBus]:
+    """A bus that the test plays."""
+    async with FakeBus(tmp_path).serving() as made:
+        yield made
+
+
+@pytest.fixture
+async def alone(fake: FakeBus, specification: Specification) -> AsyncIterator[Router]:
+    """A router on it."""
+    made = Router(specification, log=logging.getLogger("hostpassd"))
+    await made.connect(fake.address)
+    yield made
+    await made.close()

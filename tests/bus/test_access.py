@@ -180,8 +180,8 @@ async def test_a_caller_that_vanishes_cancels_its_prompt(
     assert cancelled.body == [cookie]
     with pytest.raises(Cancelled):
         await asyncio.wait_for(checks[0], PATIENCE)
-    assert not router._watched
-    assert not router._pending
+    assert not router.peers._waiting
+    assert not router.peers._asked
 
 
 async def test_a_cancelled_check_cancels_its_prompt(
@@ -397,6 +397,30 @@ async def test_more_checks_than_places(checks: Checks, polkit: Polkit, client: C
     assert {(await refusal(answer))[0] for answer in answers} == {INTERACTIVE_REQUIRED}
 
 
+async def test_whoever_asks_for_much_keeps_nobody_waiting_and_is_told_so(
+    checks: Checks, polkit: Polkit, client: Client, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, held, asked = await new_client(DAEMON), asyncio.Semaphore(0), Access._ask
+
+    async def ask(access: Access, call: Call, *about: Any, interactive: bool) -> Any:
+        if call.sender == busy.name:
+            held.release()
+            await asyncio.Event().wait()
+        return await asked(access, call, *about, interactive=interactive)
+
+    monkeypatch.setattr(Access, "_ask", ask)
+    answers = [assign(busy) for _ in range(access_module.QUIET_PLACES)]
+    for _ in range(access_module.QUIET_PLACES_PER_PERSON):
+        await asyncio.wait_for(held.acquire(), PATIENCE)
+    assert (await refusal(assign(client)))[0] == INTERACTIVE_REQUIRED
+    # Its others were never asked about, so it is not polkit that does not answer.
+    monkeypatch.setattr(access_module, "TIMEOUT", 0.0)
+    monkeypatch.setattr(access_module, "PLACE_TIMEOUT", 0.1)
+    name, message = await refusal(assign(busy))
+    assert name == LIMIT_EXCEEDED and "too much" in message
+    assert held.locked() and not any(answer.done() for answer in answers)
+
+
 async def test_without_polkit_only_root_may(checks: Checks, client: Client, new_client: NewClient) -> None:
     assert await assign(await new_client(0)) == ["/ok"]
     for interactive in (False, True):
@@ -430,7 +454,7 @@ async def test_a_frozen_polkit_is_a_no(
     name, message = await refusal(assign(client))
     assert name == NOT_AUTHORIZED
     assert "polkit does not answer" in message
-    assert not router._pending
+    assert not router.peers._asked
 
 
 async def test_a_prompt_may_take_longer_than_an_answer_without_one(
@@ -451,7 +475,8 @@ async def test_a_prompt_may_take_longer_than_an_answer_without_one(
 async def test_a_caller_of_a_frozen_polkit_can_still_vanish(checks: Checks, polkit: Polkit, client: Client) -> None:
     polkit.freeze()
     assign(client, interactive=True)
-    await client.call("/", "org.freedesktop.DBus.Peer", "Ping")
+    while not checks:  # who the caller is has to be asked first
+        await asyncio.sleep(0)
     await client.stop()
     with pytest.raises(Cancelled):
         await asyncio.wait_for(checks[0], PATIENCE)

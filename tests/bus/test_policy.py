@@ -54,13 +54,13 @@ async def test_others_cannot_own_the_name(new_client: NewClient, uid: int) -> No
     assert caught.value.name == "org.freedesktop.DBus.Error.AccessDenied"
 
 
-async def test_the_services_user_can_own_the_name(tmp_path: Path) -> None:
+async def test_the_services_user_can_own_the_name(tmp_path: Path, broker: str) -> None:
     """Under the shipped policy with a user that exists here in hostpassd's place."""
     shipped = SHIPPED_POLICY.read_text(encoding="utf-8")
     assert shipped.count('user="hostpassd"') == 1
     policy = tmp_path / "policy.conf"
     policy.write_text(shipped.replace('user="hostpassd"', 'user="daemon"'), encoding="utf-8")
-    with PrivateBus(policy) as bus:
+    with PrivateBus(policy, broker) as bus:
         daemon, other = Client(DAEMON), Client(BIN)
         try:
             await daemon.start(bus.address)

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import pytest
 
 from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
-from hostpassd.host.device import Block, Device, Mdev, MdevParent, Net, Scsi, Usb
+from hostpassd.host.device import Block, Device, Mdev, MdevParent, Net, Scsi, Usb, UsbInterface
 from tests.bus.mockhost import MockHost
 
 pyudev = pytest.importorskip("pyudev")
@@ -209,7 +209,8 @@ def test_usb_and_scsi_facts(host: MockHost, listen: Listen) -> None:
     host.furnish()
     listener = listen()
     stick, twin = listener.device("usb_1_1_2"), listener.device("usb_1_1_3")
-    assert stick.facts == (Usb(1, 3, "1-1.2", 0x46F4, 1, 0, 480, ("08:06:50",)),)
+    assert stick.facts == (Usb(1, 3, "1-1.2", 0x46F4, 1, 0, 480, ("08:06:50",), socket="1-1.2"),)
+    assert listener.device("usb_1_1_2__1_0").facts == (UsbInterface("08:06:50"),)
     assert (stick.serial, twin.serial) == ("1-0000:00:14.0-1.2", "TWIN")
     assert (stick.label, stick.device_nodes) == ("QEMU USB HARDDRIVE", ("/dev/bus/usb/001/003",))
     assert listener.device("usb_usb2").facts == (Usb(2, 1, "usb2", 0x1D6B, 2, 9, 5000, ("09:00:00",)),)
@@ -219,7 +220,7 @@ def test_usb_and_scsi_facts(host: MockHost, listen: Listen) -> None:
     assert (disk.vendor, disk.product, disk.serial, disk.driver) == ("QEMU", "QEMU HARDDISK", "SN000001", "sd")
     block = listener.device("block_sdb")
     assert block.facts == (Block("/dev/sdb", 20_000_000_000, "8:16"),)
-    assert (block.label, block.parent, block.device_nodes) == ("/dev/sdb, 20.0 GB", "scsi_1_0_0_0", ("/dev/sdb",))
+    assert (block.label, block.parent, block.device_nodes) == ("Disk, 20.0 GB", "scsi_1_0_0_0", ("/dev/sdb",))
 
 
 @needs_preload
@@ -339,6 +340,21 @@ def test_interfaces_are_known_before_they_are_there(host: MockHost, listen: List
     interfaces = [event.device.usb.interfaces for event in seen(listener.settle()) if event.device.usb]
     assert interfaces[-1] == ("03:01:01", "03:01:01")
     assert () not in interfaces
+
+
+@needs_preload
+def test_report_descriptors_are_read_when_their_driver_has_come(host: MockHost, listen: Listen) -> None:
+    host.usb_controller(host.pci("0000:00:14.0"), 1)
+    listener = listen()
+    key = host.plug_usb("1-1", 0xABCD, 1, interfaces=("03:00:00",), driver="")
+    assert [usb.marks for usb in _usb_seen(listener)][-1] == ()
+    host.write(f"{key}/1-1:1.0", "0003:ABCD:0001.0001/report_descriptor", b"\x06\xd0\xf1\x09\x01\xa1\x01\xc0")
+    host.set_driver(f"{key}/1-1:1.0", "usbhid")
+    assert [usb.marks for usb in _usb_seen(listener)] == [("fido",)]
+
+
+def _usb_seen(listener: Listener) -> list[Usb]:
+    return [event.device.usb for event in seen(listener.settle()) if event.device.usb]
 
 
 @needs_preload

@@ -13,9 +13,9 @@ import pytest
 
 from tests.lab.front import Front, Recording
 from tests.lab.guest import Guest
-from tests.lab.image import cache_folder
 from tests.lab.install import install
 from tests.lab.machine import PATIENCE, Host
+from tests.roots import cache_folder
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def guest(host: Host) -> Iterator[Callable[..., Guest]]:
         yield make
 
 
-@pytest.hookimpl(hookwrapper=True)  # type: ignore[untyped-decorator]  # pytest 7.2, Debian 12's, has no other kind
+@pytest.hookimpl(hookwrapper=True)  # pytest 7.2, Debian 12's, has no other kind
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """Lets the recorder see whether the test failed."""
     outcome = yield

@@ -37,9 +37,7 @@ class Front:
 
     def close(self) -> None:
         """Leaves the bus."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(PATIENCE)
+        self._process.communicate(timeout=PATIENCE)
 
     def begin(
         self,
@@ -207,9 +205,7 @@ class Recording:
 
     def close(self) -> None:
         """Ends the recording."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(PATIENCE)
+        self._process.communicate(timeout=PATIENCE)
 
     def _next(self) -> dict[str, Any]:
         assert self._process.stdout

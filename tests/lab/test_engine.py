@@ -179,7 +179,7 @@ def _operate_and_die(host: Host, front: Front, operation: str, at: int) -> bool:
     host.wait_for(f"grep -q '^TracerPid:.[1-9]' /proc/{pid}/status")
     call = f"busctl --timeout=280 call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager {operation} 'ssa{{sv}}'"
     # The end is on disk before the answer comes. What is dying has a folder in /proc for a while yet.
-    killed = host.run(f"{call} engine {PAIR[0]} 1 timeout u 250", check=False, timeout=300).status != 0
+    killed = host.run(f"{call} engine {PAIR[0]} 1 timeout u 250", check=False, timeout=PATIENCE).status != 0
     if killed:
         host.wait_for(
             f"systemctl is-active -q hostpassd && test $(systemctl show -p MainPID --value hostpassd) != {pid}"

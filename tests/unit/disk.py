@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Disk:
         self._names: dict[str, _File] = {}
         self._folders: list[dict[str, _File]] = [{}]  # as it is on disk, and as it was after each change since
         self._open: dict[int, _File | None] = {}  # None: the folder
+        self._dead: set[threading.Thread] = set()  # whose daemon was killed
         monkeypatch.setattr(rowfile, "os", self)
 
     def __getattr__(self, name: str) -> Any:
@@ -119,8 +121,14 @@ class Disk:
         os.close(descriptor)
 
     def _happen(self, call: str) -> None:
+        if threading.current_thread() in self._dead:
+            raise Died
         self.moments += 1
-        self.at(call)
+        try:
+            self.at(call)
+        except Died:
+            self._dead.add(threading.current_thread())
+            raise
 
     def _folder_changed(self) -> None:
         self._folders.append(dict(self._names))

@@ -11,9 +11,11 @@ from dbus_next import Message, MessageFlag, MessageType, Variant
 from dbus_next._private.unmarshaller import Unmarshaller
 
 from hostpassd import names
+from hostpassd.bus.connection import Inbox
 from hostpassd.bus.router import Router
 
-POLKIT = "org.freedesktop.PolicyKit1"
+DRIVER = "org.freedesktop.DBus"
+POLKIT, POLKITS_OWNER = "org.freedesktop.PolicyKit1", ":1.3"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 
 Tree = dict[str, dict[str, dict[str, Any]]]
@@ -39,6 +41,8 @@ class Bus:
     `prompting`: polkit wants passwords, and its prompts wait for `answer_prompts`. `client` hears every signal,
     `replies` are to its calls.
     """
+
+    congested = False
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -69,7 +73,7 @@ class Bus:
         reply = self.replies[serial] = Reply(member)
         how = {"path": path, "interface": interface, "member": member, "signature": signature, "body": list(body)}
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
-        self._router._on_message(Message(sender=":1.7", destination=names.BUS_NAME, serial=serial, flags=flags, **how))
+        self._bring(":1.7", Message(destination=names.BUS_NAME, serial=serial, flags=flags, **how))
         return reply
 
     def answer_prompts(self) -> None:
@@ -93,12 +97,25 @@ class Bus:
                 self._send(message, "u", [1000])
             case "NameHasOwner":
                 self._send(message, "b", [True])
+            case "GetNameOwner":
+                self._send(message, "s", [POLKITS_OWNER])
             case "AddMatch":
                 self._send(message, "", [])
 
     def _send(self, message: Message, signature: str, body: list[Any]) -> None:
         answer = Message.new_method_return(message, signature, body)
-        asyncio.get_running_loop().call_soon(self._router._on_message, answer)
+        answer.serial = 1
+        sender = POLKITS_OWNER if message.destination == POLKIT else DRIVER
+        asyncio.get_running_loop().call_soon(self._bring, sender, answer)
+
+    def _bring(self, sender: str, message: Message) -> None:
+        """MESSAGE comes from SENDER, which the bus writes into it."""
+        inbox = Inbox()
+        inbox.add(bytes(message._marshall()))
+        incoming = inbox.next()
+        assert incoming
+        incoming.sender = sender
+        self._router._take(incoming)
 
 
 # In one batch: objects added, properties changed, other signals, objects removed, the Generation.

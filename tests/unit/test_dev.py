@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,7 @@ def stub(folder: Path, name: str, body: str) -> None:
     program.chmod(0o755)
 
 
-@pytest.mark.parametrize("words", [[], ["frobnicate"], ["lint", "x"], ["install", "--prefix"], ["uninstall", "x"]])
+@pytest.mark.parametrize("words", [[], ["frobnicate"], ["lint", "x"], ["check", "-x"], ["install", "--prefix"]])
 def test_a_wrong_word_is_one_sentence_and_exit_2(words: list[str]) -> None:
     done = dev(*words)
     assert (done.returncode, done.stdout) == (2, "")
@@ -41,8 +44,10 @@ def test_a_wrong_word_is_one_sentence_and_exit_2(words: list[str]) -> None:
 def test_help_names_every_word() -> None:
     done = dev("help")
     assert done.returncode == 0
-    for word in ("run", "test", "lint", "lab", "bench", "install", "uninstall", "help"):
-        assert f"./dev {word}" in done.stdout
+    words = re.search(r"^WORDS='(.*) or (.*)'$", (REPOSITORY / "dev").read_text(), re.MULTILINE)
+    assert words
+    for word in (*words[1].split(", "), words[2]):
+        assert f"\n./dev {word} " in done.stdout
 
 
 def test_what_is_installed_is_taken_off_again_and_nothing_else(tmp_path: Path) -> None:
@@ -79,28 +84,76 @@ def test_uninstalling_what_is_not_there_says_so(tmp_path: Path) -> None:
     assert "not installed" in done.stderr
 
 
-def missing_package(tmp_path: Path, *, uid: int, apt_status: int) -> subprocess.CompletedProcess[str]:
-    """What './dev run' does where one package is missing and apt-get ends with APT_STATUS."""
+def missing_package(tmp_path: Path, *, uid: int, update: int = 0, install: int = 0) -> subprocess.CompletedProcess[str]:
+    """What './dev run' does where one package is missing and apt-get's commands end with those statuses."""
     stub(tmp_path, "dpkg-query", '[ "$4" = python3-pyudev ] || echo installed')
     stub(tmp_path, "id", f"echo {uid}")
-    stub(tmp_path, "apt-get", f'echo "$@" >>{tmp_path}/apt-calls; echo said by apt; exit {apt_status}')
+    status = f"[ $1 = update ] && exit {update}; exit {install}"
+    stub(tmp_path, "apt-get", f'echo "$@" >>{tmp_path}/apt-calls; echo said by apt; {status}')
     return dev("run", PATH=f"{tmp_path}:{os.environ['PATH']}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a policy for new services is laid down meanwhile")
-def test_only_what_is_missing_is_asked_of_apt_and_its_failure_is_told(tmp_path: Path) -> None:
-    done = missing_package(tmp_path, uid=0, apt_status=100)
+@pytest.mark.parametrize(("update", "could"), [(0, "not"), (100, "neither read the package lists afresh nor")])
+def test_only_what_is_missing_is_asked_of_apt_and_its_failure_is_told(tmp_path: Path, update: int, could: str) -> None:
+    done = missing_package(tmp_path, uid=0, update=update, install=100)
     assert done.returncode == 1
     calls = (tmp_path / "apt-calls").read_text().splitlines()
-    assert calls[0] == "update"
+    assert calls[0] == "update --error-on=any"
     assert len(calls) == 2
     assert calls[1].endswith("install -y --no-install-recommends python3-pyudev")
-    assert "said by apt" in done.stderr
-    assert "dev: apt-get could not install python3-pyudev" in done.stderr
+    assert done.stderr.count("said by apt") == 1 + bool(update)
+    assert done.stderr.splitlines()[-1].startswith(f"dev: apt-get could {could} install python3-pyudev (")
 
 
 def test_who_is_not_root_is_told_what_to_install(tmp_path: Path) -> None:
-    done = missing_package(tmp_path, uid=1000, apt_status=0)
+    done = missing_package(tmp_path, uid=1000)
     assert done.returncode == 1
     assert done.stderr.endswith("apt-get install --no-install-recommends python3-pyudev\n")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "apt-calls").exists()
+
+
+@pytest.mark.parametrize("word", ["check", "cover", "soak", "test"])
+def test_who_is_not_root_is_told_that_the_tests_take_it(tmp_path: Path, word: str) -> None:
+    stub(tmp_path, "id", "echo 1000")
+    done = dev(word, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"dev: '{word}' starts programs of several users, which takes root;")
+
+
+def test_another_system_than_debian_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    done = dev("run", PATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("dev: This is not a Debian system")
+    assert done.stderr.count("\n") == 1
+
+
+def covered(tmp_path: Path, failing: str, figures: str) -> int:
+    """How './dev cover' ends where coverage's command FAILING fails, if any, and these are the FIGURES."""
+    stub(tmp_path, "dpkg-query", "echo installed")
+    stub(tmp_path, "id", "echo 0")
+    codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    (tmp_path / f"cache/dbus-broker-{codename}").mkdir(parents=True)
+    tools = re.search("^TOOLS='(.*)'$", (REPOSITORY / "dev").read_text(), re.MULTILINE)
+    assert tools
+    number = subprocess.run(["cksum"], input=f"{tools[1]}\n", capture_output=True, text=True, check=True).stdout.split()
+    version = ".".join(map(str, sys.version_info[:2]))
+    programs = tmp_path / f"cache/venv-{version}-{number[0]}/bin"
+    programs.mkdir(parents=True)
+    (programs.parent / "whole").touch()
+    write = f"[ $1 != json ] || [ -z '{figures}' ] || echo '{figures}' >$4"
+    stub(programs, "coverage", f"{write}\n[ $1 != '{failing}' ]")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return dev("cover", PATH=path, HOSTPASSD_CACHE=str(tmp_path / "cache")).returncode
+
+
+@pytest.mark.parametrize(
+    ("failing", "figures", "status"),
+    [("", '{"files": {}}', 0), ("", "", 1), *((step, '{"files": {}}', 1) for step in ("run", "combine", "json"))],
+)
+def test_cover_fails_where_a_test_does_or_there_is_no_figure(
+    tmp_path: Path, failing: str, figures: str, status: int
+) -> None:
+    assert covered(tmp_path, failing, figures) == status

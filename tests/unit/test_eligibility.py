@@ -8,6 +8,7 @@ import pytest
 
 from hostpassd.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
 from hostpassd.host.device import Device
+from hostpassd.model.naming import STRUCTURE, SUBJECT, role
 from hostpassd.passthrough.eligibility import blockers, companions
 from hostpassd.state import State
 from tests.unit.world import OTHER, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
@@ -44,6 +45,16 @@ def test_a_nic_behind_a_root_port_is_free() -> None:
 def test_what_a_pci_function_is(facts: dict[str, object], code: tuple[str, str]) -> None:
     device = pci("0000:02:00.0", **{"group": 7, **facts})  # type: ignore[arg-type]
     assert codes(state_of(device), device) == {code}
+
+
+def test_an_other_bridge_is_a_device_for_its_role_and_its_blockers_alike() -> None:
+    """An NVSwitch, say; with the header of a bridge it is one."""
+    switch = pci("0000:02:00.0", group=7, code=0x068000)
+    assert codes(state_of(switch), switch) == set()
+    assert role(switch) == SUBJECT
+    port = pci("0000:02:00.0", group=7, code=0x068000, header=1)
+    assert codes(state_of(port), port) == {("bridge", "never")}
+    assert role(port) == STRUCTURE
 
 
 def test_a_usb_controller_is_not_excluded_by_the_smbus_class() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -295,6 +296,131 @@ async def test_a_guest_that_lets_go_late_ends_the_hold_and_the_drivers_come_back
     assert (await world.do("dismiss", PAIR[1])).state == "done"
     await world.quiet()
     assert world.truth() == home
+
+
+async def test_an_alias_that_another_device_has_at_the_moment_of_asking_is_not_asked_for(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    held = hostdev(STICK, "hostdev0")
+    world.libvirt._put(machine(live=(held,), stored=(held,)))
+    others = (hostdev(LUN, "hostdev0"),)
+
+    def exchange(call: str) -> None:
+        if call == "detach_stored":
+            world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], live=others))
+
+    world.libvirt.after = exchange
+    assert (await world.do("dismiss", STICK)).state == "done"
+    assert world.libvirt.machines[UUID].live == others and "detach_live" not in world.libvirt.calls
+
+
+async def left_undone(folder: Path) -> World:
+    """An assign of the stick has failed, and cannot be undone."""
+    world = World(folder)
+    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    await world.do("assign", STICK)
+    await world.quiet()
+    world.libvirt.calls.clear()
+    return world
+
+
+async def test_a_list_that_anybody_asks_for_has_nothing_tried_again(tmp_path: Path) -> None:
+    world = await left_undone(tmp_path)
+    world.emit(MachinesListed(URI, tuple(world.libvirt.machines.values())))
+    await world.quiet()
+    assert world.libvirt.calls == [] and world.intents.unfinished
+    world.libvirt.lose()
+    world.libvirt.come_back()
+    await world.quiet()
+    assert "detach_stored" in world.libvirt.calls
+
+
+async def test_what_was_left_is_tried_again_after_pauses_that_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+
+    def soon(delay: float, *args: Any) -> asyncio.TimerHandle:
+        if args[0] == world.operations._retry_now:
+            asked.append(delay)
+            delay = 0.0 if len(asked) < 9 else delay
+        return call_later(delay, *args)
+
+    world = World(tmp_path)
+    monkeypatch.setattr(loop, "call_later", soon)
+    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    await world.do("assign", STICK)
+    while len(asked) < 9:
+        await asyncio.sleep(0)
+    assert asked == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+    world.libvirt.calm()
+    world.operations._retry_now()
+    await world.quiet()
+    assert world.intents.unfinished == () and world.libvirt.machines[UUID].stored == ()
+
+
+async def test_a_device_that_cannot_be_given_back_is_tried_after_pauses_that_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def short(delay: float) -> None:
+        if delay:
+            pauses.append(delay)
+        await sleep(0)
+
+    world = World(tmp_path)
+    await world.intents.lend(NIC.name, URI, "e1000e")
+    world.emit(DeviceSeen(dataclasses.replace(NIC, driver="vfio-pci")))
+    world.libvirt.refuse = {"reattach_host": "no"}
+    monkeypatch.setattr(asyncio, "sleep", short)
+    for _ in range(8):
+        world.operations._tidy_soon(retry=False)
+        while busy := upkeep(world):
+            await asyncio.wait(busy)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60] and len(caplog.messages) == 1
+    world.libvirt.calm()
+    world.operations._tidy_soon(retry=False)
+    await world.quiet()
+    assert world.state.devices[NIC.name].driver == "e1000e" and not world.intents.lent
+
+
+async def test_a_failure_that_stays_the_same_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    world = await left_undone(tmp_path)
+    for _ in range(3):
+        world.operations._retry_now()
+        await world.quiet()
+    assert [text.partition(":")[0] for text in caplog.messages] == [
+        "an earlier assign was not finished",
+        "of the earlier assign this could not be done",
+    ]
+    world.libvirt.refuse = {"detach_stored": "not now"}
+    world.operations._retry_now()
+    await world.quiet()
+    assert "not now" in caplog.messages[-1] and len(caplog.messages) == 3
+
+
+async def test_a_log_that_cannot_be_written_has_nothing_else_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostpassd.passthrough.operations.LOG_RETRY", 0.0)
+    world = await left_undone(tmp_path)
+    attempts: list[None] = []
+
+    async def fail() -> None:
+        attempts.append(None)
+        raise errors.StateFolderError("the disk is full")
+
+    monkeypatch.setattr(world.intents, "catch_up", fail)
+    world.intents.trouble.set()
+    keeping = asyncio.create_task(world.operations.keep_log())
+    while len(attempts) < 5:
+        await asyncio.sleep(0)
+    assert world.libvirt.calls == [] and not upkeep(world)
+    world.intents.trouble.clear()
+    keeping.cancel()
 
 
 async def test_a_guest_asked_before_is_waited_for_when_it_is_asked_again(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ from hypothesis.stateful import (
 import hostpassd.audit
 import hostpassd.bus.access
 from hostpassd import names
-from hostpassd.bus import objects
+from hostpassd.bus import present
 from hostpassd.config import Config
 from hostpassd.daemon import RESCAN_PAUSE, Daemon
 from hostpassd.events import DeviceSeen, DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
 from hostpassd.host.device import Device, MdevParent, same_thing
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
-from hostpassd.passthrough.eligibility import OVERRIDABLE
+from hostpassd.model.codes import OVERRIDABLE
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store
@@ -232,6 +232,7 @@ class Operations(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="hostpassd-histories-"))
         self.patches = pytest.MonkeyPatch()
         self.disk = Disk(self.patches)
+        self.patches.setattr("hostpassd.passthrough.intents.CHECK_PAUSE", 0.0)
         self.mistakes = _Mistakes()
         logging.getLogger("hostpassd").addHandler(self.mistakes)
         self.numbers = 10
@@ -445,7 +446,7 @@ class Operations(RuleBasedStateMachine):
         assert not differences, "\n".join(differences)
         jobs = self.life.state.jobs.values()
         assert {p: f[names.JOB] for p, f in client.tree.items() if p not in told} == {
-            names.job_path(job.number): objects.job_properties(job) for job in jobs
+            names.job_path(job.number): present.job_properties(job) for job in jobs
         }
         assert sorted(rows_of_devices(client.tree)) == sorted(rows_of_machines(client.tree)) == sorted(client.holds)
         self.sound = True
@@ -465,7 +466,7 @@ class Operations(RuleBasedStateMachine):
         ):
             fresh.apply(event)
         entities = [("device", name) for name in fresh.devices] + [("machine", uuid) for uuid in fresh.machines]
-        return {objects.path_of(entity): plain(objects.interfaces_of(fresh, entity)) for entity in entities}
+        return {present.path_of(entity): plain(present.interfaces_of(fresh, entity)) for entity in entities}
 
     def _note_ours(self) -> None:
         for job in self.life.state.jobs.values():
@@ -494,7 +495,7 @@ class Operations(RuleBasedStateMachine):
                 libvirt.release(*ask)
             self.read_everything()
             self.sync("Rescan")
-            for _ in range(25):  # what failed often is tried again late
+            for _ in range(3):
                 self.life.loop.advance(15)
                 self._note_ours()
         self.sync("Sync")

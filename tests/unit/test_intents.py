@@ -20,15 +20,16 @@ from hypothesis import strategies as st
 from hostpassd import errors
 from hostpassd.config import Config
 from hostpassd.daemon import Daemon
+from hostpassd.events import DeviceSeen
 from hostpassd.host.device import Device
-from hostpassd.machines.machine import Claim
+from hostpassd.machines.machine import Claim, MachineKey
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Store, Unstore
 from hostpassd.passthrough.rowfile import rows_in
 from tests.unit.disk import Disk, no_room
 from tests.unit.test_execute import GPU, LUN, NIC, PAIR, STICK, World, reborn
-from tests.unit.world import KEY, URI, UUID, hostdev
+from tests.unit.world import OTHER, URI, UUID, hostdev, pci, usb
 
 CLAIM = hostdev(NIC, alias="ua-1")
 STEPS = (
@@ -43,12 +44,17 @@ STEPS = (
 
 def plan(device: str = "nic", *groups: str) -> Plan:
     steps = tuple(dataclasses.replace(step, device=device) for step in STEPS)
-    return Plan("assign", KEY, device, (device,), (1,), steps, groups or (device,))
+    return Plan("assign", MachineKey(URI, UUID), device, (device,), (1,), steps, groups or (device,))
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hostpassd.passthrough.intents.CHECK_PAUSE", 0.0)
 
 
 def log_in(folder: Path) -> IntentLog:
@@ -301,7 +307,7 @@ async def test_a_file_that_can_be_read_late_is_put_in_order_then(
     keeping = asyncio.create_task(world.operations.keep_log())
     (tmp_path / "intents").rmdir()
     (tmp_path / "aside").rename(tmp_path / "intents")
-    while world.intents.trouble.is_set():
+    while world.intents.trouble.is_set() or world.intents.unfinished:
         await asyncio.sleep(0)
     await world.quiet()
     assert world.truth() == before and world.intents.unfinished == ()
@@ -384,6 +390,61 @@ async def test_a_disk_that_hangs_ends_the_job_in_words_and_is_made_up_for_when_i
     assert known(log_in(tmp_path)) == ([], {})
 
 
+async def test_many_wishes_bring_about_one_attempt_to_write_and_then_none_for_a_while(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever may do nothing keeps the disk busy, and what is to be written waits behind that."""
+    monkeypatch.setattr("hostpassd.passthrough.intents.CHECK_PAUSE", 3600.0)
+    log = log_in(tmp_path)
+    attempts: list[str] = []
+
+    def fail(call: str) -> None:
+        attempts.append(call)
+        no_room(call)
+
+    disk.at = fail
+    with pytest.raises(errors.StateFolderError):
+        await log.begin(1, plan(), URI)
+    monkeypatch.setattr(log, "_failed_at", 0.0)
+    for _ in range(2):
+        refused = await asyncio.gather(*(log.check(plan()) for _ in range(20)), return_exceptions=True)
+        assert {str(error) for error in refused} == {log.problem} and len(attempts) == 2
+    disk.at = fine
+    await log.begin(1, plan(), URI)  # what was allowed does not wait
+    await log.check(plan())
+
+
+async def test_a_row_that_waits_for_many_others_is_written_though_that_takes_long(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, loop = [0.0], asyncio.get_running_loop()
+    monkeypatch.setattr("hostpassd.passthrough.intents.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hostpassd.passthrough.intents.PATIENCE", 15.0)
+    log = log_in(tmp_path)
+
+    async def look_again(futures: object, timeout: float) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("hostpassd.passthrough.intents.asyncio.wait", look_again)
+
+    def slow(call: str) -> None:
+        now[0] += 2.0  # and no call has more than five of these
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+
+    disk.at = slow
+    await asyncio.gather(*(log.lend(f"device {at}", URI, "") for at in range(20)))
+    assert now[0] > 45.0 and not log.trouble.is_set() and len(log_in(tmp_path).lent) == 20
+
+
+async def test_what_is_added_costs_no_writing_of_all_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, plan("a"), URI)
+    monkeypatch.delattr("hostpassd.passthrough.intents.rows_of")
+    await log.begin(2, plan("b"), URI)
+    await log.step(1, 0)
+    assert len(log_in(tmp_path).unfinished) == 2
+
+
 async def test_what_a_refused_operation_was_to_stand_for_is_kept(tmp_path: Path, disk: Disk) -> None:
     log = log_in(tmp_path)
     await log.begin(1, plan(), URI)
@@ -420,6 +481,72 @@ async def test_writes_are_made_in_the_order_in_which_they_were_asked_for(tmp_pat
     go_on.set()
     await asyncio.gather(*writes, return_exceptions=True)
     assert [next(iter(row)) for row in rows(tmp_path)] == ["version", "begin", "step", "lend", "step", "return"]
+
+
+# What an operation stands for.
+
+
+def moving(*devices: str, machine: str = UUID) -> Plan:
+    """A plan of DEVICES that are below one controller."""
+    steps = tuple(Store(device, CLAIM) for device in devices)
+    return Plan(
+        "assign",
+        MachineKey(URI, machine),
+        devices[0],
+        devices,
+        (1,) * len(devices),
+        steps,
+        (*sorted(devices), "group 5"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("later", "uri", "open_steps"),
+    [
+        (moving("b"), URI, {0, 1}),
+        (moving("a", machine=OTHER), URI, {0, 1}),
+        (moving("a"), "qemu:///other", {0, 1}),
+        (moving("a"), URI, {1}),
+        (moving("a", "b", "c"), URI, set()),
+    ],
+    ids=["another device", "another machine", "another hypervisor", "one of the two", "both"],
+)
+async def test_an_operation_stands_for_what_was_left_on_its_own_devices_and_machine_alone(
+    tmp_path: Path, disk: Disk, later: Plan, uri: str, open_steps: set[int]
+) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, moving("a", "c"), URI)
+    await log.leave(1, 2)
+    before = known(log)
+    disk.at = no_room
+    with pytest.raises(errors.StateFolderError):
+        await log.begin(2, later, uri)
+    assert known(log) == before
+    disk.at = fine
+    await log.catch_up()
+    await log.begin(2, later, uri)
+    new = log_in(tmp_path)
+    assert known(new) == known(log)
+    await log.end(2)
+    for left in (log.unfinished, log_in(tmp_path).unfinished):
+        assert {at for operation in left for at in {0, 1} - operation.undone} == open_steps
+
+
+async def test_of_two_sticks_below_one_controller_one_is_undone_though_the_other_is_assigned(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    controller = pci("0000:05:00.0", group=7, driver="xhci_hcd", code=0x0C0330)
+    first, second = usb("1-8", controller, number=8, product=8), usb("1-9", controller, number=9, product=9)
+    for device in (controller, first, second):
+        world.emit(DeviceSeen(device))
+    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    assert "not undone" in (await world.do("assign", first)).error_message
+    await world.quiet()
+    world.libvirt.refuse = {"detach_stored": "never"}
+    assert (await world.do("assign", second)).state == "done"
+    await world.quiet()
+    world = await reborn(world, tmp_path)
+    (hold,) = world.libvirt.machines[UUID].stored
+    assert hold.id == hostdev(second, stored=True).id and world.intents.unfinished == ()
 
 
 # What somebody else does to the same device meanwhile is theirs.
@@ -592,6 +719,45 @@ async def test_an_empty_file_is_no_damage(tmp_path: Path, data: bytes, caplog: p
     (tmp_path / "intents").write_bytes(data)
     assert (await World(tmp_path).do("assign", NIC)).state == "done"
     assert not caplog.text and not list(tmp_path.glob("*corrupt*"))
+
+
+async def test_what_stood_below_a_version_row_that_is_damaged_is_kept_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, plan(NIC.name), URI)
+    await log.lend(PAIR[0].name, URI, "e1000e")
+    path = tmp_path / "intents"
+    whole = path.read_bytes()
+    path.write_bytes(b"x" + whole[1:])
+    rest = whole.partition(b"\n")[2]
+    for _ in range(2):
+        world = World(tmp_path)
+        for device in (NIC, PAIR[0]):
+            with pytest.raises(errors.Failed, match=f"something unfinished with {device.name}"):
+                await world.start("assign", device)
+        await world.intents.catch_up()
+        assert path.read_bytes() == rest + line({"version": 2}) and world.libvirt.calls == []
+        assert "rows of another version, or damaged ones" in caplog.text
+    assert [p.read_bytes() for p in tmp_path.glob("*corrupt*")] == [b"x" + whole[1:]]
+
+
+async def test_a_last_row_is_damaged_where_its_end_is_there_and_torn_where_it_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = log_in(tmp_path)
+    await log.begin(1, plan(NIC.name), URI)
+    await log.lend("device", URI, "e1000e")
+    path = tmp_path / "intents"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    torn = log_in(tmp_path)
+    assert len(torn.unfinished) == 1 and not torn.lent and not caplog.text
+    path.write_bytes(whole[:-2] + b"?\n")
+    damaged = log_in(tmp_path)
+    assert "is damaged" in caplog.text and not damaged.unfinished
+    with pytest.raises(errors.Failed, match="damaged"):
+        await damaged.check(plan(NIC.name))
 
 
 async def test_an_operation_whose_end_may_be_in_a_damaged_row_is_not_undone(tmp_path: Path) -> None:

@@ -63,16 +63,14 @@ def test_lines_come_in_order_and_whole_by_the_end(reader: Reader, log: logging.L
 def test_what_is_quoted_is_no_line_of_its_own(reader: Reader, log: logging.Logger) -> None:
     log.warning("Machine %s: %s", "a\n<0>hostpassd: all is lost", "b\u202ec\x9b2J\r\x1b[2K")
     try:
-        raise ValueError("why")
+        raise ValueError("why\n<0>hostpassd: all is lost\rhostpassd: indeed\x1b[2K")
     except ValueError:
         log.exception("it failed")
     first, second, third, *rest = finish(log, reader)
     assert first == "test_logs: Machine a <0>hostpassd: all is lost: bc2J [2K"
-    assert (second, third, rest[-1]) == (
-        "test_logs: it failed",
-        "Traceback (most recent call last):",
-        "ValueError: why",
-    )
+    assert (second, third) == ("test_logs: it failed", "  Traceback (most recent call last):")
+    assert rest[-3:] == ["  ValueError: why", "  <0>hostpassd: all is lost", "  hostpassd: indeed[2K"]
+    assert all(line.startswith("  ") for line in rest)
 
 
 def test_nobody_waits_for_a_reader_that_stopped(

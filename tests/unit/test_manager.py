@@ -11,7 +11,7 @@ import pytest
 
 from hostpassd import errors, names
 from hostpassd.bus.access import Access
-from hostpassd.bus.router import Call, Router
+from hostpassd.bus.router import Call
 from hostpassd.passthrough import execute
 from hostpassd.passthrough.operations import Check
 from tests.unit.house import CALLER, PAIR, House
@@ -34,11 +34,11 @@ class Bus:
             for error in sorted(denied, key=lambda error: error is not errors.NotAuthorized):
                 raise error("no")
 
-        async def uid_of(_: Router, sender: str) -> int:
+        async def uid_of(sender: str) -> int:
             return int(sender.removeprefix(":1."))
 
         monkeypatch.setattr(Access, "check", check)
-        monkeypatch.setattr(Router, "uid_of", uid_of)
+        monkeypatch.setattr(house.daemon._router, "uid_of", uid_of)
 
     async def call(self, uid: int, path: str, interface: str, member: str, *args: Any) -> Sequence[Any]:
         call = Call(f":1.{uid}", path, interface, member, list(args), True)

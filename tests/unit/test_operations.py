@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from hostpassd import errors, names
-from hostpassd.events import DeviceGone, DeviceSeen, Event, HostUse, HostUsesRead, MachineRead
+from hostpassd.events import DeviceGone, DeviceSeen, Event, HostUse, HostUsesRead, MachineGone, MachineRead
 from hostpassd.host.device import Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.machines.machine import Machine
+from hostpassd.machines.machine import Machine, MachineKey
 from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.operations import Check, Wish
-from hostpassd.passthrough.plan import Options, lock_of
+from hostpassd.passthrough.plan import Options, Plan, lock_of
 from tests.unit.house import CALLER, PAIR, STICK, House
-from tests.unit.world import OTHER, UUID, block, hostdev, machine, net, usb
+from tests.unit.world import OTHER, URI, UUID, block, hostdev, machine, net, usb
 
 DISK = block("sda", STICK)
 WIRE = net("enp4s1", PAIR[0])
@@ -116,22 +116,40 @@ async def test_a_companion_that_lost_its_driver_meanwhile_need_not_move(house: H
 
 
 def _start_it(house: House) -> None:
-    put(house, machine())
-
-
-def _stop_it(house: House) -> None:
-    put(house, machine(running=False))
+    put(house, dataclasses.replace(house.libvirt.machines[UUID], state="running"))
 
 
 @at_any_time
-@pytest.mark.parametrize("happen", [_start_it, _stop_it])
-async def test_whether_the_machine_runs_is_what_a_permission_rests_on(
-    house: House, when: When, happen: Callable[[House], None]
-) -> None:
+async def test_whether_a_running_machine_is_changed_is_what_a_permission_rests_on(house: House, when: When) -> None:
     """What is handed to a machine that is off is not put into one that runs."""
-    put(house, machine(running=happen is _stop_it))
-    assert await when(house, STICK, Options(timeout=5), lambda: happen(house)) == "StalePlan"
+    put(house, machine(running=False))
+    assert await when(house, STICK, Options(timeout=5), lambda: _start_it(house)) == "StalePlan"
     assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
+
+
+@at_any_time
+async def test_who_asked_for_a_running_machine_is_not_served_without_it(house: House, when: When) -> None:
+    assert await when(house, STICK, Options(timeout=5), lambda: put(house, machine(running=False))) == "StalePlan"
+    assert not house.libvirt.machines[UUID].stored
+
+
+@at_any_time
+async def test_what_a_machine_let_go_of_as_it_was_shut_off_need_not_be_asked_for(house: House, when: When) -> None:
+    stored = (hostdev(STICK, stored=True),)
+    put(house, dataclasses.replace(machine(live=(hostdev(STICK),)), stored=stored))
+
+    def shut_off() -> None:
+        put(house, dataclasses.replace(machine(running=False), stored=stored))
+
+    assert await when(house, STICK, Options(timeout=5), shut_off, "dismiss") == "done"
+    assert house.libvirt.machines[UUID].stored == ()
+
+
+@at_any_time
+async def test_what_is_only_stored_is_dismissed_whether_the_machine_runs_or_not(house: House, when: When) -> None:
+    put(house, dataclasses.replace(machine(running=False), stored=(hostdev(STICK, stored=True),)))
+    assert await when(house, STICK, Options(timeout=5), lambda: _start_it(house), "dismiss") == "done"
+    assert house.libvirt.machines[UUID].stored == ()
 
 
 @at_any_time
@@ -274,6 +292,53 @@ async def test_an_id_is_one_word_in_a_prompt(house: House) -> None:
 # --- what is refused ---
 
 
+@pytest.mark.parametrize(
+    ("operation", "happen", "options", "error"),
+    [
+        ("assign", lambda house: house.libvirt.lose(), Options(), errors.HypervisorUnavailable),
+        (
+            "assign",
+            lambda house: house.daemon.emit(MachineGone(MachineKey(URI, UUID))),
+            Options(),
+            errors.NoSuchMachine,
+        ),
+        ("assign", lambda house: None, Options(guest_address="0000:04:00.0"), errors.InvalidOption),
+        ("assign", lambda house: house.daemon.emit(DeviceGone(STICK.sysfs_path)), Options(), errors.StalePlan),
+        ("dismiss", lambda house: None, Options(), errors.StalePlan),
+    ],
+    ids=["libvirt is away", "the machine is gone", "a wrong option", "the device is gone", "not assigned any more"],
+)
+async def test_with_a_token_only_what_comes_of_a_change_is_a_stale_plan(
+    house: House, operation: str, happen: Callable[[House], None], options: Options, error: type[errors.HostpassError]
+) -> None:
+    happen(house)
+    wish = Wish(operation, UUID, STICK.name, dataclasses.replace(options, plan="0" * 32), CALLER)
+    with pytest.raises(error):
+        await house.daemon._operations.start(wish, _nobody)
+
+
+async def test_whoever_has_too_many_jobs_is_told_so_before_a_password_is_asked_for(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostpassd.passthrough.operations.JOBS_PER_USER", 1)
+    async with house.daemon._executor.alone((lock_of(STICK),)):
+        first, _ = await start(house, STICK.name)
+        with pytest.raises(errors.LimitExceeded):
+            await house.daemon._operations.start(Wish("assign", UUID, PAIR[0].name, MOUNTED, CALLER), _nobody)
+    await first.ended.wait()
+
+
+async def test_a_machine_that_is_undefined_while_the_log_is_looked_at_is_no_fault(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(plan: Plan) -> None:
+        house.daemon.emit(MachineGone(MachineKey(URI, UUID)))
+
+    monkeypatch.setattr(house.daemon._intents, "check", check)
+    with pytest.raises(errors.NoSuchMachine):
+        await start(house, STICK.name)
+
+
 @pytest.mark.parametrize("options", [Options(), Options(plan="0" * 32)])
 async def test_a_text_longer_than_any_name_is_refused_by_every_operation(house: House, options: Options) -> None:
     long = "x" * 513
@@ -295,11 +360,11 @@ async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     wish = Wish("assign", UUID, STICK.name, Options(live=True), CALLER)
     with pytest.raises(errors.InvalidOption) as refused:
         await house.daemon._operations.start(wish, _nobody)
-    assert str(refused.value).startswith("live: ab2Jc does not run")
+    assert str(refused.value).startswith("ab2Jc does not run")
     put(house, machine("a\u202eb\x9b2Jc\n", live=(hostdev(PAIR[0]),)))
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
         await house.daemon._operations.start(dataclasses.replace(wish, machine=OTHER, device=PAIR[0].name), _nobody)
-    assert "the running machine ab2Jc has" in str(blocked.value)
+    assert "The running machine ab2Jc has" in str(blocked.value)
     assert house.records()[0]["MACHINE_NAME"] == "ab2Jc"
     await asyncio.sleep(0)

@@ -22,6 +22,7 @@ from hostpassd.passthrough.plan import (
     check_allowed,
     plan_assign,
     plan_dismiss,
+    plan_dismiss_missing,
 )
 from hostpassd.state import State
 from tests.unit.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
@@ -114,7 +115,36 @@ def test_dismiss_of_what_is_not_held_is_refused() -> None:
     with pytest.raises(errors.NotAssigned):
         plan_dismiss(state, m, state.devices[NIC.name], Options())
     with pytest.raises(errors.NotAssigned):
-        plan_dismiss(state, m, state.devices[STICK.name], Options(live=True))
+        plan_dismiss(state, m, state.devices[STICK.name], Options(config=False))
+
+
+GIVEN = (None, False, True)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["here", "missing"])
+@pytest.mark.parametrize("live_held, config_held", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("live", GIVEN)
+@pytest.mark.parametrize("config", GIVEN)
+def test_a_dismiss_is_of_the_halves_asked_for_that_there_are(
+    here: bool, live_held: bool, config_held: bool, live: bool | None, config: bool | None
+) -> None:
+    claim = hostdev(LUN, stored=True)
+    state = world(machine(live=(claim,) if live_held else (), stored=(claim,) if config_held else ()))
+    m, options = state.machines[machine().uuid], Options(live=live, config=config)
+    if not here:
+        state.apply(DeviceGone(LUN.sysfs_path))
+
+    def dismiss() -> Plan:
+        if here:
+            return plan_dismiss(state, m, state.devices[LUN.name], options)
+        return plan_dismiss_missing(m, state.missing[m.uuid], ("", 0), options)
+
+    wanted = {Release: live_held and live is not False, Unstore: config_held and config is not False}
+    if any(wanted.values()):
+        assert {type(step) for step in dismiss().steps} == {kind for kind, is_wanted in wanted.items() if is_wanted}
+    else:
+        with pytest.raises(errors.InvalidOption if live is config is False else errors.NotAssigned):
+            dismiss()
 
 
 def test_a_twin_is_stored_by_bus_and_number_too() -> None:
@@ -302,9 +332,27 @@ def test_what_does_not_fit_the_device_is_no_option_of_it() -> None:
     assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[union-attr]
 
 
-def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it() -> None:
-    disk = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
-    state = world(machine(live=(disk,)))
-    state.apply(DeviceSeen(block("sda", LUN)))
+DISK = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
+
+
+@pytest.mark.parametrize("device", [LUN, STICK], ids=["disk", "stick"])
+@pytest.mark.parametrize("stored", [False, True], ids=["", "also a stored hostdev"])
+def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it(device: Device, stored: bool) -> None:
+    state = world(machine(live=(DISK,), stored=(hostdev(device, stored=True),) if stored else ()))
+    state.apply(DeviceSeen(block("sda", device)))
+    plan = assign(state, device)
+    assert [b.code for b in plan.blockers] == ["held-live"]
     with pytest.raises(errors.Blocked, match="held-live"):
-        check_allowed(assign(state, LUN), frozenset())
+        check_allowed(plan, frozenset({"held-live"}))
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["", "it has the controller stored"])
+def test_what_the_running_machine_has_below_a_controller_blocks_the_controller(stored: bool) -> None:
+    controller = pci("0000:05:00.0", group=7, driver="xhci_hcd", code=0x0C0330)
+    stick = usb("1-1", controller)
+    state = state_of(controller, stick)
+    claims = (hostdev(controller, stored=True),) if stored else ()
+    state.apply(MachineRead(machine(live=(hostdev(stick),), stored=claims)))
+    found = [(b.code, b.device) for b in assign(state, controller).blockers]
+    assert ("held-live", stick.name) in found
+    assert not any(device == controller.name and code.startswith("held") for code, device in found)

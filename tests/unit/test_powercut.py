@@ -87,6 +87,7 @@ async def run_until(world: World, disk: Disk, moment: int, operation: str, devic
     await asyncio.gather(*world.operations._tasks, return_exceptions=True)
     if world.operations._tidying:
         await asyncio.gather(world.operations._tidying, return_exceptions=True)
+    await asyncio.gather(*world.operations._upkeep.values(), return_exceptions=True)
     return control
 
 

@@ -136,7 +136,7 @@ def state_of(*devices: Device) -> State:
 
 
 def hostdev(device: Device, alias: str = "hostdev0", *, stored: bool = False) -> Claim:
-    """The claim that a <hostdev> of DEVICE makes, as it is attached live or stored."""
+    """The claim that a <hostdev> of DEVICE makes in the live half, or in the stored one."""
     from hostpassd.machines.domain_xml import hostdev_xml
 
     return claim_of(hostdev_xml(device, alias=alias, stored=stored, unique=True))
@@ -167,6 +167,7 @@ class Stuck:
 
     def __init__(self, about: str, lock: str, effect: Callable[[], None]) -> None:
         self.about, self.lock, self.effect = about, lock, effect
+        self.given_up = False
         self.returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def end(self, error: errors.HostpassError | None) -> None:
@@ -365,7 +366,11 @@ class Libvirt:
         if self.stick(call):
             stuck = Stuck(about or lock, lock, effect)
             self.stuck.append(stuck)
-            await asyncio.wait({stuck.returned})
+            try:
+                await asyncio.wait({stuck.returned})
+            except asyncio.CancelledError:
+                stuck.given_up = True
+                raise
             return stuck.returned.result()
         self.before(call)
         self._check_connected()

@@ -1,19 +1,19 @@
-"""State -> the objects and properties that dbus/*.xml declares; changes -> batches of signals."""
+"""State -> the objects and properties that dbus/*.xml declares."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hostpassd import __version__, names
-from hostpassd.bus.router import Batch, Interfaces, Router, Signal, Variant
+from hostpassd.bus.router import Interfaces, Variant
 from hostpassd.events import Job
-from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb
+from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, UsbInterface
 from hostpassd.machines.machine import Hold, Machine, Missing
 from hostpassd.passthrough import eligibility
 from hostpassd.passthrough.plan import Options, Plan
-from hostpassd.state import MANAGER, Changes, Entity, State
+from hostpassd.state import Entity, State
 
 Properties = dict[str, Any]
 
@@ -21,27 +21,13 @@ Properties = dict[str, Any]
 def path_of(entity: Entity) -> str:
     """The object path of an entity."""
     kind, key = entity
-    match kind:
-        case "device":
-            return names.device_path(key)
-        case "machine":
-            return names.machine_path(key)
-        case "job":
-            return names.job_path(int(key))
-    return names.ROOT
+    return OBJECTS[kind].path(key)
 
 
-def interfaces_of(state: State, entity: Entity) -> Interfaces:
-    """The interfaces of an entity with all their properties, as they are now."""
+def interfaces_of(state: State, entity: Entity) -> Interfaces | None:
+    """The interfaces of an entity with all their properties, as they are now; None if it is not there."""
     kind, key = entity
-    match kind:
-        case "device":
-            return device_interfaces(state, state.devices[key])
-        case "machine":
-            return {names.MACHINE: machine_properties(state, state.machines[key])}
-        case "job":
-            return {names.JOB: job_properties(state.jobs[int(key)])}
-    raise KeyError(entity)
+    return OBJECTS[kind].interfaces(state, key)
 
 
 def device_interfaces(state: State, device: Device) -> Interfaces:
@@ -67,7 +53,7 @@ def device_interfaces(state: State, device: Device) -> Interfaces:
             "Companions": _paths(eligibility.companions(state, device)),
             "Holders": [[names.machine_path(h.machine), hold_row(h)] for h in _sorted(state.holds_on(device.name))],
             "HostUses": [[use.kind, use.detail] for use in state.uses_of(device.name)],
-        }
+        },
     }
     for facts in device.facts:
         shown = _facts(state, device, facts)
@@ -93,7 +79,7 @@ def _facts(state: State, device: Device, facts: Facts) -> tuple[str, Properties]
             return names.DEVICE_NET, {"Interface": interface, "MacAddress": mac_address}
         case Block(node, size):
             return names.DEVICE_BLOCK, {"Node": node, "Size": size}
-        case Input():
+        case Input() | UsbInterface():
             return None
 
 
@@ -221,85 +207,38 @@ def _sorted(holds: Iterable[Hold]) -> list[Hold]:
     return sorted(holds, key=lambda hold: (hold.device, hold.machine, hold.kind))
 
 
-class Publisher:
-    """Gathers changes and sends them as batches, each in the order that the design gives."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class ObjectType:
+    """One kind of object.
 
-    def __init__(self, state: State, router: Router) -> None:
-        self._state = state
-        self._router = router
-        self._pending = Changes()
-        self._scheduled: asyncio.Handle | None = None
-        self.generation = 0
-        self.running = False
-        router.publish(Batch(added={names.ROOT: {names.MANAGER: self._manager()}}))
+    `path`: of the object with this key. `interfaces`: with all their values, None if there is no such object now.
+    `passing`: the interfaces that an object can lose while it stays.
+    """
 
-    def note(self, batches: Iterable[Changes]) -> None:
-        """Takes changes in; they go out at the end of this turn of the loop, or with `flush`."""
-        for changes in batches:
-            if self._pending.reopens(changes):
-                self.flush()
-            self._pending.merge(changes)
-        if self._pending and self._scheduled is None:
-            self._scheduled = asyncio.get_running_loop().call_soon(self.flush)
+    path: Callable[[str], str]
+    interfaces: Callable[[State, str], Interfaces | None]
+    passing: tuple[str, ...] = ()
 
-    def flush(self) -> None:
-        """Sends what is pending, now: values before replies."""
-        if self._scheduled:
-            self._scheduled.cancel()
-            self._scheduled = None
-        changes, self._pending = self._pending, Changes()
-        if changes:
-            self.generation += 1
-            try:
-                self._router.publish(self._batch(changes))
-            except Exception as error:
-                # What was told and what is are apart from now on: for the loop's handler, whoever called.
-                context = {"message": "a batch could not be published", "exception": error, "handle": None}
-                asyncio.get_running_loop().call_exception_handler(context)
-                raise
 
-    def announce_running(self) -> None:
-        """The daemon is ready: State is no longer starting."""
-        self.running = True
-        changes = Changes()
-        changes.change(MANAGER)
-        self.note([changes])
+def _device(state: State, name: str) -> Interfaces | None:
+    device = state.device(name)
+    return device_interfaces(state, device) if device else None
 
-    def _batch(self, changes: Changes) -> Batch:
-        return Batch(
-            added={
-                path_of(entity): interfaces_of(self._state, entity) for entity in changes.added if self._has(entity)
-            },
-            changed={path_of(entity): self._interfaces(entity) for entity in changes.changed if self._has(entity)},
-            signals=list(self._signals(changes)),
-            removed=[path_of(entity) for entity in changes.removed],
-            last={names.ROOT: {names.MANAGER: {"Generation": self.generation}}},
-        )
 
-    def _interfaces(self, entity: Entity) -> Interfaces:
-        if entity == MANAGER:
-            return {names.MANAGER: {k: v for k, v in self._manager().items() if k != "Generation"}}
-        found = interfaces_of(self._state, entity)
-        if entity[0] == "device" and names.DEVICE_MDEV_PARENT not in found:
-            # A driver that goes takes its mediated device types along.
-            found[names.DEVICE_MDEV_PARENT] = None
-        return found
+def _machine(state: State, uuid: str) -> Interfaces | None:
+    machine = state.machines.get(uuid)
+    return {names.MACHINE: machine_properties(state, machine)} if machine else None
 
-    def _has(self, entity: Entity) -> bool:
-        """A batch can close after what it changed has gone: then a later one removes it."""
-        kind, key = entity
-        where: Mapping[Any, Any] = self._state.devices if kind == "device" else self._state.machines
-        return entity == MANAGER or (int(key) in self._state.jobs if kind == "job" else key in where)
 
-    def _manager(self) -> Properties:
-        return manager_properties(self._state, self.running, self.generation)
+def _job(state: State, number: str) -> Interfaces | None:
+    job = state.jobs.get(int(number))
+    return {names.JOB: job_properties(job)} if job else None
 
-    def _signals(self, changes: Changes) -> Iterable[Signal]:
-        for member, holds in (("HoldRemoved", changes.holds_removed), ("HoldAdded", changes.holds_added)):
-            for hold in holds:
-                body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
-                yield Signal(names.ROOT, names.MANAGER, member, body)
-        for job in changes.jobs_ended:
-            yield Signal(
-                names.job_path(job.number), names.JOB, "Completed", [job.state, job.error_name, job.error_message]
-            )
+
+# By the kind of entity. A new kind of object is one row here and its interface in dbus/org.hostpassd1.xml.
+OBJECTS: Mapping[str, ObjectType] = {
+    # A driver that goes takes its mediated device types along.
+    "device": ObjectType(names.device_path, _device, passing=(names.DEVICE_MDEV_PARENT,)),
+    "machine": ObjectType(names.machine_path, _machine),
+    "job": ObjectType(lambda number: names.job_path(int(number)), _job),
+}

@@ -1,0 +1,95 @@
+"""Changes of the state -> batches of signals, each in the order that the interface promises."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from hostpassd import names
+from hostpassd.bus.present import OBJECTS, Properties, hold_row, interfaces_of, manager_properties, path_of
+from hostpassd.bus.router import Batch, Interfaces, Router, Signal
+from hostpassd.state import MANAGER, Changes, Entity, State
+
+
+class Publisher:
+    """Gathers changes and sends them as batches.
+
+    In each batch: objects added, properties changed, holds, objects removed, and last the Manager's Generation.
+    """
+
+    def __init__(self, state: State, router: Router) -> None:
+        self._state = state
+        self._router = router
+        self._pending = Changes()
+        self._scheduled: asyncio.Handle | None = None
+        self.generation = 0
+        self.running = False
+        router.publish(Batch(added={names.ROOT: {names.MANAGER: self._manager()}}))
+
+    def note(self, batches: Iterable[Changes]) -> None:
+        """Takes changes in; they go out at the end of this turn of the loop, or with `flush`."""
+        for changes in batches:
+            if self._pending.reopens(changes):
+                self.flush()
+            self._pending.merge(changes)
+        if self._pending and self._scheduled is None:
+            self._scheduled = asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Sends what is pending, now: values before replies."""
+        if self._scheduled:
+            self._scheduled.cancel()
+            self._scheduled = None
+        changes, self._pending = self._pending, Changes()
+        if changes:
+            self.generation += 1
+            try:
+                self._router.publish(self._batch(changes))
+            except Exception as error:
+                # What was told and what is are apart from now on: for the loop's handler, whoever called.
+                context = {"message": "a batch could not be published", "exception": error, "handle": None}
+                asyncio.get_running_loop().call_exception_handler(context)
+                raise
+
+    def announce_running(self) -> None:
+        """The daemon is ready: State is no longer starting."""
+        self.running = True
+        changes = Changes()
+        changes.change(MANAGER)
+        self.note([changes])
+
+    def _batch(self, changes: Changes) -> Batch:
+        return Batch(
+            added=dict(self._present(changes.added)),
+            changed=dict(self._present(changes.changed)),
+            signals=list(self._signals(changes)),
+            removed=[path_of(entity) for entity in changes.removed],
+            last={names.ROOT: {names.MANAGER: {"Generation": self.generation}}},
+        )
+
+    def _present(self, entities: Iterable[Entity]) -> Iterable[tuple[str, Interfaces]]:
+        """The path and interfaces of each of ENTITIES that is there.
+
+        A batch can close after what it changed has gone: then a later one removes it.
+        """
+        for entity in entities:
+            if entity == MANAGER:
+                rows = {key: value for key, value in self._manager().items() if key != "Generation"}
+                yield names.ROOT, {names.MANAGER: rows}
+                continue
+            interfaces = interfaces_of(self._state, entity)
+            if interfaces is not None:
+                yield path_of(entity), dict.fromkeys(OBJECTS[entity[0]].passing) | interfaces
+
+    def _manager(self) -> Properties:
+        return manager_properties(self._state, self.running, self.generation)
+
+    def _signals(self, changes: Changes) -> Iterable[Signal]:
+        for member, holds in (("HoldRemoved", changes.holds_removed), ("HoldAdded", changes.holds_added)):
+            for hold in holds:
+                body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
+                yield Signal(names.ROOT, names.MANAGER, member, body)
+        for job in changes.jobs_ended:
+            yield Signal(
+                names.job_path(job.number), names.JOB, "Completed", [job.state, job.error_name, job.error_message]
+            )

@@ -1,0 +1,50 @@
+"""What callers are told: each message is a sentence."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+import pytest
+
+from hostpassd import errors
+from hostpassd.machines.machine import MachineKey
+from hostpassd.model.codes import blocker
+from hostpassd.passthrough.plan import Plan, check_allowed
+from tests.unit.test_docs import CODE
+
+ERRORS = {kind.__name__ for kind in errors.HostpassError.__subclasses__()}
+ROOMS = ["find.py", "bus/access.py", "bus/router.py", "passthrough/plan.py"]
+
+
+def messages(room: str) -> Iterator[tuple[str, str]]:
+    """The beginning and the end of each message in ROOM that an error is made with; a value counts as "{}"."""
+    for call in ast.walk(ast.parse((CODE / room).read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).removeprefix("errors.") in ERRORS and call.args:
+            match call.args[0]:
+                case ast.Constant(str(text)):
+                    yield text, text
+                case ast.JoinedStr(values):
+                    parts = [str(part.value) if isinstance(part, ast.Constant) else "{}" for part in values]
+                    yield parts[0], parts[-1]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_message_begins_with_a_capital_letter_and_ends_with_a_full_stop(room: str) -> None:
+    found = list(messages(room))
+    assert found
+    for beginning, end in found:
+        # These names are written small.
+        assert not beginning[0].islower() or beginning.startswith(("hostpassd", "libvirt", "polkit")), beginning
+        assert end.endswith((".", "{}")), end  # a value at the end: sentences of their own
+
+
+def test_what_blocks_a_plan_is_told_sentence_by_sentence() -> None:
+    found = tuple(blocker(code, "usb_1_1", what="A hub") for code in ("hub", "not-leaf"))
+    plan = Plan("assign", MachineKey("", ""), "usb_1_1", ("usb_1_1",), (1,), (), (), blockers=found)
+    with pytest.raises(errors.Blocked) as caught:
+        check_allowed(plan, frozenset())
+    assert str(caught.value) == (
+        "usb_1_1 cannot be assigned: hub: A hub is a USB hub: assign the devices below it. "
+        "not-leaf: Devices that can be assigned by themselves are below A hub: assign those."
+    )
