@@ -74,8 +74,9 @@ class Files:
         return file if file and time.monotonic() - since > seconds else ""
 
     def _avoids(self, file: str) -> bool:
+        hanging = tuple(self._hanging)  # which the loop may change meanwhile
         name = file.rpartition("/")[2]
-        return file in self._hanging or sum(other.rpartition("/")[2] == name for other in self._hanging) >= _LIMIT
+        return file in hanging or sum(other.rpartition("/")[2] == name for other in hanging) >= _LIMIT
 
 
 class Sysfs:
