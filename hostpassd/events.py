@@ -49,6 +49,12 @@ class HostUse:
     system: bool = False  # the host cannot live without it (a file system of /, /boot, /usr, /var; swap; own state)
 
 
+# By device: its sysfs path while it is read, then its name.
+Uses = dict[str, tuple[HostUse, ...]]
+# By node of a partition or volume, or name of a virtual interface: the devices behind it.
+Nodes = dict[str, tuple[str, ...]]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostUsesRead:
     """What the host does with its devices at present.
@@ -57,8 +63,8 @@ class HostUsesRead:
     device nodes of partitions and volumes and the names of virtual interfaces, each with the devices behind it, if any.
     """
 
-    uses: dict[str, tuple[HostUse, ...]]
-    nodes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    uses: Uses
+    nodes: Nodes = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -78,6 +78,39 @@ class Files:
         return file in self._hanging or sum(other.rpartition("/")[2] == name for other in self._hanging) >= _LIMIT
 
 
+class Sysfs:
+    """The links and small files that storage is resolved by; ROOT is another folder in tests."""
+
+    def __init__(self, root: str = "/sys", files: Files | None = None) -> None:
+        self._root = root
+        self._files = files or Files()
+
+    def real(self, path: str) -> str | None:
+        """Where PATH (below /sys, without it) leads, as /sys/devices/...; None: nowhere."""
+        place = os.path.realpath(f"{self._root}/{path}")
+        if not os.path.exists(place):
+            return None
+        return "/sys" + place.removeprefix(os.path.realpath(self._root))
+
+    def names(self, path: str) -> list[str]:
+        """What is in the folder PATH (/sys/...), sorted; empty if there is none."""
+        try:
+            return sorted(os.listdir(self._root + path.removeprefix("/sys")))
+        except OSError:
+            return []
+
+    def has(self, path: str) -> bool:
+        """Whether there is PATH (/sys/...)."""
+        return os.path.exists(self._root + path.removeprefix("/sys"))
+
+    def text(self, path: str) -> str:
+        """The text of the file PATH (/sys/...); '' if there is none."""
+        try:
+            return os.fsdecode(self._files.read(self._root + path.removeprefix("/sys"), (0, 4096))[0]).strip()
+        except OSError:
+            return ""
+
+
 class Reader:
     """Runs jobs that read. CHANGED is called on the loop with the files that hang, whenever that changes."""
 

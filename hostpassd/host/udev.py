@@ -21,6 +21,7 @@ from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
 from hostpassd.faults import vital
 from hostpassd.host.device import Device, clean
 from hostpassd.host.reading import Files, Hung, Reader
+from hostpassd.host.storage import BlockNode
 from hostpassd.host.sysfs import (
     KINDS,
     NAMES,
@@ -33,7 +34,6 @@ from hostpassd.host.sysfs import (
     may_be_in_tree,
     own_nodes,
 )
-from hostpassd.host.uses import BlockNode
 
 log = logging.getLogger(__name__)
 
