@@ -21,6 +21,7 @@ from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
 from hostpassd.faults import vital
 from hostpassd.host.device import Device, clean
 from hostpassd.host.reading import Files, Hung, Reader
+from hostpassd.host.settle import Settling, enlarge, kernel_socket
 from hostpassd.host.storage import BlockNode
 from hostpassd.host.sysfs import (
     KINDS,
@@ -39,93 +40,11 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64  # uevents taken in one turn of the loop
 _QUEUE = 256  # uevents taken and not read yet; the others wait in the kernel
-_RECEIVE_BUFFER = 128 << 20  # bytes; what udev itself asks for
-_QUIET = 0.5  # seconds between two looks at udevd's queue
-_KNOWN_LIMIT = 100_000  # uevents waited for; past it they are counted as lost
 
 _RUN = "/run/udev"  # udevd's folder
-_NETLINK_KOBJECT_UEVENT = 15
-_KERNEL_GROUP = 1
-_SO_RCVBUFFORCE = 33
 
 # A host use can change with these, also where the device itself is not in the tree (device mapper, md).
 _USED_BY_HOST = frozenset({"block", "net", "nvme", "scsi"})
-
-
-@dataclasses.dataclass(slots=True)
-class Awaited:
-    """The uevents that one caller waits for."""
-
-    numbers: set[int]
-    all_passed: asyncio.Event
-
-    def drop(self, numbers: set[int]) -> None:
-        """Wait for these no more."""
-        self.numbers -= numbers
-        if not self.numbers:
-            self.all_passed.set()
-
-    async def wait(self, seconds: float) -> None:
-        """Wait until all have been passed on, or that long."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.all_passed.wait(), seconds)
-
-
-class Outstanding:
-    """Which of the kernel's uevents udevd has not passed on yet, by sequence number.
-
-    udevd passes every uevent on once, whatever becomes of its rules, in an order of its own. Either of the two
-    messages may be read here first.
-    """
-
-    def __init__(self) -> None:
-        self.passed_on = 0  # how many
-        self.newest = 0
-        self._waiting: set[int] = set()
-        self._early: set[int] = set()
-        self._awaited: list[Awaited] = []
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def sent(self, number: int) -> None:
-        """The kernel sent this one."""
-        self.newest = max(self.newest, number)
-        if number in self._early:
-            self._early.remove(number)
-        else:
-            self._waiting.add(number)
-
-    def passed(self, number: int) -> None:
-        """udevd passed this one on, and it has been dealt with."""
-        self.passed_on += 1
-        if number in self._waiting:
-            self._drop({number})
-        else:
-            self._early.add(number)
-
-    def caught_up(self) -> None:
-        """All that the kernel sent so far is known: what is early and no newer was sent before this began."""
-        self._early = {number for number in self._early if number > self.newest} if self._early else self._early
-
-    def forget(self, up_to: int) -> None:
-        """These never come: they were lost."""
-        self._drop({number for number in self._waiting if number <= up_to})
-
-    def _drop(self, numbers: set[int]) -> None:
-        self._waiting -= numbers
-        for awaited in self._awaited:
-            awaited.drop(numbers)
-
-    @contextlib.contextmanager
-    def awaited(self) -> Iterator[Awaited]:
-        """All that are outstanding now, kept up to date within the context."""
-        awaited = Awaited(set(self._waiting), asyncio.Event())
-        self._awaited.append(awaited)
-        try:
-            yield awaited
-        finally:
-            self._awaited.remove(awaited)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,8 +54,7 @@ class Armed:
     source: str  # udev, kernel
     context: pyudev.Context
     monitor: pyudev.Monitor
-    kernel: socket.socket | None  # the kernel's own beside udev's
-    busy: bool  # udevd had a queue by then
+    settling: Settling | None  # None: there is only the kernel, which passes on what it sends
 
 
 def arm() -> Armed:
@@ -146,14 +64,13 @@ def arm() -> Armed:
     """
     # Without udevd (containers, tests) there is only the kernel to listen to.
     source = "udev" if os.path.exists(f"{_RUN}/control") else "kernel"
-    kernel = _kernel_socket() if source == "udev" else None
-    busy = os.path.exists(f"{_RUN}/queue")
+    settling = Settling(kernel_socket(), f"{_RUN}/queue") if source == "udev" else None
     context = pyudev.Context()
     monitor = pyudev.Monitor.from_netlink(context, source=source)
     monitor.start()
     with socket.socket(fileno=os.dup(monitor.fileno())) as handle:
-        _enlarge(handle)
-    return Armed(source, context, monitor, kernel, busy)
+        enlarge(handle)
+    return Armed(source, context, monitor, settling)
 
 
 class Udev:
@@ -180,9 +97,7 @@ class Udev:
         self._armed = armed
         self._monitor: pyudev.Monitor | None = None
         self._listening = False
-        self._kernel: socket.socket | None = None
-        self._outstanding = Outstanding()
-        self._lost = False  # uevents not known here may still be in udevd's queue
+        self._settling: Settling | None = None
         self.blocks: dict[str, BlockNode] = {}
         self.nics: set[str] = set()
         self._names: dict[str, str] = {}
@@ -199,8 +114,7 @@ class Udev:
     def arm(self) -> None:
         """Take the sockets, opened by now: from here on no uevent is missed. Raises OSError."""
         self._armed = self._armed or arm()
-        self._monitor, self._kernel = self._armed.monitor, self._armed.kernel
-        self._lost = self._kernel is not None and self._armed.busy
+        self._monitor, self._settling = self._armed.monitor, self._armed.settling
         log.debug("listening to %s", self._armed.source)
 
     async def scan(self) -> DevicesScanned:
@@ -219,8 +133,9 @@ class Udev:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._drained()
-                if self._kernel is not None:
-                    await self._passed_on()
+                if self._settling is not None:
+                    await self._settling.passed_on()
+                    await self._drained()
         except TimeoutError:
             raise TimedOut("udev did not finish its queue in time; try again when the host is calmer.") from None
 
@@ -233,9 +148,9 @@ class Udev:
         self._pause()
         if self._working is not None:
             self._working.cancel()
-        if self._kernel is not None:
-            self._kernel.close()
-        self._monitor = self._kernel = None
+        if self._settling is not None:
+            self._settling.close()
+        self._monitor = self._settling = None
 
     # --- reading sockets ---
 
@@ -252,7 +167,8 @@ class Udev:
     def _read(self) -> bool:
         """Take a batch of uevents; whether there may be more."""
         more = self._read_monitor()
-        self._read_kernel()
+        if self._settling is not None:
+            self._settling.read()  # along with the monitor, so that a uevent wakes the daemon once, not twice
         return more
 
     def _read_monitor(self) -> bool:
@@ -275,29 +191,10 @@ class Udev:
             self._overflowed()
         return True
 
-    def _read_kernel(self) -> None:
-        """Note what the kernel sent. Read along with the monitor, so that a uevent wakes the daemon once, not twice."""
-        while self._kernel is not None:
-            try:
-                message, (port, _) = self._kernel.recvfrom(8192)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                self._lost = True
-                continue
-            number = 0 if port else _number_in(message)  # of the kernel's own port; others can send to the group, too
-            if number:
-                self._outstanding.sent(number)
-        self._outstanding.caught_up()
-        if len(self._outstanding) > _KNOWN_LIMIT:
-            self._outstanding.forget(self._outstanding.newest)
-            self._lost = True
-
     def _overflowed(self) -> None:
         """uevents were lost: read everything and let the state make the difference."""
-        self._lost = True
+        if self._settling is not None:
+            self._settling.lose()
         if self._wanted is None:
             log.warning("uevents came faster than they could be read and some were lost: reading all devices again")
             self._want_scan()
@@ -310,29 +207,6 @@ class Udev:
             received = self._received
             while self._handled < received or self._wanted is not None or self._scanning:
                 await self._next_step()
-
-    async def _passed_on(self) -> None:
-        """udevd has passed on all that the kernel had sent.
-
-        What was lost on the way (an overflow, a restart of udevd) never comes: it is given up when udevd has no
-        queue and has sent nothing since the last look, at which it had none either.
-        """
-        with self._outstanding.awaited() as awaited:
-            last = None
-            while awaited.numbers or self._lost:
-                if awaited.numbers:
-                    await awaited.wait(_QUIET)
-                else:
-                    await asyncio.sleep(_QUIET)
-                look = None if self._udevd_is_busy() else (self._outstanding.passed_on, self._outstanding.newest)
-                if look and last and look[0] == last[0]:
-                    self._outstanding.forget(last[1])
-                    self._lost = False
-                last = look
-        await self._drained()
-
-    def _udevd_is_busy(self) -> bool:
-        return os.path.exists(f"{_RUN}/queue")  # udevd keeps this file while it has something queued
 
     # --- reading devices ---
 
@@ -403,8 +277,8 @@ class Udev:
             return  # then once more, without the file that it hung at
         for device in devices:
             self._queue.popleft()
-            if self._kernel is not None:
-                self._outstanding.passed(device.sequence_number)
+            if self._settling is not None:
+                self._settling.passed(device.sequence_number)
         self._handled += len(devices)
         self._apply(batch)
         self._resume()
@@ -636,33 +510,3 @@ def _source_of(device: pyudev.Device, files: Files, memory: Memory, *, afresh: b
         return None
 
     return Source(path, device.subsystem or "", device.device_type or "", prop, child, files, memory, afresh)
-
-
-# Netlink.
-
-
-def _kernel_socket() -> socket.socket:
-    """The kernel's own uevents, only to know their numbers."""
-    kernel = socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, _NETLINK_KOBJECT_UEVENT
-    )
-    _enlarge(kernel)
-    kernel.bind((0, _KERNEL_GROUP))
-    return kernel
-
-
-def _enlarge(handle: socket.socket) -> None:
-    """Give HANDLE udev's own receive buffer if that is more than it has (the kernel tells twice what was set)."""
-    if handle.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= 2 * _RECEIVE_BUFFER:
-        return
-    try:
-        handle.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
-    except PermissionError:
-        log.debug("no CAP_NET_ADMIN: the receive buffer of uevents stays small")
-
-
-def _number_in(message: bytes) -> int:
-    """The sequence number in a uevent; 0 if there is none."""
-    _, found, rest = message.rpartition(b"\0SEQNUM=")
-    digits = rest.partition(b"\0")[0]
-    return int(digits) if found and digits.isdigit() else 0

@@ -440,60 +440,6 @@ def test_host_uses_can_change_with_block_and_network_devices(host: MockHost, lis
     assert listener.uses_changed == before + 1
 
 
-# The order of the kernel's and udevd's messages.
-
-
-async def test_outstanding_in_either_order() -> None:
-    from hostpassd.host.udev import Outstanding
-
-    outstanding = Outstanding()
-    for number in (1, 2, 3):
-        outstanding.sent(number)
-    outstanding.passed(4)  # read before its kernel twin
-    outstanding.sent(4)
-    assert len(outstanding) == 3
-    with outstanding.awaited() as awaited:
-        outstanding.sent(5)  # after the call: not waited for
-        for number in (3, 1, 2):
-            assert not awaited.all_passed.is_set()
-            outstanding.passed(number)
-        await awaited.wait(1)
-        assert not awaited.numbers
-    assert len(outstanding) == 1
-
-
-async def test_outstanding_forgets_what_was_lost_and_what_is_older_than_itself() -> None:
-    from hostpassd.host.udev import Outstanding
-
-    outstanding = Outstanding()
-    outstanding.passed(7)  # its kernel twin was sent before the socket was open
-    outstanding.sent(8)
-    outstanding.caught_up()
-    outstanding.sent(9)
-    with outstanding.awaited() as awaited:
-        outstanding.forget(8)
-        assert awaited.numbers == {9}
-    outstanding.passed(9)
-    assert len(outstanding) == 0
-
-
-async def test_who_is_not_the_kernel_sends_no_uevents_to_wait_for() -> None:
-    from hostpassd.host.udev import Udev
-
-    said = [(b"add@/x\0SEQNUM=7\0", (4711, 1)), (b"add@/y\0SEQNUM=8\0", (0, 1))]
-
-    class Kernel:
-        def recvfrom(self, size: int) -> tuple[bytes, tuple[int, int]]:
-            if not said:
-                raise BlockingIOError
-            return said.pop(0)
-
-    udev = Udev(lambda event: None)
-    udev._kernel = cast(socket.socket, Kernel())
-    udev._read_kernel()
-    assert (len(udev._outstanding), udev._outstanding.newest) == (1, 8)
-
-
 # Beside a real udevd, alone with it in namespaces of its own.
 
 REAL = """
@@ -538,7 +484,7 @@ async def _real() -> None:
     events: list[Event] = []
     udev = Udev(events.append)
     udev.arm()
-    assert udev._kernel is not None
+    assert udev._settling is not None
     scanned = await udev.scan()
     path = next(device.sysfs_path for device in scanned.devices if device.kind == "pci")
     for count in (1, 10, 500):
