@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 PATIENCE = 5.0  # seconds that one file may take
 _LOOK = 1.0  # seconds between two looks at a job
 # How many files of one name may hang before none of that name is read: each of them keeps a thread.
-_LIMIT = 3
+_LIMIT = 8
 
 
 class Hung(Exception):
