@@ -186,11 +186,6 @@ def test_it_runs_confined_and_as_nobody_else(host: Host) -> None:
     assert float(shown.split("hostpassd.service:")[1].split()[0]) <= 1.2, shown
     pid = _started(host).strip()
     assert host.run(f"ps -o user= -p {pid}").stdout.strip().startswith("hostpas")
-    # The one capability was there when the sockets of uevents were opened, and no thread has it now.
-    sets = host.run(f"cat /proc/{pid}/task/*/status | grep -E '^Cap(Inh|Prm|Eff|Amb)'").stdout.split()[1::2]
-    assert len(sets) > 4 and {int(value, 16) for value in sets} == {0}, sets
-    sizes = host.run(f"ss -f netlink -Hnpm | grep -A1 'pid={pid},\\|/{pid} ' | grep -o 'rb[0-9]*'").stdout.split()
-    assert sum(int(size.removeprefix("rb")) >= 256 << 20 for size in sizes) == 2, sizes
     assert "Traceback" not in host.run("journalctl -u hostpassd -b --no-pager").stdout
 
 

@@ -119,21 +119,3 @@ def test_an_address_and_what_stands_on_a_vlan(host: Host, front: Front, recordin
         told(recording, SPARE, lambda codes: "network-in-use" not in codes)
     finally:
         host.run(f"ip link del tagged; ip link set {member} down", check=False)
-
-
-def test_an_interface_in_another_network_namespace(host: Host, front: Front, recording: Recording) -> None:
-    """A container's: what it does there cannot be seen, so it is not free. A daemon that starts then knows it, too."""
-    member = interface(host, "0000:06:01.0")
-    host.run(f"ip netns add away && ip link set {member} netns away")
-    try:
-        told(recording, SPARE, lambda codes: "another network namespace" in codes.get("network-in-use", ""))
-        assert front.blockers(SOUND).keys() == {"network-in-use"}  # its companion's
-        host.run("systemctl restart hostpassd")
-        front.sync()
-        assert "another network namespace" in front.blockers(SPARE)["network-in-use"]
-        recording.forget()
-        host.run(f"ip -n away link set {member} netns 1")
-        told(recording, SPARE, lambda codes: "network-in-use" not in codes)
-        assert front.blockers(SPARE) == {}
-    finally:
-        host.run(f"ip -n away link set {member} netns 1; ip netns del away", check=False)

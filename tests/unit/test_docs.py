@@ -185,7 +185,7 @@ def test_commands_are_there(document: Path) -> None:
 
 
 # Words of ours that codespell takes for others.
-KNOWN_WORDS = "conexant,inh,withs"
+KNOWN_WORDS = "conexant,withs"
 
 
 def test_spelling() -> None:
