@@ -24,7 +24,7 @@ PACKAGES = ["git"]
 USER = "newcomer"
 HOMES = {"root": "/root", USER: f"/home/{USER}"}
 KEEP_DOWNLOADS = 30 * 86400  # seconds
-PATIENCE = 900  # seconds for a command
+PATIENCE = 1800  # seconds for a command; all unit and bus tests are one
 
 # The machine lives as long as this: its first process, which collects orphans, and which ends with whoever started it.
 LIVE = """

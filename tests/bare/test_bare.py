@@ -69,6 +69,7 @@ def test_who_is_not_root_is_told_what_to_install_and_then_sees_the_same(machine:
     assert machine.processes() == []
 
 
+@pytest.mark.timeout(2000)
 def test_a_contributors_checks_pass(machine: Machine) -> None:
     text = succeed(machine, "HOSTPASSD_FLOOD_SECONDS=1 ./dev check")  # how long floods are borne is seen on the host
     assert re.search(r"^\d+ passed, 0 failed", text, re.MULTILINE)
