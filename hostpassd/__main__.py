@@ -14,11 +14,12 @@ from pathlib import Path
 # used here. That is a tenth of the start.
 sys.modules["gi"] = None  # type: ignore[assignment]
 
-from hostpassd import __version__, capabilities, config, errors  # noqa: E402
+from hostpassd import __version__, config, errors  # noqa: E402
+from hostpassd.base import capabilities  # noqa: E402
+from hostpassd.base.logs import Lines  # noqa: E402
 from hostpassd.bus.router import NameTaken  # noqa: E402
 from hostpassd.daemon import Daemon  # noqa: E402
 from hostpassd.host.udev import Armed, arm  # noqa: E402
-from hostpassd.logs import Lines  # noqa: E402
 
 log = logging.getLogger("hostpassd")
 

@@ -11,7 +11,7 @@ import socket
 from collections import Counter, deque
 
 from hostpassd import names
-from hostpassd.host.device import clean
+from hostpassd.model.text import clean
 
 log = logging.getLogger(__name__)
 

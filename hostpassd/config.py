@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from hostpassd.passthrough.eligibility import EXCLUDED_CLASSES
+from hostpassd.state.eligibility import EXCLUDED_CLASSES
 
 DEFAULT_PATH = Path("/etc/hostpassd/hostpassd.toml")
 

@@ -15,25 +15,25 @@ from typing import Any
 
 from hostpassd import errors, names
 from hostpassd.audit import AuditLog
+from hostpassd.base.shared import Shared
+from hostpassd.base.tasks import end_daemon_on_error
 from hostpassd.bus.access import Access
 from hostpassd.bus.manager import ManagerMethods
 from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from hostpassd.config import Config
-from hostpassd.events import Event, FilesHang, HypervisorChanged, MachinesListed
-from hostpassd.faults import vital
 from hostpassd.host.reading import Reader
 from hostpassd.host.udev import Armed, Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
-from hostpassd.machines.machine import Hold
 from hostpassd.machines.stored import StoredWatch, folder_of
+from hostpassd.model.events import Event, FilesHang, HypervisorChanged, MachinesListed
+from hostpassd.model.machine import Hold
 from hostpassd.passthrough.execute import Executor
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.plan import Options
-from hostpassd.shared import Shared
 from hostpassd.state import Changes, State
 
 # Seconds: a Sync or a Rescan that takes longer is an error; between two Rescans, which anybody may ask for, there are
@@ -248,7 +248,7 @@ class Daemon:
 
     def _fail(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
-        # Only a callback of the loop itself, a vital task's among them: other tasks have owners who take their errors.
+        # Only a callback of the loop itself, such as `end_daemon_on_error`: other tasks have owners for their errors.
         if "handle" in context:
             self._end()
 
@@ -261,7 +261,7 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(vital)
+        task.add_done_callback(end_daemon_on_error)
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostpassd.host.device import clean
+from hostpassd.model.text import clean
 
 # Characters of a message. What the bus carries of it is less.
 TEXT_LIMIT = 128 * 1024

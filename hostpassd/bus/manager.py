@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from hostpassd import errors, find, names
+from hostpassd import errors, names
 from hostpassd.bus import options
 from hostpassd.bus.access import Access
 from hostpassd.bus.present import plan_row
@@ -14,7 +14,7 @@ from hostpassd.bus.router import Call, Router
 from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.operations import Check, Operations, Wish
 from hostpassd.passthrough.plan import Options
-from hostpassd.state import State
+from hostpassd.state import State, find
 
 
 class ManagerMethods:

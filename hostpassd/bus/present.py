@@ -8,12 +8,11 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
-from hostpassd.events import Job
-from hostpassd.host.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, UsbInterface
-from hostpassd.machines.machine import Hold, Machine, Missing
-from hostpassd.passthrough import eligibility
+from hostpassd.model.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, UsbInterface
+from hostpassd.model.job import Job
+from hostpassd.model.machine import Hold, Machine, Missing
 from hostpassd.passthrough.plan import Options, Plan
-from hostpassd.state import Entity, State
+from hostpassd.state import Entity, State, eligibility
 
 Properties = dict[str, Any]
 

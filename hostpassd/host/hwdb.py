@@ -15,7 +15,7 @@ import mmap
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from hostpassd.host.device import clean
+from hostpassd.model.text import clean
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator
 
-from hostpassd.events import HostUse, Uses
-from hostpassd.host.device import clean
 from hostpassd.host.reading import Sysfs
 from hostpassd.host.rtnetlink import Link, Network
+from hostpassd.model.events import HostUse, Uses
+from hostpassd.model.text import clean
 
 _MASTERS = {"bridge": "bridge", "openvswitch": "bridge", "bond": "bond", "team": "bond"}
 # macvtap is left out: it is a machine's, and shows as its hold.

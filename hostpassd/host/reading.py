@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from hostpassd.threads import in_thread
+from hostpassd.base.threads import in_thread
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
-from hostpassd.host.device import clean
+from hostpassd.model.text import clean
 
 _MESSAGE = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type

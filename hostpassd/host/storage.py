@@ -9,10 +9,10 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from hostpassd.events import HostUse, Nodes, Uses
-from hostpassd.host.device import clean
 from hostpassd.host.reading import Sysfs
 from hostpassd.host.sysfs import VIRTUAL
+from hostpassd.model.events import HostUse, Nodes, Uses
+from hostpassd.model.text import clean
 
 # What the host cannot live without, with all that is mounted below it. /efi is where some mount what others have at
 # /boot/efi.

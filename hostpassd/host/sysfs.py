@@ -12,7 +12,11 @@ import os
 import re
 from collections.abc import Callable, Collection
 
-from hostpassd.host.device import (
+from hostpassd.host.hwdb import Names
+from hostpassd.host.reading import Files
+from hostpassd.host.usbmarks import all_interfaces, marks
+from hostpassd.host.usbport import read_socket
+from hostpassd.model.device import (
     Block,
     Device,
     Facts,
@@ -24,14 +28,10 @@ from hostpassd.host.device import (
     Scsi,
     Usb,
     UsbInterface,
-    clean,
     device_name,
 )
-from hostpassd.host.hwdb import Names
-from hostpassd.host.reading import Files
-from hostpassd.host.usbmarks import all_interfaces, marks
-from hostpassd.host.usbport import read_socket
 from hostpassd.model.naming import label
+from hostpassd.model.text import clean
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pyudev
 
+from hostpassd.base.tasks import end_daemon_on_error
 from hostpassd.errors import TimedOut
-from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
-from hostpassd.faults import vital
-from hostpassd.host.device import Device, clean
 from hostpassd.host.reading import Files, Hung, Reader
 from hostpassd.host.settle import Settling, enlarge, kernel_socket
 from hostpassd.host.storage import BlockNode
@@ -35,6 +33,9 @@ from hostpassd.host.sysfs import (
     may_be_in_tree,
     own_nodes,
 )
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceGone, DeviceSeen, DevicesScanned, Event
+from hostpassd.model.text import clean
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class Udev:
         """Have read what is to be read."""
         if self._working is None or self._working.done():
             self._working = asyncio.get_running_loop().create_task(self._work_off())
-            self._working.add_done_callback(vital)
+            self._working.add_done_callback(end_daemon_on_error)
 
     async def _work_off(self) -> None:
         while self._wanted is not None or self._queue:
@@ -248,7 +249,7 @@ class Udev:
             self._uses_changed()
         except Exception as error:
             wanted.set_exception(error)
-            wanted.exception()  # perhaps nobody waits for it; the task's own is vital
+            wanted.exception()  # perhaps nobody waits for it; the task's own is end_daemon_on_error
             raise
         finally:
             self._scanning = False

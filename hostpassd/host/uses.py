@@ -12,14 +12,14 @@ import select
 import socket
 from collections.abc import Callable, Collection, Mapping
 
-from hostpassd.events import Event, HostUsesRead, Nodes, Uses
-from hostpassd.faults import vital
+from hostpassd.base.shared import Shared
+from hostpassd.base.tasks import end_daemon_on_error
 from hostpassd.host import rtnetlink
 from hostpassd.host.network import elsewhere, lowest, network_uses
 from hostpassd.host.reading import Files, Hung, Reader, Sysfs
 from hostpassd.host.storage import BlockNode, Storage, parse_mounts, parse_swaps
 from hostpassd.host.sysfs import VIRTUAL
-from hostpassd.shared import Shared
+from hostpassd.model.events import Event, HostUsesRead, Nodes, Uses
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class HostUses:
         self._timer = None
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
-            self._refreshing.add_done_callback(vital)
+            self._refreshing.add_done_callback(end_daemon_on_error)
         else:
             self.refresh()  # a reading may have begun before the change; look again
 

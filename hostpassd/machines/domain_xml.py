@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 from lxml import etree
 
-from hostpassd.host.device import Device, Mdev, Scsi, Usb, clean
-from hostpassd.machines.machine import (
+from hostpassd.model.device import Device, Mdev, Scsi, Usb
+from hostpassd.model.machine import (
     Claim,
     InterfaceSource,
     MdevSource,
@@ -23,6 +23,7 @@ from hostpassd.machines.machine import (
     Source,
     UsbSource,
 )
+from hostpassd.model.text import clean
 
 # What strtoull takes at base 0, which is how libvirt reads an address (virXMLPropUInt): 010 is 8, 0x10 is 16.
 _NUMBER = re.compile(r"[ \t\n\r\f\v]*\+?(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import libvirt
 
+from hostpassd.base.threads import in_thread
 from hostpassd.errors import (
     AlreadyAssigned,
     HostpassError,
@@ -30,7 +31,8 @@ from hostpassd.errors import (
     NotAssigned,
     NotSupported,
 )
-from hostpassd.events import (
+from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, with_claim, without_claim
+from hostpassd.model.events import (
     DeviceAdded,
     DeviceRemoved,
     Event,
@@ -40,10 +42,8 @@ from hostpassd.events import (
     MachinesListed,
     RemovalFailed,
 )
-from hostpassd.host.device import clean
-from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, with_claim, without_claim
-from hostpassd.machines.machine import Claim, Machine, MachineKey, Ports, UsbSource
-from hostpassd.threads import in_thread
+from hostpassd.model.machine import Claim, Machine, MachineKey, Ports, UsbSource
+from hostpassd.model.text import clean
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
+from hostpassd.base.tasks import end_daemon_on_error
 from hostpassd.errors import HostpassError
-from hostpassd.faults import vital
-from hostpassd.inotify import Watch
+from hostpassd.machines.inotify import Watch
 
 # libvirt writes NAME.xml.new and renames it, and one operation can do so twice. Seconds.
 _SETTLE = 0.1
@@ -72,7 +72,7 @@ class StoredWatch:
         task = asyncio.create_task(self._read_again(names, everything))
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
-        task.add_done_callback(vital)
+        task.add_done_callback(end_daemon_on_error)
 
     async def _read_again(self, names: set[str], everything: bool) -> None:
         if everything:

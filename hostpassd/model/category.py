@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from hostpassd.host.device import Block, Device, Input, Mdev, Net, Pci, Usb, UsbInterface
 from hostpassd.model import known_ids
+from hostpassd.model.device import Block, Device, Input, Mdev, Net, Pci, Usb, UsbInterface
 
 OTHER = "other"
 

@@ -10,8 +10,9 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from hostpassd.host.device import Block, Device, Mdev, Pci, UsbInterface, clean, escape
 from hostpassd.model.category import category, interface_category, is_hub, is_optical, is_wireless, without_driver
+from hostpassd.model.device import Block, Device, Mdev, Pci, UsbInterface, escape
+from hostpassd.model.text import clean
 
 # Role.
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Protocol
 
-from hostpassd.host.device import Device
+from hostpassd.model.device import Device
 from hostpassd.model.naming import kernel_name
 
 _PCI = re.compile(r"([0-9a-f]{4,}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")

@@ -10,17 +10,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from typing import Any, Protocol
 
 from hostpassd import errors
-from hostpassd.events import (
+from hostpassd.model.events import (
     DeviceAdded,
     DeviceRemoved,
     Event,
-    Job,
     JobChanged,
     MachinesListed,
     Releasing,
     RemovalFailed,
 )
-from hostpassd.machines.machine import Claim, MachineKey
+from hostpassd.model.job import Job
+from hostpassd.model.machine import Claim, MachineKey
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Step, Store, Unstore, lock_of, undo

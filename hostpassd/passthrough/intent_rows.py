@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from hostpassd.machines.domain_xml import claim_of
-from hostpassd.machines.machine import MachineKey
+from hostpassd.model.machine import MachineKey
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.plan import Step
 

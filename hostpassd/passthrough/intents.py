@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hostpassd import errors
+from hostpassd.base.threads import InOrder
 from hostpassd.passthrough.intent_rows import (
     VERSION,
     Loan,
@@ -32,7 +33,6 @@ from hostpassd.passthrough.intent_rows import (
 )
 from hostpassd.passthrough.plan import Plan
 from hostpassd.passthrough.rowfile import RowFile
-from hostpassd.threads import InOrder
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -12,18 +12,19 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from hostpassd import errors, find, names
+from hostpassd import errors, names
 from hostpassd.audit import AuditLog
-from hostpassd.events import Event, HypervisorChanged, Job, JobForgotten, MachineGone, MachineRead, MachinesListed
-from hostpassd.faults import vital
-from hostpassd.machines.machine import Machine, MachineKey, Missing
+from hostpassd.base.tasks import end_daemon_on_error
 from hostpassd.model.codes import Blocker
+from hostpassd.model.events import Event, HypervisorChanged, JobForgotten, MachineGone, MachineRead, MachinesListed
+from hostpassd.model.job import Job
+from hostpassd.model.machine import Machine, MachineKey, Missing
 from hostpassd.passthrough import plan as plans
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Options, Plan, Release
-from hostpassd.state import State
+from hostpassd.state import State, find
 
 log = logging.getLogger(__name__)
 
@@ -393,7 +394,7 @@ class Operations:
         task = asyncio.get_running_loop().create_task(self._run(wish, plan, permission, control))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(vital)
+        task.add_done_callback(end_daemon_on_error)
         return control
 
     async def _run(self, wish: Wish, plan: Plan, permission: Permission, control: Control) -> None:

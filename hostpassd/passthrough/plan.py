@@ -10,13 +10,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 from hostpassd import errors
-from hostpassd.host.device import ASSIGNABLE_KINDS, Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.machines.machine import Claim, Hold, Machine, MachineKey, Missing
 from hostpassd.model.codes import NEVER, Blocker, blocker
+from hostpassd.model.device import ASSIGNABLE_KINDS, Device
+from hostpassd.model.machine import Claim, Hold, Machine, MachineKey, Missing
 from hostpassd.model.naming import is_bridge
-from hostpassd.passthrough import eligibility
-from hostpassd.state import State
+from hostpassd.state import State, eligibility
 
 # The kinds of hold that are the handing over of the device itself.
 DETACHABLE_KINDS = frozenset({"hostdev", "interface"})

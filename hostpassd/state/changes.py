@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from hostpassd.events import Job
-from hostpassd.machines.machine import Hold
+from hostpassd.model.job import Job
+from hostpassd.model.machine import Hold
 
 # What an object on the bus stands for: ("device", name), ("machine", uuid), ("job", number) or ("manager", "").
 Entity = tuple[str, str]

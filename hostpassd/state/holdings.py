@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from hostpassd.host.device import Device, Net
-from hostpassd.machines.machine import (
+from hostpassd.model.device import Device, Net
+from hostpassd.model.machine import (
     Claim,
     Hold,
     InterfaceSource,
@@ -20,7 +20,7 @@ from hostpassd.machines.machine import (
     ScsiSource,
     UsbSource,
 )
-from hostpassd.passthrough import eligibility
+from hostpassd.state import eligibility
 from hostpassd.state.changes import Batches, Entity
 from hostpassd.state.multimap import Multimap
 from hostpassd.state.tree import Tree

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
-from hostpassd.events import HostUse
-from hostpassd.host.device import Device
 from hostpassd.model.codes import Blocker
-from hostpassd.passthrough import eligibility
+from hostpassd.model.device import Device
+from hostpassd.model.events import HostUse
+from hostpassd.state import eligibility
 from hostpassd.state.tree import Tree
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
-from hostpassd.events import (
+from hostpassd.model.codes import Blocker
+from hostpassd.model.device import Device, same_thing
+from hostpassd.model.events import (
     DeviceAdded,
     DeviceGone,
     DeviceRemoved,
@@ -16,7 +18,6 @@ from hostpassd.events import (
     HostUse,
     HostUsesRead,
     HypervisorChanged,
-    Job,
     JobChanged,
     JobForgotten,
     MachineGone,
@@ -25,10 +26,9 @@ from hostpassd.events import (
     Releasing,
     RemovalFailed,
 )
-from hostpassd.host.device import Device, same_thing
-from hostpassd.machines.machine import Claim, Hold, Machine, MachineKey, Missing
-from hostpassd.model.codes import Blocker
-from hostpassd.passthrough import eligibility
+from hostpassd.model.job import Job
+from hostpassd.model.machine import Claim, Hold, Machine, MachineKey, Missing
+from hostpassd.state import eligibility
 from hostpassd.state.changes import MANAGER, Batches, Changes
 from hostpassd.state.holdings import Holdings, Key
 from hostpassd.state.spread import Spread

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from hostpassd.host.device import ASSIGNABLE_KINDS, Device
+from hostpassd.model.device import ASSIGNABLE_KINDS, Device
 from hostpassd.state.changes import Batches
 from hostpassd.state.multimap import Multimap
 

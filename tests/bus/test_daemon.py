@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hostpassd.host.device import TEXT_LIMIT
+from hostpassd.model.text import TEXT_LIMIT
 from tests.bus.busd import PATIENCE, Client, Heard, PrivateBus, Refused
 from tests.bus.conftest import NewClient
 from tests.bus.mockhost import MockHost

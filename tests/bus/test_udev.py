@@ -16,8 +16,8 @@ from typing import IO, Any, cast
 
 import pytest
 
-from hostpassd.events import DeviceGone, DeviceSeen, DevicesScanned, Event
-from hostpassd.host.device import Block, Device, Mdev, MdevParent, Net, Scsi, Usb, UsbInterface
+from hostpassd.model.device import Block, Device, Mdev, MdevParent, Net, Scsi, Usb, UsbInterface
+from hostpassd.model.events import DeviceGone, DeviceSeen, DevicesScanned, Event
 from tests.bus.mockhost import MockHost
 
 pyudev = pytest.importorskip("pyudev")

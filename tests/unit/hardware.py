@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hostpassd.host.device import (
+from hostpassd.model.device import (
     Block,
     Device,
     Facts,

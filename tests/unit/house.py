@@ -14,8 +14,8 @@ from hostpassd import audit as audit_module
 from hostpassd import errors, names
 from hostpassd.config import Config
 from hostpassd.daemon import Daemon
-from hostpassd.events import DevicesScanned
-from hostpassd.host.device import Device
+from hostpassd.model.device import Device
+from hostpassd.model.events import DevicesScanned
 from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.operations import Check, Wish
 from hostpassd.passthrough.plan import Options

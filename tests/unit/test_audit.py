@@ -13,7 +13,8 @@ import pytest
 
 from hostpassd import audit, errors, names
 from hostpassd.audit import AuditLog
-from hostpassd.events import DeviceSeen, Job, MachineGone, MachineRead
+from hostpassd.model.events import DeviceSeen, MachineGone, MachineRead
+from hostpassd.model.job import Job
 from hostpassd.passthrough.operations import Check, Wish
 from hostpassd.passthrough.plan import Options
 from tests.unit.clockwork import Clockwork

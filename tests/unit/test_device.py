@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd.host.device import Device, Scsi, Usb, clean, device_name, escape, same_thing
+from hostpassd.model.device import Device, Scsi, Usb, device_name, escape, same_thing
+from hostpassd.model.text import clean
 
 # (kind, kernel name, parent's kernel name) -> name, as the design has them.
 NAMES = [

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from hostpassd.host.device import Block, Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.machines.domain_xml import hostdev_xml, read_claims, read_ports, with_claim, without_claim
-from hostpassd.machines.machine import (
+from hostpassd.model.device import Block, Device, Facts, Mdev, Pci, Scsi, Usb
+from hostpassd.model.machine import (
     Claim,
     InterfaceSource,
     MdevSource,

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from hostpassd.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
-from hostpassd.host.device import Device
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
 from hostpassd.model.naming import STRUCTURE, SUBJECT, role
-from hostpassd.passthrough.eligibility import blockers, companions
 from hostpassd.state import State
+from hostpassd.state.eligibility import blockers, companions
 from tests.unit.world import OTHER, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from hostpassd import errors
-from hostpassd.machines.machine import MachineKey
 from hostpassd.model.codes import blocker
+from hostpassd.model.machine import MachineKey
 from hostpassd.passthrough.plan import Plan, check_allowed
 from tests.unit.test_docs import CODE
 
 ERRORS = {kind.__name__ for kind in errors.HostpassError.__subclasses__()}
-ROOMS = ["find.py", "bus/access.py", "bus/router.py", "passthrough/plan.py"]
+ROOMS = ["state/find.py", "bus/access.py", "bus/router.py", "passthrough/plan.py"]
 
 
 def messages(room: str) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,8 @@ import pytest
 
 from hostpassd import errors
 from hostpassd.audit import AuditLog
-from hostpassd.events import (
+from hostpassd.model.device import Device
+from hostpassd.model.events import (
     DeviceAdded,
     DeviceGone,
     DeviceSeen,
@@ -21,12 +22,11 @@ from hostpassd.events import (
     HostUse,
     HostUsesRead,
     HypervisorChanged,
-    Job,
     MachineGone,
     MachineRead,
     MachinesListed,
 )
-from hostpassd.host.device import Device
+from hostpassd.model.job import Job
 from hostpassd.passthrough.execute import Control, Executor
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Check, Operations, Wish

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd import errors, find, names
-from hostpassd.events import DeviceGone, DeviceSeen, MachineRead
-from hostpassd.host.device import Device, Net, device_name
+from hostpassd import errors, names
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.machines.machine import Claim
-from hostpassd.state import State
+from hostpassd.model.device import Device, Net, device_name
+from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
+from hostpassd.model.machine import Claim
+from hostpassd.state import State, find
 from tests.unit.world import OTHER, UUID, block, hostdev, machine, mdev, net, pci, scsi, state_of, usb
 
 NIC = pci("0000:01:00.0", group=2)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from hostpassd import errors
-from hostpassd.events import MachineRead
-from hostpassd.host.device import Device
+from hostpassd.model.device import Device
+from hostpassd.model.events import MachineRead
 from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.operations import STOP_PATIENCE
 from tests.unit.clockwork import Clockwork

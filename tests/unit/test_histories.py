@@ -35,11 +35,19 @@ from hostpassd import names
 from hostpassd.bus import present
 from hostpassd.config import Config
 from hostpassd.daemon import RESCAN_PAUSE, Daemon
-from hostpassd.events import DeviceSeen, DevicesScanned, Event, HostUse, HostUsesRead, HypervisorChanged, MachinesListed
-from hostpassd.host.device import Device, MdevParent, same_thing
 from hostpassd.machines.domain_xml import claim_of
-from hostpassd.machines.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
 from hostpassd.model.codes import OVERRIDABLE
+from hostpassd.model.device import Device, MdevParent, same_thing
+from hostpassd.model.events import (
+    DeviceSeen,
+    DevicesScanned,
+    Event,
+    HostUse,
+    HostUsesRead,
+    HypervisorChanged,
+    MachinesListed,
+)
+from hostpassd.model.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Store

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hostpassd import inotify
-from hostpassd.inotify import Watch
+from hostpassd.machines import inotify
+from hostpassd.machines.inotify import Watch
 
 PATIENCE = 10  # seconds
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from hostpassd import errors
 from hostpassd.config import Config
 from hostpassd.daemon import Daemon
-from hostpassd.events import DeviceSeen
-from hostpassd.host.device import Device
-from hostpassd.machines.machine import Claim, MachineKey
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceSeen
+from hostpassd.model.machine import Claim, MachineKey
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Store, Unstore

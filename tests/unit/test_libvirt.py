@@ -25,7 +25,9 @@ from hostpassd.errors import (
     NotAssigned,
     NotSupported,
 )
-from hostpassd.events import (
+from hostpassd.machines import libvirt as ours
+from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.model.events import (
     DeviceAdded,
     DeviceRemoved,
     Event,
@@ -35,9 +37,7 @@ from hostpassd.events import (
     MachinesListed,
     RemovalFailed,
 )
-from hostpassd.machines import libvirt as ours
-from hostpassd.machines.libvirt import Hypervisor
-from hostpassd.machines.machine import Claim, Machine, MachineKey, PciSource, UsbSource
+from hostpassd.model.machine import Claim, Machine, MachineKey, PciSource, UsbSource
 
 GAMING, OFF, TRANSIENT = (f"aaaaaaaa-2222-3333-4444-00000000000{n}" for n in (1, 2, 3))
 PCI = (

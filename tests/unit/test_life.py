@@ -15,7 +15,6 @@ from hostpassd import errors
 from hostpassd.bus.router import Router
 from hostpassd.config import Config
 from hostpassd.daemon import Daemon
-from hostpassd.events import HypervisorChanged
 from hostpassd.host import udev as udev_module
 from hostpassd.host import uses as uses_module
 from hostpassd.host.sysfs import Memory
@@ -23,6 +22,7 @@ from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.stored import StoredWatch
+from hostpassd.model.events import HypervisorChanged
 
 URI = "test:///default"
 PATIENCE = 20

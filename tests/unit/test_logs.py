@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostpassd import logs
-from hostpassd.logs import Lines
+from hostpassd.base import logs
+from hostpassd.base.logs import Lines
 
 
 class Reader:
@@ -83,5 +83,5 @@ def test_nobody_waits_for_a_reader_that_stopped(
     lines = [reader.start_reading()]
     while "lines are lost" not in "".join(lines):
         lines.append(reader.start_reading())
-    count = int("".join(lines).rpartition("hostpassd.logs: ")[2].partition(" ")[0])
+    count = int("".join(lines).rpartition("hostpassd.base.logs: ")[2].partition(" ")[0])
     assert logs._WAITING_LIMIT < count < logs._WAITING_LIMIT * 3

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd.host.device import Mdev
+from hostpassd.model.device import Mdev
 from hostpassd.model.naming import describe, human_size, identity_id, label, location, role, socket
 from tests.unit.hardware import THINGS, UUID, Thing, block, lun, net, node, pci, usb
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hostpassd.events import HostUse
 from hostpassd.host.network import elsewhere, network_uses
 from hostpassd.host.reading import Sysfs
 from hostpassd.host.rtnetlink import Link, Network
+from hostpassd.model.events import HostUse
 
 
 def test_an_interface_in_another_namespace_is_a_use_of_its_device(tmp_path: Path) -> None:

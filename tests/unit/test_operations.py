@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from hostpassd import errors, names
-from hostpassd.events import DeviceGone, DeviceSeen, Event, HostUse, HostUsesRead, MachineGone, MachineRead
-from hostpassd.host.device import Device
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.machines.machine import Machine, MachineKey
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceGone, DeviceSeen, Event, HostUse, HostUsesRead, MachineGone, MachineRead
+from hostpassd.model.machine import Machine, MachineKey
 from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.operations import Check, Wish
 from hostpassd.passthrough.plan import Options, Plan, lock_of

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd.host.device import Device
+from hostpassd.model.device import Device
 from hostpassd.model.order import Natural, in_tree_order, natural, tree_key
 from tests.unit.hardware import block, lun, net, node, pci, usb
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from hostpassd import errors
-from hostpassd.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
-from hostpassd.host.device import Device
-from hostpassd.machines.machine import Claim, Machine, NodeSource, Ports
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
+from hostpassd.model.machine import Claim, Machine, NodeSource, Ports
 from hostpassd.passthrough.plan import (
     Attach,
     Free,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostpassd.host.device import Device
+from hostpassd.model.device import Device
 from hostpassd.passthrough.execute import Control
 from hostpassd.passthrough.rowfile import rows_in
 from tests.unit.disk import Died, Disk, Image

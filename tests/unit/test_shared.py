@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from hostpassd.base.shared import Shared
 from hostpassd.errors import TimedOut
-from hostpassd.shared import Shared
 from tests.unit.clockwork import Clockwork
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostpassd.events import (
+from hostpassd.model.device import Device, Scsi, same_thing
+from hostpassd.model.events import (
     DeviceGone,
     DeviceRemoved,
     DeviceSeen,
@@ -24,11 +25,10 @@ from hostpassd.events import (
     MachinesListed,
     Releasing,
 )
-from hostpassd.host.device import Device, Scsi, same_thing
-from hostpassd.machines.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
-from hostpassd.passthrough.eligibility import blockers, companions, is_leaf, use_blockers
+from hostpassd.model.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
 from hostpassd.passthrough.plan import blockers_for
 from hostpassd.state import Changes, State
+from hostpassd.state.eligibility import blockers, companions, is_leaf, use_blockers
 from hostpassd.state.holdings import Holdings
 from hostpassd.state.multimap import Multimap
 from hostpassd.state.tree import Tree

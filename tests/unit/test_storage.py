@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd.events import HostUse, Uses
 from hostpassd.host.reading import Sysfs
 from hostpassd.host.storage import BlockNode, Mount, Storage, mount_of, own_mounts, parse_mounts, parse_swaps
+from hostpassd.model.events import HostUse, Uses
 
 SDA = "/sys/devices/pci0/host0/block/sda"
 SDB = "/sys/devices/pci0/host0/block/sdb"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hostpassd.host.device import Device
 from hostpassd.host.hwdb import Names
 from hostpassd.host.reading import Files
 from hostpassd.host.sysfs import KINDS, Memory, Source, describe
 from hostpassd.model.category import category
+from hostpassd.model.device import Device
 
 PCI_IDS = (
     "8086  Intel Corporation\n\t10ca  82576 Virtual Function\nC 02  Network controller\n\t00  Ethernet controller\n"

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from hostpassd.threads import InOrder
+from hostpassd.base.threads import InOrder
 
 
 def test_calls_are_made_in_order_in_one_thread_which_ends_when_nobody_can_make_one_any_more() -> None:
@@ -37,5 +37,7 @@ def test_an_error_is_its_callers_and_what_was_cancelled_is_left_out() -> None:
 
 
 def test_a_call_that_hangs_does_not_keep_the_process() -> None:
-    program = "from hostpassd.threads import InOrder; import threading; InOrder('x').submit(threading.Event().wait)"
+    program = (
+        "from hostpassd.base.threads import InOrder; import threading; InOrder('x').submit(threading.Event().wait)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hostpassd.events import Event, HostUse, HostUsesRead
 from hostpassd.host import uses
 from hostpassd.host.reading import Files, Sysfs
 from hostpassd.host.storage import BlockNode
 from hostpassd.host.uses import HostUses
+from hostpassd.model.events import Event, HostUse, HostUsesRead
 from tests.unit.test_storage import Disks
 
 

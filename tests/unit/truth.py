@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Callable, Collection
 
 from hostpassd import errors
-from hostpassd.events import (
+from hostpassd.machines.domain_xml import claim_of, hostdev_xml
+from hostpassd.model.device import Device
+from hostpassd.model.events import (
     DeviceAdded,
     DeviceGone,
     DeviceRemoved,
@@ -26,9 +28,7 @@ from hostpassd.events import (
     MachinesListed,
     RemovalFailed,
 )
-from hostpassd.host.device import Device
-from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.machines.machine import Claim, Machine, MachineKey, MdevSource, PciSource, Ports, ScsiSource, UsbSource
+from hostpassd.model.machine import Claim, Machine, MachineKey, MdevSource, PciSource, Ports, ScsiSource, UsbSource
 
 URI = "sim:///histories"
 STUBS = ("", "vfio-pci")

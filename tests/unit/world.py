@@ -8,7 +8,9 @@ import dataclasses
 from collections.abc import Callable, Collection
 
 from hostpassd import errors
-from hostpassd.events import (
+from hostpassd.machines.domain_xml import claim_of
+from hostpassd.model.device import Block, Device, Input, Mdev, Net, Pci, Scsi, Usb, device_name
+from hostpassd.model.events import (
     DeviceAdded,
     DeviceRemoved,
     DeviceSeen,
@@ -18,9 +20,7 @@ from hostpassd.events import (
     MachineRead,
     MachinesListed,
 )
-from hostpassd.host.device import Block, Device, Input, Mdev, Net, Pci, Scsi, Usb, device_name
-from hostpassd.machines.domain_xml import claim_of
-from hostpassd.machines.machine import Claim, Machine, MachineKey, PciSource, Ports
+from hostpassd.model.machine import Claim, Machine, MachineKey, PciSource, Ports
 from hostpassd.state import State
 
 URI = "qemu:///system"

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 
-from hostpassd.host.device import clean
+from hostpassd.model.text import clean
 
 _STDERR = 2
 
@@ -66,7 +66,7 @@ class Lines(logging.Handler):
     def _tell_lost(self) -> None:
         lost, self._lost = self._lost, 0
         if lost:
-            _write_all(f"hostpassd.logs: {lost} lines are lost: nobody read them in time\n")
+            _write_all(f"hostpassd.base.logs: {lost} lines are lost: nobody read them in time\n")
 
 
 def _without_controls(line: str) -> str:

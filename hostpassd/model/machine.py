@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from hostpassd.host.device import clean
+from hostpassd.model.text import clean
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

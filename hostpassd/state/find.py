@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable
 
 from hostpassd import errors, names
-from hostpassd.host.device import Device, Net, device_name
-from hostpassd.machines.machine import Machine, Missing
+from hostpassd.model.device import Device, Net, device_name
+from hostpassd.model.machine import Machine, Missing
 from hostpassd.model.naming import NO_INTERFACE
 from hostpassd.state import State
 

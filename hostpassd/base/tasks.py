@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 
-def vital(task: asyncio.Task[Any]) -> None:
+def end_daemon_on_error(task: asyncio.Task[Any]) -> None:
     """A done callback: what TASK raised goes to the loop, whose handler ends the daemon, to be started afresh."""
     if not task.cancelled():
         task.result()

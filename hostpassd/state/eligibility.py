@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from hostpassd.events import HostUse
-from hostpassd.host.device import ASSIGNABLE_KINDS, Device, Pci
-from hostpassd.machines.machine import Hold
 from hostpassd.model import category
 from hostpassd.model.codes import Blocker, blocker
+from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Pci
+from hostpassd.model.events import HostUse
+from hostpassd.model.machine import Hold
 from hostpassd.model.naming import is_bridge
 
 # 05 memory, 07 communication (serial ports: the original's own rule), 08 system peripherals, 0c05 SMBus.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from hostpassd.host.device import Device
-from hostpassd.machines.machine import Machine, MachineKey
+from hostpassd.model.device import Device
+from hostpassd.model.job import Job
+from hostpassd.model.machine import Machine, MachineKey
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,27 +130,6 @@ class Releasing:
     machine: MachineKey
     alias: str
     asked: bool = True
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Job:
-    """One running or just ended assign or dismiss."""
-
-    number: int
-    operation: str  # assign, dismiss
-    machine: str  # UUID
-    device: str  # name
-    started_by_uid: int
-    state: str = "queued"
-    step: str = ""
-    progress: float = 0.0
-    error_name: str = ""  # with its bus prefix
-    error_message: str = ""
-
-    @property
-    def ended(self) -> bool:
-        """Whether it will not change any more."""
-        return self.state in ("done", "failed", "cancelled")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""What asyncio and systemd lack."""
