@@ -1,9 +1,11 @@
-"""Names of vendors, products and PCI classes by their ids, where udev has told none.
+"""Names of vendors, products and PCI classes by their ids.
 
-Asked are udev's own hardware database, where it is installed, and then pci.ids and usb.ids, the files of lspci and
-lsusb. Nothing of either is kept but the answers, the newest few thousand: a question costs about a millisecond when
-its ids come up first, and nothing after that. So whoever reads devices asks one `Names` of the whole daemon, which
-a scan fills from its thread; on the loop there is then a millisecond for each model that is new to the host.
+They are looked up here, and not taken from what udev has set on the device: that is missing for a moment whenever udev
+handles an event of the device, and a name must not change and change back with it. Asked are udev's own hardware
+database, where it is installed, and then pci.ids and usb.ids, the files of lspci and lsusb. Nothing of either is kept
+but the answers, the newest few thousand: a question costs about a millisecond when its ids come up first, and nothing
+after that. So whoever reads devices asks one `Names` of the whole daemon, which a scan fills from its thread; on the
+loop there is then a millisecond for each model that is new to the host.
 """
 
 from __future__ import annotations
@@ -46,35 +48,34 @@ class Names:
         self._usb_ids = usb_ids
         self._cached = functools.lru_cache(_ANSWERS)(self._look_up)
 
-    def pci(self, vendor: int, device: int) -> tuple[str, str]:
-        """The names of a PCI vendor and of its device."""
-        return self._cached("pci", vendor, device)
+    def pci(self, vendor: int, device: int, modalias: str = "") -> tuple[str, str]:
+        """The names of a PCI vendor and of its device; MODALIAS, the device's own, tells the board that it is on."""
+        return self._cached("pci", vendor, device, modalias)
 
     def pci_class(self, class_code: int) -> str:
         """The name of a PCI subclass, or of the base class where only that has one; CLASS_CODE has 24 bits."""
         base, sub = self._cached("class", class_code >> 16, class_code >> 8 & 0xFF)
         return sub or base
 
-    def usb(self, vendor: int, product: int) -> tuple[str, str]:
-        """The names of a USB vendor and of its product."""
-        return self._cached("usb", vendor, product)
+    def usb(self, vendor: int, product: int, modalias: str = "") -> tuple[str, str]:
+        """The names of a USB vendor and of its product; MODALIAS: the device's own."""
+        return self._cached("usb", vendor, product, modalias)
 
     def forget(self) -> None:
         """Ask anew from now on: the files may be others."""
         self._cached.cache_clear()
 
-    def _look_up(self, kind: str, upper: int, lower: int) -> tuple[str, str]:
+    def _look_up(self, kind: str, upper: int, lower: int, modalias: str = "") -> tuple[str, str]:
         """The names of an entry and of one below it, each from the first source that has it."""
-        names = ("", "")
-        for source in (self._in_udev, self._in_files):
-            if not all(names):
-                found = source(kind, upper, lower)
-                names = (names[0] or found[0], names[1] or found[1])
+        names = self._in_udev(kind, upper, lower, modalias)
+        if not all(names):
+            found = self._in_files(kind, upper, lower)
+            names = (names[0] or found[0], names[1] or found[1])
         return names
 
-    def _in_udev(self, kind: str, upper: int, lower: int) -> tuple[str, str]:
-        modalias, properties = _UDEV[kind]
-        found = self._udev(modalias.format(upper, lower))
+    def _in_udev(self, kind: str, upper: int, lower: int, modalias: str) -> tuple[str, str]:
+        shortest, properties = _UDEV[kind]
+        found = self._udev(modalias or shortest.format(upper, lower))
         return clean(found.get(properties[0], "")), clean(found.get(properties[1], ""))
 
     def _in_files(self, kind: str, upper: int, lower: int) -> tuple[str, str]:

@@ -189,7 +189,6 @@ class Kind:
     unless: str = ""  # a file that, when it reads 1, makes the device none of this kind
     facts: Callable[[Source], tuple[Facts, ...]] = lambda source: ()
     words: Callable[[Source], Words] = lambda source: Words()
-    own_words_first: bool = False  # what it calls itself counts before what udev's database has
     by_ids: Callable[[Source], tuple[str, str]] | None = None  # vendor and product, where nobody else tells them
     nodes: Callable[[Source], tuple[str, ...]] | None = None  # None: its own
 
@@ -237,15 +236,14 @@ def describe(source: Source, kind: Kind, parent: str | None) -> Device | None:
 
 
 def _words(source: Source, kind: Kind) -> Words:
-    """The first name there is for each of vendor and product: its own, udev's, or that which its ids have."""
+    """The first name there is for each of vendor and product: its own, that which its ids have, or udev's."""
     own = kind.words(source)
-    udev = Words(clean(source.prop("ID_VENDOR_FROM_DATABASE")), clean(source.prop("ID_MODEL_FROM_DATABASE")))
-    first, second = (own, udev) if kind.own_words_first else (udev, own)
-    vendor, product = first.vendor or second.vendor, first.product or second.product
+    vendor, product = own.vendor, own.product
     if kind.by_ids and not (vendor and product):
         by_ids = kind.by_ids(source)
         vendor, product = vendor or by_ids[0], product or by_ids[1]
-    return Words(vendor, product, own.serial)
+    vendor = vendor or clean(source.prop("ID_VENDOR_FROM_DATABASE"))
+    return Words(vendor, product or clean(source.prop("ID_MODEL_FROM_DATABASE")), own.serial)
 
 
 # Nodes.
@@ -331,12 +329,13 @@ _ASLEEP = frozenset({"D3hot", "D3cold"})
 
 
 def _class_name(source: Source, class_code: int) -> str:
-    told = source.prop("ID_PCI_SUBCLASS_FROM_DATABASE") or source.prop("ID_PCI_CLASS_FROM_DATABASE")
-    return clean(told) or source.names.pci_class(class_code)
+    known = source.names.pci_class(class_code)
+    told = known or source.prop("ID_PCI_SUBCLASS_FROM_DATABASE") or source.prop("ID_PCI_CLASS_FROM_DATABASE")
+    return clean(told)
 
 
 def _pci_by_ids(source: Source) -> tuple[str, str]:
-    return source.names.pci(source.number("vendor"), source.number("device"))
+    return source.names.pci(source.number("vendor"), source.number("device"), source.text("modalias"))
 
 
 # USB.
@@ -404,7 +403,8 @@ def _usb_words(source: Source) -> Words:
 
 
 def _usb_by_ids(source: Source) -> tuple[str, str]:
-    return source.names.usb(source.number("idVendor", 16), source.number("idProduct", 16))
+    ids = source.number("idVendor", 16), source.number("idProduct", 16)
+    return source.names.usb(*ids, source.text("modalias"))
 
 
 def _usb_interface(source: Source) -> tuple[Facts, ...]:
@@ -501,7 +501,6 @@ KINDS: dict[str, tuple[Kind, ...]] = {
             "usb_device",
             facts=_usb,
             words=_usb_words,
-            own_words_first=True,
             by_ids=_usb_by_ids,
         ),
         Kind(
