@@ -9,9 +9,14 @@ import asyncio
 import logging
 import socket
 from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 
 from hostpassd import names
+from hostpassd.model.events import CancelAnswered, Event, OperationRecovered, OperationRefused
+from hostpassd.model.job import Job
+from hostpassd.model.machine import Hold
 from hostpassd.model.text import clean
+from hostpassd.state import Changes, State
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +38,117 @@ _OTHERS = -1  # all the others, together
 
 
 class AuditLog:
+    """Listens to what happens, and writes the records of it."""
+
+    def __init__(self, state: State, records: Records, is_ours: Callable[[str, str], bool]) -> None:
+        """IS_OURS: whether a job of ours is at work on a machine (UUID) and a device (name)."""
+        self._state = state
+        self._records = records
+        self._is_ours = is_ours
+        self.tells_foreign = False  # set when the start is over: what was there before is nobody's change
+
+    def notice(self, event: Event, batches: Sequence[Changes]) -> None:
+        """Called for each event after the state has taken it in."""
+        match event:
+            case OperationRefused():
+                self._refused(event)
+            case CancelAnswered(job, uid, error):
+                self._cancelled(job, uid, error)
+            case OperationRecovered():
+                self._recovered(event)
+        for changes in batches:
+            for job in changes.jobs_ended:
+                self._ended(job)
+            if self.tells_foreign:
+                self._tell_foreign(changes)
+
+    def _ended(self, job: Job) -> None:
+        why = f" ({job.error})" if job.error else ""
+        for device in job.devices:
+            along = "" if device == job.device else f", along with {job.device}"
+            self._records.write(
+                names.MESSAGE_OPERATION,
+                f"{job.operation} of {device}{along}: {job.state}{why}",
+                device=device,
+                **self._of_machine(job.machine),
+                operation=job.operation,
+                job=str(job.number),
+                result=_result(job.error) or job.state,
+                uid=str(job.started_by_uid),
+            )
+
+    def _refused(self, event: OperationRefused) -> None:
+        self._records.refusal(
+            event.uid,
+            f"{event.operation} of {event.device or event.spelt} refused ({event.error})",
+            device=event.device,
+            spelt="" if event.device else event.spelt,
+            **self._of_machine(event.machine),
+            operation=event.operation,
+            result=_result(event.error),
+        )
+
+    def _cancelled(self, job: Job, uid: int, error: Exception | None) -> None:
+        text = f"cancel of job {job.number}, the {job.operation} of {job.device}"
+        fields = {"device": job.device, **self._of_machine(job.machine), "operation": "cancel", "job": str(job.number)}
+        if error:
+            self._records.refusal(uid, f"{text} refused ({error})", **fields, result=_result(error))
+        else:
+            self._records.write(names.MESSAGE_OPERATION, text, **fields, result="done", uid=str(uid))
+
+    def _recovered(self, event: OperationRecovered) -> None:
+        for device in event.devices:
+            self._records.write(
+                names.MESSAGE_OPERATION,
+                f"{event.operation} of {device} was not finished, and what it left has been put in order",
+                device=device,
+                **self._of_machine(event.machine),
+                operation=event.operation,
+                job=str(event.number) if event.number > 0 else "",
+                result="recovered",
+            )
+
+    def _tell_foreign(self, changes: Changes) -> None:
+        """What became of holds without a job of ours at work on them."""
+        moved = [("added", "added by others", hold) for hold in changes.holds_added]
+        moved += [(*_gone(hold), hold) for hold in changes.holds_removed]
+        for before, hold in changes.holds_changed:
+            moved += [(word, f"{text} in its {half} half", hold) for word, text, half in _halves(before, hold)]
+        for operation, text, hold in moved:
+            if not self._is_ours(hold.machine, hold.device):
+                name = self._state.machine_name(hold.machine)
+                self._records.write(
+                    names.MESSAGE_FOREIGN_CHANGE,
+                    f"hold {text}: {name} and {hold.device}",
+                    device=hold.device,
+                    **self._of_machine(hold.machine),
+                    operation=operation,
+                )
+
+    def _of_machine(self, uuid: str) -> dict[str, str]:
+        return {"machine": uuid, "machine_name": self._state.machine_name(uuid)}
+
+
+def _result(error: Exception | None) -> str:
+    return names.error_name(error) if error else ""
+
+
+def _gone(hold: Hold) -> tuple[str, str]:
+    """How HOLD, or its live half, ended: in a word and in some."""
+    # Releasing: a job asked the guest, and did not wait until it answered.
+    return ("released", "released late") if hold.releasing else ("removed", "removed by others")
+
+
+def _halves(before: Hold, after: Hold) -> Iterator[tuple[str, str, str]]:
+    """What became of each half that came or went: in a word, in some, and which half."""
+    if before.live != after.live:
+        yield *(("added", "added by others") if after.live else _gone(before)), "live"
+    if before.config != after.config:
+        word = "added" if after.config else "removed"
+        yield word, f"{word} by others", "stored"
+
+
+class Records:
     """Writes records, of refusals a bounded number. What the journal has no room for waits; past that it is counted."""
 
     def __init__(self) -> None:

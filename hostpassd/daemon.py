@@ -9,12 +9,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
 from hostpassd import errors, names
-from hostpassd.audit import AuditLog
+from hostpassd.audit import AuditLog, Records
 from hostpassd.base.shared import Shared
 from hostpassd.base.tasks import end_daemon_on_error
 from hostpassd.bus.access import Access
@@ -29,12 +29,11 @@ from hostpassd.host.uses import HostUses
 from hostpassd.machines.libvirt import Hypervisor
 from hostpassd.machines.stored import StoredWatch, folder_of
 from hostpassd.model.events import Event, FilesHang, HypervisorChanged, MachinesListed
-from hostpassd.model.machine import Hold
 from hostpassd.passthrough.execute import Executor
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Operations
-from hostpassd.passthrough.plan import Options
-from hostpassd.state import Changes, State
+from hostpassd.passthrough.request import Options
+from hostpassd.state import State
 
 # Seconds: a Sync or a Rescan that takes longer is an error; between two Rescans, which anybody may ask for, there are
 # RESCAN_PAUSE; a start does not wait longer for libvirt than START_LIMIT.
@@ -63,12 +62,20 @@ class Daemon:
         )
         self._hypervisors = {uri: Hypervisor(uri, self.emit) for uri in config.hypervisors}
         self._executor = Executor(self._state, self._hypervisors.__getitem__, self._settle, self.emit, self._intents)
-        self._audit_log = AuditLog()
-        self._operations = Operations(self._state, self._executor, self.emit, self._intents, self._audit_log)
+        self._operations = Operations(self._state, self._executor, self.emit, self._intents)
+        self._audit = AuditLog(self._state, Records(), self._operations.moves)
         access = Access(self._router, log=logging.getLogger("hostpassd.access"))
         default = Options(timeout=config.timeout)
         ManagerMethods(
-            self._state, self._router, access, self._operations, self._publisher, self._sync, self._rescan, default
+            self._state,
+            self._router,
+            access,
+            self._operations,
+            self._publisher,
+            self._sync,
+            self._rescan,
+            self.emit,
+            default,
         )
         self._synced = Shared(self._catch_up)
         self._rescanned = Shared(self._read_afresh, RESCAN_PAUSE)
@@ -105,11 +112,12 @@ class Daemon:
         self._publisher.flush()
         await self._router.own_name(names.BUS_NAME)
         self._publisher.announce_running()
+        self._audit.tells_foreign = True
         self._publisher.flush()
         notify("READY=1\n" + self._status())
         self._keep(self._watchdog())
         self._keep(self._router.warm())
-        self._keep(self._operations.keep_log())
+        self._keep(self._operations.upkeep.keep_log())
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         stopping = asyncio.ensure_future(stop.wait())
@@ -141,11 +149,8 @@ class Daemon:
 
     def _take(self, event: Event) -> None:
         batches = self._state.apply(event)
-        self._publisher.note(batches)
-        self._executor.notice(event)
-        self._operations.notice(event)
-        for changes in batches:
-            self._tell_foreign(changes)
+        for listener in (self._publisher, self._executor, self._operations, self._audit):
+            listener.notice(event, batches)
         match event:
             case HypervisorChanged():
                 if set(self._state.hypervisors) >= set(self._hypervisors) and not self._awaiting_lists():
@@ -160,29 +165,6 @@ class Daemon:
     def _awaiting_lists(self) -> bool:
         """Whether a connected hypervisor has not told its machines yet."""
         return any(h.connected and not h.listed for h in self._state.hypervisors.values())
-
-    def _tell_foreign(self, changes: Changes) -> None:
-        """Into the journal: what became of holds without a job of ours at work on them."""
-        if not self._publisher.running:
-            return
-        moved = [("added", "added by others", hold) for hold in changes.holds_added]
-        moved += [(*_gone(hold), hold) for hold in changes.holds_removed]
-        for before, hold in changes.holds_changed:
-            moved += [(word, f"{text} in its {half} half", hold) for word, text, half in _halves(before, hold)]
-        for operation, text, hold in moved:
-            if not self._operations.moves(hold.machine, hold.device):
-                self._audit_hold(operation, text, hold)
-
-    def _audit_hold(self, operation: str, text: str, hold: Hold) -> None:
-        name = self._state.machine_name(hold.machine)
-        self._audit_log.write(
-            names.MESSAGE_FOREIGN_CHANGE,
-            f"hold {text}: {name} and {hold.device}",
-            device=hold.device,
-            machine=hold.machine,
-            machine_name=name,
-            operation=operation,
-        )
 
     async def _settle(self) -> None:
         """Lets the state catch up with udev; a failure is udev's own to tell."""
@@ -272,21 +254,6 @@ async def _limited(seconds: float) -> AsyncIterator[asyncio.Timeout]:
             yield limit
     except TimeoutError:
         raise errors.TimedOut(f"udev or libvirt did not answer within {seconds:g} seconds: try again") from None
-
-
-def _gone(hold: Hold) -> tuple[str, str]:
-    """How HOLD, or its live half, ended: in a word and in some."""
-    # Releasing: a job asked the guest, and did not wait until it answered.
-    return ("released", "released late") if hold.releasing else ("removed", "removed by others")
-
-
-def _halves(before: Hold, after: Hold) -> Iterator[tuple[str, str, str]]:
-    """What became of each half that came or went: in a word, in some, and which half."""
-    if before.live != after.live:
-        yield *(("added", "added by others") if after.live else _gone(before)), "live"
-    if before.config != after.config:
-        word = "added" if after.config else "removed"
-        yield word, f"{word} by others", "stored"
 
 
 def notify(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What can go wrong, by name. A message is one sentence: what is wrong and what to do."""
+"""What can go wrong, one class each. A message is one sentence: what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ TEXT_LIMIT = 128 * 1024
 
 
 class HostpassError(Exception):
-    """An error a caller is told. `name`: its bus name without the prefix; `standard`: D-Bus's own, not ours.
+    """An error that a caller is told. `name`: what it is called; a subclass without one of its own is told as its base.
 
     Messages quote devices, machines and callers, so whatever they are made of is made fit to be shown here.
     """
 
     name = "Failed"
-    standard = False
 
     def __init__(self, message: str) -> None:
         super().__init__(clean(message, TEXT_LIMIT))
@@ -77,6 +76,18 @@ class HypervisorRefused(HostpassError):
     name = "HypervisorRefused"
 
 
+class UnplugPending(HypervisorRefused):
+    """The guest was asked for that device before, and has not answered yet: libvirt does not ask twice."""
+
+
+class NoFreePort(HypervisorRefused):
+    """The running machine has no free place for a PCI device."""
+
+
+class WholeCardOnly(HypervisorRefused):
+    """libvirt takes no single function out of a slot of a running machine."""
+
+
 class GuestDidNotRelease(HostpassError):
     name = "GuestDidNotRelease"
 
@@ -99,40 +110,27 @@ class LimitExceeded(HostpassError):
 
 class UnknownObject(HostpassError):
     name = "UnknownObject"
-    standard = True
 
 
 class UnknownInterface(HostpassError):
     name = "UnknownInterface"
-    standard = True
 
 
 class UnknownMethod(HostpassError):
     name = "UnknownMethod"
-    standard = True
 
 
 class UnknownProperty(HostpassError):
     name = "UnknownProperty"
-    standard = True
 
 
 class PropertyReadOnly(HostpassError):
     name = "PropertyReadOnly"
-    standard = True
 
 
 class InvalidArgs(HostpassError):
     name = "InvalidArgs"
-    standard = True
 
 
 class InteractiveAuthorizationRequired(HostpassError):
     name = "InteractiveAuthorizationRequired"
-    standard = True
-
-
-def by_name(name: str, message: str) -> HostpassError:
-    """The error called NAME (without prefix) with MESSAGE."""
-    kinds = {kind.name: kind for kind in HostpassError.__subclasses__()}
-    return kinds.get(name, Failed)(message)

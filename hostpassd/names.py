@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hostpassd import errors
+
 BUS_NAME = "org.hostpassd1"
 ROOT = "/org/hostpassd1"
 DEVICES = ROOT + "/devices"
@@ -23,10 +25,20 @@ JOB = "org.hostpassd1.Job"
 ERROR_PREFIX = "org.hostpassd1.Error."
 STANDARD_ERROR_PREFIX = "org.freedesktop.DBus.Error."
 
-ACTION_ASSIGN = "org.hostpassd1.assign"
-ACTION_ASSIGN_OVERRIDE = "org.hostpassd1.assign-override"
-ACTION_DISMISS = "org.hostpassd1.dismiss"
-ACTION_CANCEL_OTHERS = "org.hostpassd1.cancel-others"
+# The errors that D-Bus itself has names for.
+STANDARD_ERRORS = (
+    errors.InteractiveAuthorizationRequired,
+    errors.InvalidArgs,
+    errors.PropertyReadOnly,
+    errors.UnknownInterface,
+    errors.UnknownMethod,
+    errors.UnknownObject,
+    errors.UnknownProperty,
+)
+
+# polkit's actions, without the prefix that all have.
+ACTION_PREFIX = "org.hostpassd1."
+ACTIONS = ("assign", "assign-override", "dismiss", "cancel-others")
 
 # The journal's MESSAGE_IDs: one for every operation's end, one for every change that others made.
 MESSAGE_OPERATION = "0b1a3c6bb0f84c0c9d3e8a4f5c6f5b51"
@@ -46,3 +58,14 @@ def machine_path(uuid: str) -> str:
 def job_path(number: int) -> str:
     """The object path of job NUMBER."""
     return f"{JOBS}/{number}"
+
+
+def error_name(error: Exception) -> str:
+    """The whole name of ERROR; a fault of our own is Failed."""
+    prefix = STANDARD_ERROR_PREFIX if isinstance(error, STANDARD_ERRORS) else ERROR_PREFIX
+    return prefix + (error.name if isinstance(error, errors.HostpassError) else errors.Failed.name)
+
+
+def action_id(action: str) -> str:
+    """polkit's id of ACTION, one of ACTIONS."""
+    return ACTION_PREFIX + action

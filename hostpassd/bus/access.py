@@ -21,9 +21,10 @@ from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hostpassd import names
 from hostpassd.bus.router import BusCallError, Call, Router, Variant
 from hostpassd.errors import Cancelled, InteractiveAuthorizationRequired, LimitExceeded, NotAuthorized
-from hostpassd.passthrough.operations import Check
+from hostpassd.passthrough.permission import Check
 
 POLKIT = "org.freedesktop.PolicyKit1"
 AUTHORITY_PATH = "/org/freedesktop/PolicyKit1/Authority"
@@ -83,7 +84,10 @@ class Access:
         Raises NotAuthorized if not, InteractiveAuthorizationRequired if a prompt would be needed that the caller did
         not allow, LimitExceeded if there is no place for one, Cancelled if the caller vanishes meanwhile.
         """
-        shown = [(action, {key: _shown(key, text) for key, text in details.items()}) for action, details in checks]
+        shown = [
+            (names.action_id(action), {key: _shown(key, text) for key, text in details.items()})
+            for action, details in checks
+        ]
         async with self._router.vanished(call.sender) as gone:
             await _unless(gone, self._check(call, shown))
 

@@ -11,9 +11,14 @@ from hostpassd.bus.access import Access
 from hostpassd.bus.present import plan_row
 from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.router import Call, Router
-from hostpassd.passthrough.execute import Control
-from hostpassd.passthrough.operations import Check, Operations, Wish
-from hostpassd.passthrough.plan import Options
+from hostpassd.bus.spelling import device_text, machine_text
+from hostpassd.model.events import CancelAnswered, Event
+from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.dismiss import Dismiss
+from hostpassd.passthrough.jobs import RunningJob
+from hostpassd.passthrough.operations import Operations
+from hostpassd.passthrough.permission import Check, checks
+from hostpassd.passthrough.request import Options, Request
 from hostpassd.state import State, find
 
 
@@ -29,6 +34,7 @@ class ManagerMethods:
         publisher: Publisher,
         sync: Callable[[], Awaitable[None]],
         rescan: Callable[[], Awaitable[None]],
+        emit: Callable[[Event], None],
         default: Options,
     ) -> None:
         self._state = state
@@ -38,6 +44,7 @@ class ManagerMethods:
         self._publisher = publisher
         self._sync = sync
         self._rescan = rescan
+        self._emit = emit
         self._default = default
         router.handle(names.MANAGER, "FindDevices", self._find_devices)
         router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
@@ -50,52 +57,48 @@ class ManagerMethods:
         router.handle(names.JOB, "Cancel", self._cancel)
 
     async def _find_devices(self, call: Call) -> Sequence[Any]:
-        text = await find.followed(call.args[0])
+        text = await device_text(call.args[0])
         return [[names.device_path(name) for name in find.find_devices(self._state, text)]]
 
     async def _get_machine(self, call: Call) -> Sequence[Any]:
-        return [names.machine_path(find.one_machine(self._state, call.args[0]).uuid)]
+        return [names.machine_path(find.one_machine(self._state, machine_text(call.args[0])).uuid)]
 
     async def _assign(self, call: Call) -> Sequence[Any]:
-        return await self._operate(call, "assign", options.ASSIGN)
+        return await self._operate(call, Assign, options.ASSIGN)
 
     async def _dismiss(self, call: Call) -> Sequence[Any]:
-        return await self._operate(call, "dismiss", options.DISMISS)
+        return await self._operate(call, Dismiss, options.DISMISS)
 
     async def _plan_assign(self, call: Call) -> Sequence[Any]:
-        return await self._preview(call, "assign", options.PLAN_ASSIGN)
+        return await self._preview(call, Assign, options.PLAN_ASSIGN)
 
     async def _plan_dismiss(self, call: Call) -> Sequence[Any]:
-        return await self._preview(call, "dismiss", options.PLAN_DISMISS)
+        return await self._preview(call, Dismiss, options.PLAN_DISMISS)
 
-    async def _preview(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
+    async def _request(self, call: Call, kind: type[Request], known: Mapping[str, str], uid: int) -> Request:
+        machine, device, given = call.args
+        wanted = options.read(given, known, self._default)
+        return kind(machine_text(machine), await device_text(device), wanted, uid)
+
+    async def _preview(self, call: Call, kind: type[Request], known: Mapping[str, str]) -> Sequence[Any]:
         """The dry run: nobody is asked, nothing is done."""
-        machine, device, given = call.args
-        wish = Wish(operation, machine, await find.followed(device), options.read(given, known, self._default), 0)
-        plan = self._operations.plan(wish)
-        answer = await self._access.would(call, self._operations.checks(plan, wish.options))
-        return [plan_row(plan, wish.options, answer)]
+        plan = (await self._request(call, kind, known, 0)).plan(self._state)
+        answer = await self._access.would(call, checks(self._state, plan))
+        return [plan_row(plan, answer)]
 
-    async def _operate(self, call: Call, operation: str, known: Mapping[str, str]) -> Sequence[Any]:
-        machine, device, given = call.args
-        wish = Wish(
-            operation,
-            machine,
-            await find.followed(device),
-            options.read(given, known, self._default),
-            await self._router.uid_of(call.sender),
-        )
+    async def _operate(self, call: Call, kind: type[Request], known: Mapping[str, str]) -> Sequence[Any]:
+        request = await self._request(call, kind, known, await self._router.uid_of(call.sender))
 
-        async def authorise(checks: Sequence[Check]) -> None:
-            await self._access.check(call, checks)
+        async def authorise(asked: Sequence[Check]) -> None:
+            await self._access.check(call, asked)
 
-        control = await self._operations.start(wish, authorise)
-        if wish.options.wait:
-            await control.ended.wait()
+        running = await self._operations.start(request, authorise)
+        if request.options.wait:
+            await running.ended.wait()
         self._publisher.flush()
-        job = control.job
-        if wish.options.wait and job.state != "done":
-            raise errors.by_name(job.error_name.removeprefix(names.ERROR_PREFIX), job.error_message)
+        job = running.job
+        if request.options.wait and job.error:
+            raise job.error
         return [names.job_path(job.number)]
 
     async def _handle_sync(self, call: Call) -> Sequence[Any]:
@@ -109,24 +112,23 @@ class ManagerMethods:
         return []
 
     async def _cancel(self, call: Call) -> Sequence[Any]:
-        control = self._operations.control(int(call.path.rpartition("/")[2]))
+        running = self._operations.job(int(call.path.rpartition("/")[2]))
         uid = await self._router.uid_of(call.sender)
         try:
-            await self._cancel_as(call, control, uid)
+            await self._cancel_as(call, running, uid)
         except errors.HostpassError as error:
-            self._operations.audit_cancel(control.job, uid, error)
+            self._emit(CancelAnswered(running.job, uid, error))
             raise
-        self._operations.audit_cancel(control.job, uid)
+        self._emit(CancelAnswered(running.job, uid))
         return []
 
-    async def _cancel_as(self, call: Call, control: Control, uid: int) -> None:
-        if uid != control.job.started_by_uid:
-            await self._access.check(call, [(names.ACTION_CANCEL_OTHERS, control.details)])
-        control.cancelled.set()
-        await control.ended.wait()
+    async def _cancel_as(self, call: Call, running: RunningJob, uid: int) -> None:
+        if uid != running.job.started_by_uid:
+            await self._access.check(call, [("cancel-others", running.details)])
+        running.cancelled.set()
+        await running.ended.wait()
         self._publisher.flush()
-        if control.job.state != "cancelled":
-            why = f": {control.job.error_message}" if control.job.error_message else ""
-            raise errors.Failed(
-                f"job {control.job.number} could not be cancelled any more, it is {control.job.state}{why}"
-            )
+        job = running.job
+        if job.state != "cancelled":
+            why = f": {job.error}" if job.error else "."
+            raise errors.Failed(f"Job {job.number} could not be cancelled any more, it is {job.state}{why}")

@@ -10,7 +10,7 @@ from typing import Any
 from hostpassd import errors
 from hostpassd.bus.router import Variant
 from hostpassd.model.codes import BLOCKERS, OVERRIDABLE
-from hostpassd.passthrough.plan import Options
+from hostpassd.passthrough.request import Options
 
 _COMMON = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b"}
 PLAN_ASSIGN = {**_COMMON, "guest-address": "s", "rom-bar": "b", "override": "as"}
@@ -30,10 +30,10 @@ def read(options: Mapping[str, Variant], known: Mapping[str, str], default: Opti
     for name, variant in options.items():
         if name not in known:
             raise errors.InvalidOption(
-                f"there is no option {name[:40]!r} here: the options are {', '.join(sorted(known))}"
+                f"There is no option {name[:40]!r} here: the options are {', '.join(sorted(known))}."
             )
         if variant.signature != known[name]:
-            raise errors.InvalidOption(f"the option {name} is of type {known[name]}, not {variant.signature[:40]}")
+            raise errors.InvalidOption(f"The option {name} is of type {known[name]}, not {variant.signature[:40]}.")
         values[name.replace("-", "_")] = variant.value
     _check(values)
     return dataclasses.replace(default, **values)
@@ -41,12 +41,12 @@ def read(options: Mapping[str, Variant], known: Mapping[str, str], default: Opti
 
 def _check(values: dict[str, Any]) -> None:
     if not 0 < values.get("timeout", 1) <= _LONGEST:
-        raise errors.InvalidOption(f"the option timeout is a number of seconds from 1 to {_LONGEST}")
+        raise errors.InvalidOption(f"The option timeout is a number of seconds from 1 to {_LONGEST}.")
     if "override" in values:
         values["override"] = frozenset(values["override"])
         for code in sorted(values["override"] - BLOCKERS.keys()):
             known = ", ".join(sorted(OVERRIDABLE))
-            raise errors.InvalidOption(f"there is no blocker {code[:40]!r}: those that can be overridden are {known}")
+            raise errors.InvalidOption(f"There is no blocker {code[:40]!r}: those that can be overridden are {known}.")
     address = values.get("guest_address")
     if address is not None and not _GUEST_ADDRESS.fullmatch(address):
-        raise errors.InvalidOption("the option guest-address is a PCI address such as 0000:04:00.0")
+        raise errors.InvalidOption("The option guest-address is a PCI address such as 0000:04:00.0.")

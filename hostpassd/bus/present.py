@@ -11,7 +11,7 @@ from hostpassd.bus.router import Interfaces, Variant
 from hostpassd.model.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, UsbInterface
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
-from hostpassd.passthrough.plan import Options, Plan
+from hostpassd.passthrough.request import Plan
 from hostpassd.state import Entity, State, eligibility
 
 Properties = dict[str, Any]
@@ -152,12 +152,12 @@ def missing_row(row: Missing) -> dict[str, Variant]:
     }
 
 
-def plan_row(plan: Plan, options: Options, authorization: str) -> dict[str, Variant]:
+def plan_row(plan: Plan, authorization: str) -> dict[str, Variant]:
     """A plan as it goes over the bus."""
     blockers = [[names.device_path(b.device), b.code, b.severity, b.message] for b in plan.blockers]
     return {
         "token": Variant("s", plan.token),
-        "possible": Variant("b", not plan.refused(options.override)),
+        "possible": Variant("b", not plan.refused),
         "devices": Variant("ao", [names.device_path(_path_element(name)) for name in plan.devices]),
         "blockers": Variant("a(osss)", blockers),
         "loses": Variant("ao", _paths(plan.loses)),
@@ -171,14 +171,14 @@ def job_properties(job: Job) -> Properties:
     """The properties of a job."""
     return {
         "Operation": job.operation,
-        "Machine": names.machine_path(job.machine),
+        "Machine": names.machine_path(job.machine) if job.machine else "/",
         "Device": names.device_path(_path_element(job.device)),
         "StartedByUid": job.started_by_uid,
         "State": job.state,
         "Step": job.step,
         "Progress": job.progress,
-        "ErrorName": job.error_name,
-        "ErrorMessage": job.error_message,
+        "ErrorName": names.error_name(job.error) if job.error else "",
+        "ErrorMessage": str(job.error or ""),
     }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hostpassd import names
 from hostpassd.bus.present import OBJECTS, Properties, hold_row, interfaces_of, manager_properties, path_of
 from hostpassd.bus.router import Batch, Interfaces, Router, Signal
+from hostpassd.model.events import Event
 from hostpassd.state import MANAGER, Changes, Entity, State
 
 
@@ -26,8 +27,11 @@ class Publisher:
         self.running = False
         router.publish(Batch(added={names.ROOT: {names.MANAGER: self._manager()}}))
 
-    def note(self, batches: Iterable[Changes]) -> None:
-        """Takes changes in; they go out at the end of this turn of the loop, or with `flush`."""
+    def notice(self, event: Event, batches: Sequence[Changes]) -> None:
+        """Takes the changes of an event in; they go out at the end of this turn of the loop, or with `flush`."""
+        self._note(batches)
+
+    def _note(self, batches: Iterable[Changes]) -> None:
         for changes in batches:
             if self._pending.reopens(changes):
                 self.flush()
@@ -56,7 +60,7 @@ class Publisher:
         self.running = True
         changes = Changes()
         changes.change(MANAGER)
-        self.note([changes])
+        self._note([changes])
 
     def _batch(self, changes: Changes) -> Batch:
         return Batch(
@@ -90,6 +94,5 @@ class Publisher:
                 body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
                 yield Signal(names.ROOT, names.MANAGER, member, body)
         for job in changes.jobs_ended:
-            yield Signal(
-                names.job_path(job.number), names.JOB, "Completed", [job.state, job.error_name, job.error_message]
-            )
+            name = names.error_name(job.error) if job.error else ""
+            yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, name, str(job.error or "")])

@@ -428,11 +428,10 @@ class Router:
         told = self._as_told(message, error)
         if not message.wants_reply or not message.sender:  # not even that could be read
             return
-        prefix = names.STANDARD_ERROR_PREFIX if told.standard else names.ERROR_PREFIX
         limit = BLOCKED_LIMIT if isinstance(told, errors.Blocked) else TEXT_LIMIT
         text = str(told)
         body = self._wire.marshal("s", [text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"])
-        self._reply(MessageType.ERROR, message, error_name=prefix + told.name, signature="s", body=body)
+        self._reply(MessageType.ERROR, message, error_name=names.error_name(told), signature="s", body=body)
 
     def _as_told(self, message: Incoming, error: Exception) -> errors.HostpassError:
         """ERROR as the caller of MESSAGE is told it. A fault of ours goes to the log."""

@@ -146,6 +146,37 @@ class JobForgotten:
     number: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class OperationRefused:
+    """A user was refused an operation. Moves no state; so do the two below: they are for the audit log."""
+
+    operation: str
+    machine: str  # UUID; '' where what was spelt is no machine
+    device: str  # name; '' where what was spelt is no device
+    spelt: str  # how the device was spelt
+    uid: int
+    error: Exception
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CancelAnswered:
+    """A user has cancelled a job, or (`error`) could not."""
+
+    job: Job
+    uid: int
+    error: Exception | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OperationRecovered:
+    """What an unfinished operation had left is put in order."""
+
+    operation: str
+    machine: str  # UUID; '' for none
+    devices: tuple[str, ...]
+    number: int  # of its job; below 0 for one of an earlier run of the daemon
+
+
 Event = (
     DeviceSeen
     | DeviceGone
@@ -162,4 +193,7 @@ Event = (
     | Releasing
     | JobChanged
     | JobForgotten
+    | OperationRefused
+    | CancelAnswered
+    | OperationRecovered
 )

@@ -7,18 +7,22 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One running or just ended assign or dismiss."""
+    """One running or just ended operation."""
 
     number: int
     operation: str  # assign, dismiss
-    machine: str  # UUID
-    device: str  # name
+    machine: str  # UUID; '' for an operation on no machine
+    devices: tuple[str, ...]  # the names of all that move, the one that was asked for first
     started_by_uid: int
-    state: str = "queued"
-    step: str = ""
-    progress: float = 0.0
-    error_name: str = ""  # with its bus prefix
-    error_message: str = ""
+    state: str = "queued"  # running, waiting-for-guest, undoing, done, failed, cancelled
+    step: str = ""  # for people
+    progress: float = 0.0  # 0 to 1
+    error: Exception | None = None  # why it failed, or was cancelled
+
+    @property
+    def device(self) -> str:
+        """The device that was asked for."""
+        return self.devices[0]
 
     @property
     def ended(self) -> bool:

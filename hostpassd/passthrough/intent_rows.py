@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from hostpassd.machines.domain_xml import claim_of
 from hostpassd.model.machine import MachineKey
-from hostpassd.passthrough import plan as plans
-from hostpassd.passthrough.plan import Step
+from hostpassd.passthrough.steps import STEPS, Step
 
 VERSION = 2
 
@@ -26,9 +24,9 @@ class Unfinished:
 
     number: int  # of the job; below 0 if an earlier run of the daemon began it
     operation: str
-    machine: str
-    uri: str  # the machine's hypervisor
-    groups: tuple[str, ...]  # the plan's
+    machine: str  # its UUID; '' for an operation on none
+    uri: str  # the machine's hypervisor; '' for none
+    locks: tuple[str, ...]  # the plan's
     steps: tuple[Step, ...]  # of the whole plan
     begun: int  # how many of them had begun, the first ones
     failed: bool = False  # its caller has been, or is being, told so
@@ -36,9 +34,14 @@ class Unfinished:
     undone: frozenset[int] = frozenset()  # those that were seen taken back
 
     @property
-    def key(self) -> MachineKey:
-        """Which machine."""
-        return MachineKey(self.uri, self.machine)
+    def key(self) -> MachineKey | None:
+        """Which machine; None: it is about none."""
+        return MachineKey(self.uri, self.machine) if self.machine else None
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices that it moves, each once."""
+        return list(dict.fromkeys(step.device for step in self.steps))
 
 
 Loan = tuple[str, str]  # the hypervisor's URI and the host driver, '' if not known
@@ -46,7 +49,7 @@ Loan = tuple[str, str]  # the hypervisor's URI and the host driver, '' if not kn
 
 # What rows of each kind have beside the number or the device.
 _FIELDS: dict[str, set[str]] = {
-    "begin": {"operation", "machine", "uri", "groups", "steps", "begun", "instead"},
+    "begin": {"operation", "machine", "uri", "locks", "steps", "begun", "instead"},
     "step": {"begun"},
     "fail": {"begun"},
     "done": {"at"},
@@ -202,7 +205,7 @@ def begin_row(operation: Unfinished, instead: Iterable[int] = ()) -> dict[str, A
         "operation": operation.operation,
         "machine": operation.machine,
         "uri": operation.uri,
-        "groups": operation.groups,
+        "locks": operation.locks,
         "steps": [_encode(step) for step in operation.steps],
         "begun": operation.begun,
         "instead": list(instead),
@@ -215,39 +218,20 @@ def _unfinished(row: dict[str, Any]) -> Unfinished:
         row["operation"],
         row["machine"],
         row["uri"],
-        tuple(row["groups"]),
+        tuple(row["locks"]),
         tuple(map(_decode, row["steps"])),
         row["begun"],
     )
 
 
-_STEPS: dict[str, Callable[..., Step]] = {
-    kind.__name__: kind
-    for kind in (plans.Store, plans.Unstore, plans.Free, plans.GiveBack, plans.Attach, plans.Release)
-}
-
-
 def _encode(step: Step) -> dict[str, str]:
-    row = {"kind": type(step).__name__, "device": step.device}
-    match step:
-        case plans.Store(_, claim) | plans.Unstore(_, claim):
-            row["xml"] = claim.xml
-        case plans.Attach(_, alias, xml):
-            row |= {"alias": alias, "xml": xml}
-        case plans.Release(_, alias, claim_id):
-            row |= {"alias": alias, "claim_id": claim_id}
-        case plans.Free(_, driver):
-            row["driver"] = driver
-    return row
+    return {"step": step.code, "device": step.device} | step.fields()
 
 
 def _decode(row: dict[str, str]) -> Step:
-    """The step of ROW. KeyError, TypeError, ValueError: another version's, with a kind or field of its own."""
-    fields: dict[str, Any] = dict(row)
-    kind = fields.pop("kind")
-    if kind in ("Store", "Unstore"):
-        fields["claim"] = claim_of(fields.pop("xml"))
-    return _STEPS[kind](**fields)
+    """The step of ROW. KeyError, TypeError, ValueError: another version's, with a code or field of its own."""
+    fields = dict(row)
+    return STEPS[fields.pop("step")].of(fields.pop("device"), fields)
 
 
 def object_in(text: str) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ from hostpassd.passthrough.intent_rows import (
     strings_in,
     superseded,
 )
-from hostpassd.passthrough.plan import Plan
+from hostpassd.passthrough.request import Plan
 from hostpassd.passthrough.rowfile import RowFile
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class IntentLog:
 
     def _check_kept(self, plan: Plan) -> None:
         kept = [strings_in(row) for row in self._kept]
-        for thing in (*plan.devices, plan.machine.uuid, *plan.groups):
+        for thing in (*plan.devices, *plan.locks, *([plan.machine.uuid] if plan.machine else [])):
             if any(strings is None or thing in strings for strings in kept):
                 raise errors.Failed(
                     f"{self._file.path} tells of something unfinished with {thing}, in rows that are damaged or that "
@@ -110,8 +110,8 @@ class IntentLog:
                     "hostpassd, take these rows out of that file, and start hostpassd again"
                 )
 
-    async def begin(self, number: int, plan: Plan, uri: str) -> None:
-        """The job NUMBER starts on a machine of the hypervisor URI; what it makes of its devices counts from here on.
+    async def begin(self, number: int, plan: Plan) -> None:
+        """The job NUMBER starts with PLAN; what it makes of its devices counts from here on.
 
         So what was left of earlier operations that moved them to or from that machine is over, as far as they go. What
         merely shares a group with them, as two sticks share their controller's, stays to be put in order.
@@ -119,9 +119,10 @@ class IntentLog:
         if self.trouble.is_set():
             await self.catch_up()
         self._check_kept(plan)
-        before = {left.number: left for left in self._left.values() if _meet(left, plan, uri)}
+        before = {left.number: left for left in self._left.values() if _meet(left, plan)}
         after = [superseded(left, plan.devices) for left in before.values()]
-        begun = Unfinished(number, plan.operation, plan.machine.uuid, uri, plan.groups, plan.steps, 0)
+        uri, machine = plan.machine or ("", "")
+        begun = Unfinished(number, plan.operation, machine, uri, plan.locks, plan.steps, 0)
         self._running[number] = begun
         for left in after:
             self._left[left.number] = left
@@ -236,9 +237,9 @@ class IntentLog:
         if self._kept:
             log.error("%s has rows of another version, or damaged ones: operations on what they name are refused", path)
         for left in self._left.values():
-            if left.uri not in self._hypervisors:
+            if left.uri and left.uri not in self._hypervisors:
                 text = "an earlier %s on %s was not finished, and stays so: the configuration names %s no more"
-                log.warning(text, left.operation, ", ".join(dict.fromkeys(s.device for s in left.steps)), left.uri)
+                log.warning(text, left.operation, ", ".join(left.devices), left.uri)
         for device, (uri, _) in self.lent.items():
             if uri not in self._hypervisors:
                 text = "%s stays without its host driver: it is lent to %s, which the configuration names no more"
@@ -344,11 +345,10 @@ def _all_rows(kept: Iterable[str], operations: Iterable[Unfinished], lent: Itera
         yield json.dumps({"lend": device, "uri": uri, "driver": driver})
 
 
-def _meet(left: Unfinished, plan: Plan, uri: str) -> bool:
+def _meet(left: Unfinished, plan: Plan) -> bool:
     """Whether LEFT moved a device of PLAN to or from its machine, and has a lock in common with it."""
-    shared = not set(left.groups).isdisjoint(plan.groups)
-    moved = {step.device for step in left.steps}
-    return shared and (left.machine, left.uri) == (plan.machine.uuid, uri) and not moved.isdisjoint(plan.devices)
+    shared = not set(left.locks).isdisjoint(plan.locks)
+    return shared and left.key == plan.machine and not set(left.devices).isdisjoint(plan.devices)
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:
@@ -357,9 +357,27 @@ def _look_at(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
+# Steps as hostpassd 1.0 called them.
+_FORMER_STEPS = {
+    "Store": "store",
+    "Unstore": "unstore",
+    "Free": "detach",
+    "GiveBack": "reattach",
+    "Attach": "attach",
+    "Release": "unplug",
+}
+
+
 def _as_today(row: dict[str, Any]) -> str:
-    """A row of hostpassd 1.0 as it would be written now."""
-    return json.dumps(row | {"instead": []} if "begin" in row else row)
+    """A row of hostpassd 1.0 as it would be written now; what is not as it wrote them stays as it is."""
+    if "begin" in row:
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            steps = [{"step": _FORMER_STEPS[step["kind"]], **step} for step in row["steps"]]
+            for step in steps:
+                del step["kind"]
+            row = row | {"instead": [], "steps": steps, "locks": row["groups"]}
+            del row["groups"]
+    return json.dumps(row)
 
 
 def _words(path: Path, error: OSError) -> str:

@@ -1,18 +1,17 @@
-"""What a text spells: a device, a machine, or something that is missing. Pure, but for `followed`.
+"""What a text spells: a device, a machine, or something that is missing. Pure.
 
 Whoever makes a device, names an interface or defines a machine chooses words that come in here. So the spellings are
-kept apart by their shape: what looks like a place, a name or an object path means that very thing or nothing, and
+kept apart by their shape: what looks like a place or a name means that very thing or nothing, and
 what a device says of itself is looked at only where the text asks for it (`serial:TEXT`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Iterable
 
-from hostpassd import errors, names
+from hostpassd import errors
 from hostpassd.model.device import Device, Net, device_name
 from hostpassd.model.machine import Machine, Missing
 from hostpassd.model.naming import NO_INTERFACE
@@ -22,10 +21,6 @@ from hostpassd.state import State
 TEXT_LIMIT = 512
 
 _SERIAL = "serial:"
-
-# The folders of /sys whose links lead to devices; none of the kernel's links there leads out of /sys.
-_LINKS = ("/sys/class/", "/sys/bus/", "/sys/dev/")
-_PARTS = 32  # of a path that is followed
 
 _SHORT_PCI = re.compile(r"[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
 _PCI = re.compile(r"[0-9a-fA-F]{4,}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
@@ -44,25 +39,10 @@ _KINDS = (
 )
 
 
-async def followed(text: str) -> str:
-    """TEXT, or where it leads if it is one of the paths in /sys that the kernel makes as links to devices.
-
-    For find_devices, which looks nothing up outside the state. In a thread: the loop waits for no file system.
-    """
-    link = _link(text)
-    return await asyncio.to_thread(os.path.realpath, link) if link else text
-
-
-def _link(text: str) -> str:
-    """The path to follow for TEXT, by its words alone (what `..` leaves is never walked through); '': none."""
-    path = os.path.normpath(text) if len(text) <= TEXT_LIMIT else ""
-    return path if path.startswith(_LINKS) and path.count("/") <= _PARTS else ""
-
-
 def find_devices(state: State, text: str) -> list[str]:
     """The names of the devices that TEXT spells, sorted. Error: InvalidArgs, TEXT is too long.
 
-    Spellings: name, object path, path in /sys/devices, device node, PCI address, vvvv:pppp, MAC address, kernel name
+    Spellings: name, path in /sys/devices, device node, PCI address, vvvv:pppp, MAC address, kernel name
     (a USB port is one), interface name, and a serial number behind "serial:".
     """
     _check_length(text)
@@ -89,9 +69,6 @@ def _check_length(text: str) -> None:
 
 
 def _at_path(state: State, text: str) -> Iterable[str]:
-    if text.startswith(names.DEVICES + "/"):
-        name = text.removeprefix(names.DEVICES + "/")
-        return [name] if name in state.devices else []
     if text.startswith("/dev/"):
         return dict.fromkeys(state.keyed(("node", text)))
     device = state.at(os.path.normpath(text))
@@ -140,7 +117,9 @@ def one_device(state: State, text: str) -> Device:
     """
     found = find_devices(state, text)
     if not found:
-        raise errors.NoSuchDevice(f"No device here is called {text[:80]!r}: see FindDevices and GetManagedObjects.")
+        raise errors.NoSuchDevice(
+            f"No device here is called {text[:80]!r}: give a name, an address, a device node or an interface."
+        )
     targets = list(dict.fromkeys(state.target(name) or name for name in found))
     if len(targets) > 1:
         raise errors.AmbiguousDevice(f"{text[:80]!r} is {', '.join(targets[:8])}: name one of them.")
@@ -148,18 +127,17 @@ def one_device(state: State, text: str) -> Device:
 
 
 def one_machine(state: State, text: str) -> Machine:
-    """The machine with this name, UUID or object path. Errors: InvalidArgs, NoSuchMachine, AmbiguousMachine.
+    """The machine with this name or UUID. Errors: InvalidArgs, NoSuchMachine, AmbiguousMachine.
 
-    A machine that is called like another's UUID or object path is not found by that.
+    A machine that is called like another's UUID is not found by that.
     """
     _check_length(text)
-    uuid = text.removeprefix(names.MACHINES + "/").replace("_", "-") if text.startswith("/") else text
-    if text.startswith(names.MACHINES + "/") or _UUID.fullmatch(text):
-        found = [state.machines[uuid.lower()]] if uuid.lower() in state.machines else []
+    if _UUID.fullmatch(text):
+        found = [state.machines[text.lower()]] if text.lower() in state.machines else []
     else:
         found = [machine for machine in state.machines.values() if machine.name == text]
     if not found:
-        raise errors.NoSuchMachine(f"No machine here is called {text[:80]!r}: give a name, a UUID or an object path.")
+        raise errors.NoSuchMachine(f"No machine here is called {text[:80]!r}: give a name or a UUID.")
     if len(found) > 1:
         raise errors.AmbiguousMachine(f"{len(found)} machines are called {text[:80]!r}: give the UUID.")
     return found[0]
@@ -171,13 +149,12 @@ def missing_by_id(state: State, machine: Machine, text: str) -> Missing | None:
     return next((row for row in state.missing.get(machine.uuid, ()) if row.id == text), None)
 
 
-def missing_at(state: State, machine: Machine, text: str, instance: int | None = None) -> tuple[Missing, ...]:
-    """The machine's claims on what was last at the place TEXT (a name or an object path) and is not here now.
+def missing_at(state: State, machine: Machine, name: str, instance: int | None = None) -> tuple[Missing, ...]:
+    """The machine's claims on what was last at the place NAME and is not here now.
 
     They are one thing's: what is claimed by address live and by its ids in the stored configuration is two claims.
     INSTANCE: of that very thing. Error: AmbiguousDevice, claims on more than one thing were last there.
     """
-    name = text.removeprefix(names.DEVICES + "/")
     there: dict[int, list[Missing]] = {}
     for row in state.missing.get(machine.uuid, ()):
         place, number = state.last_place(machine.key, row.id)

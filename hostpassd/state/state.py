@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from hostpassd.model.codes import Blocker
 from hostpassd.model.device import Device, same_thing
 from hostpassd.model.events import (
+    CancelAnswered,
     DeviceAdded,
     DeviceGone,
     DeviceRemoved,
@@ -23,6 +24,8 @@ from hostpassd.model.events import (
     MachineGone,
     MachineRead,
     MachinesListed,
+    OperationRecovered,
+    OperationRefused,
     Releasing,
     RemovalFailed,
 )
@@ -221,7 +224,7 @@ class State:
             case JobForgotten(number):
                 if self.jobs.pop(number, None):
                     self._batches.current.remove(("job", str(number)))
-            case DeviceAdded() | RemovalFailed():
+            case DeviceAdded() | RemovalFailed() | OperationRefused() | CancelAnswered() | OperationRecovered():
                 pass
         self._tree.find_only_keyboards()
         return self._batches.take()

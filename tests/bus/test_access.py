@@ -16,7 +16,7 @@ from hostpassd.bus import access as access_module
 from hostpassd.bus.access import Access
 from hostpassd.bus.router import Batch, Call, Router
 from hostpassd.errors import Cancelled
-from hostpassd.passthrough.operations import Check
+from hostpassd.passthrough.permission import Check
 from tests.bus.busd import PATIENCE, SHIPPED_ACTIONS, Client, Heard, Polkit, PrivateBus, Refused
 from tests.bus.conftest import NewClient
 
@@ -34,7 +34,7 @@ BEGIN, CANCEL = "BeginAuthentication", "CancelAuthentication"
 Checks = list[asyncio.Task[None]]
 
 
-def device(number: int, action: str = names.ACTION_ASSIGN, **more: str) -> Check:
+def device(number: int, action: str = "assign", **more: str) -> Check:
     """What is asked of one of several devices."""
     own = {"device.name": f"pci_0000_0{number}_00_0", "device.label": f"Card {number}", "machine.name": "vm"}
     return action, {**own, "operation": "assign", "override": "", **more}
@@ -70,7 +70,7 @@ def checks(router: Router, access: Access, several: list[Check]) -> Checks:
     router.publish(
         Batch(added={names.ROOT: {names.MANAGER: {"Version": "", "State": "", "Hypervisors": [], "Generation": 0}}})
     )
-    router.handle(names.MANAGER, "Assign", lambda call: check(call, [(names.ACTION_ASSIGN, DETAILS)]))
+    router.handle(names.MANAGER, "Assign", lambda call: check(call, [("assign", DETAILS)]))
     router.handle(names.MANAGER, "Dismiss", lambda call: check(call, several))
     router.handle(names.MANAGER, "GetMachine", lambda call: check(call, [(call.args[0], DETAILS)]))
     return running
@@ -330,7 +330,7 @@ async def test_several_devices_are_asked_for_in_one_prompt(
 async def test_each_action_has_a_prompt(
     checks: Checks, several: list[Check], polkit: Polkit, client: Client, agent: Client
 ) -> None:
-    several += [device(1), device(2, names.ACTION_ASSIGN_OVERRIDE, override="mounted"), device(3)]
+    several += [device(1), device(2, "assign-override", override="mounted"), device(3)]
     answer = dismiss(client)
     for count in (1, 2):
         asked = (await agent.wait_for(BEGIN, count))[-1].body
@@ -338,7 +338,7 @@ async def test_each_action_has_a_prompt(
         await agent.answer_prompt(ok=True)
     assert await answer == ["/ok"]
     first, second = [heard.body for heard in agent.heard if heard.member == BEGIN]
-    assert (first[0], second[0]) == (names.ACTION_ASSIGN, names.ACTION_ASSIGN_OVERRIDE)
+    assert (first[0], second[0]) == (names.action_id("assign"), names.action_id("assign-override"))
     assert "pci_0000_01_00_0 pci_0000_03_00_0" in first[1]
     assert second[1].endswith('"vm", in spite of mounted, this device of the host: pci_0000_02_00_0, labelled "Card 2"')
 

@@ -321,7 +321,7 @@ async def test_every_error_goes_out_under_its_name(served: Router, client: Clien
             raise error("It is so.")
 
         served.handle(MANAGER, "Rescan", fail)
-        prefix = STANDARD_ERROR if error.standard else ERROR
+        prefix = STANDARD_ERROR if issubclass(error, names.STANDARD_ERRORS) else ERROR
         assert await refusal(client, ROOT, MANAGER, "Rescan") == (prefix + error.name, "It is so.")
 
 

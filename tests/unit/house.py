@@ -16,10 +16,10 @@ from hostpassd.config import Config
 from hostpassd.daemon import Daemon
 from hostpassd.model.device import Device
 from hostpassd.model.events import DevicesScanned
-from hostpassd.passthrough.execute import Control
-from hostpassd.passthrough.operations import Check, Wish
-from hostpassd.passthrough.plan import Options
-from tests.unit.world import URI, Libvirt, machine, pci, usb
+from hostpassd.passthrough.jobs import RunningJob
+from hostpassd.passthrough.permission import Check
+from hostpassd.passthrough.request import Options
+from tests.unit.world import REQUESTS, URI, Libvirt, machine, pci, usb
 
 PAIR = (pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5, driver="snd", code=0x040100))
 STICK = usb("1-1", number=3)
@@ -44,8 +44,10 @@ class House:
         monkeypatch.setattr(self.daemon._udev, "settled", nothing)
         hypervisors: dict[str, Any] = {**self.daemon._hypervisors, URI: self.libvirt}
         monkeypatch.setattr(self.daemon, "_hypervisors", hypervisors)
-        monkeypatch.setattr(self.daemon._executor, "_effects", hypervisors.__getitem__)
+        monkeypatch.setattr(self.daemon._executor, "libvirt", hypervisors.__getitem__)
+        monkeypatch.setattr(self.daemon._executor.loans, "_libvirt", hypervisors.__getitem__)
         self.daemon._publisher.announce_running()
+        self.daemon._audit.tells_foreign = True
 
     def close(self) -> None:
         self._journal.close()
@@ -65,21 +67,20 @@ class House:
             assert (row.pop("PRIORITY"), row.pop("SYSLOG_IDENTIFIER")) == ("5", "hostpassd")
             found.append(row)
 
-    async def start(self, operation: str, device: Device, denied: bool = False) -> Control:
+    async def start(self, operation: str, device: Device, denied: bool = False) -> RunningJob:
         async def authorise(checks: Sequence[Check]) -> None:
             if denied:
                 raise errors.NotAuthorized("no")
 
-        wish = Wish(operation, "vm", device.name, Options(timeout=5), CALLER)
-        return await self.daemon._operations.start(wish, authorise)
+        request = REQUESTS[operation]("vm", device.name, Options(timeout=5), CALLER)
+        return await self.daemon._operations.start(request, authorise)
 
-    async def do(self, operation: str, device: Device) -> Control:
+    async def do(self, operation: str, device: Device) -> RunningJob:
         control = await self.start(operation, device)
         await control.ended.wait()
         return control
 
     async def put_in_order(self) -> None:
         """Waits until what jobs left is looked after."""
-        operations = self.daemon._operations
-        while busy := {t for t in {operations._tidying, *operations._upkeep.values()} if t and not t.done()}:
+        while busy := self.daemon._operations.upkeep.tasks:
             await asyncio.wait(busy)

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from hostpassd import audit, errors, names
-from hostpassd.audit import AuditLog
-from hostpassd.model.events import DeviceSeen, MachineGone, MachineRead
+from hostpassd.audit import Records
+from hostpassd.model.events import CancelAnswered, DeviceSeen, MachineGone, MachineRead
 from hostpassd.model.job import Job
-from hostpassd.passthrough.operations import Check, Wish
-from hostpassd.passthrough.plan import Options
+from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.permission import Check
+from hostpassd.passthrough.request import Options
 from tests.unit.clockwork import Clockwork
 from tests.unit.house import CALLER, HUB, PAIR, STICK, House
 from tests.unit.world import KEY, UUID, hostdev, machine, usb
@@ -140,9 +141,9 @@ async def test_a_refusal_for_what_is_not_there_is_no_record(house: House, caplog
 
 
 async def test_what_was_spelt_and_is_not_there_is_in_no_field_of_a_device(house: House) -> None:
-    wish = Wish("assign", "vm", "usb_9_9", Options(plan="0" * 32), CALLER)
+    request = Assign("vm", "usb_9_9", Options(plan="0" * 32), CALLER)
     with pytest.raises(errors.StalePlan):
-        await house.daemon._operations.start(wish, _yes)
+        await house.daemon._operations.start(request, _yes)
     [record] = house.records()
     assert record["SPELT"] == "usb_9_9" and "DEVICE" not in record
 
@@ -202,12 +203,12 @@ def loop() -> Iterator[Clockwork]:
     made.abandon()
 
 
-def refused(log: AuditLog, loop: Clockwork, uid: int) -> None:
+def refused(log: Records, loop: Clockwork, uid: int) -> None:
     loop.do(lambda: log.refusal(uid, "refused", operation="assign", device="usb_1_1"))
 
 
 def test_of_refusals_a_user_has_a_few_records_a_minute_and_a_count(journal: Journal, loop: Clockwork) -> None:
-    log = AuditLog()
+    log = Records()
     for _ in range(1000):
         refused(log, loop, 1000)
     refused(log, loop, 1001)
@@ -226,7 +227,7 @@ def test_of_refusals_a_user_has_a_few_records_a_minute_and_a_count(journal: Jour
 
 def test_nor_do_many_users_fill_the_journal(journal: Journal, loop: Clockwork) -> None:
     """Who has a range of user ids has 65,536 of them."""
-    log, records = AuditLog(), 0
+    log, records = Records(), 0
     for uid in range(100000, 101000):
         for _ in range(10):
             refused(log, loop, uid)
@@ -243,12 +244,11 @@ def test_nor_do_many_users_fill_the_journal(journal: Journal, loop: Clockwork) -
 
 
 async def test_a_cancel_that_is_refused_is_a_refusal_like_others(house: House) -> None:
-    operations = house.daemon._operations
-    job = Job(1, "assign", UUID, STICK.name, CALLER)
+    job = Job(1, "assign", UUID, (STICK.name,), CALLER)
     for _ in range(100):
-        operations.audit_cancel(job, 1001, errors.NotAuthorized("no"))
+        house.daemon.emit(CancelAnswered(job, 1001, errors.NotAuthorized("no")))
     assert {row["OPERATION"] for row in house.records()} == {"cancel"}
-    operations.audit_cancel(job, CALLER)
+    house.daemon.emit(CancelAnswered(job, CALLER))
     assert [row["RESULT"] for row in house.records()] == ["done"]
 
 
@@ -258,7 +258,7 @@ async def test_a_full_journal_is_waited_for_by_nobody_and_gets_all_later(
 ) -> None:
     """journald's queue is full, and stderr may be nobody's to read: the loop goes on."""
     caplog.set_level(logging.DEBUG)
-    log, sent = AuditLog(), 0
+    log, sent = Records(), 0
     while not log._waiting:
         log.write(names.MESSAGE_OPERATION, str(sent), uid="1000")
         sent += 1
@@ -283,7 +283,7 @@ async def test_a_journal_that_goes_while_something_waits_leaves_the_log(
     journal: Journal, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    log = AuditLog()
+    log = Records()
     while not log._waiting:
         log.write(names.MESSAGE_OPERATION, "assign of usb_1_1: done", uid="1000")
     journal.socket.close()
@@ -298,5 +298,5 @@ def test_without_a_journal_the_log_has_it_and_who_it_was(
 ) -> None:
     monkeypatch.setattr(audit, "_SOCKET", str(tmp_path / "nothing"))
     caplog.set_level(logging.INFO)
-    AuditLog().write(names.MESSAGE_OPERATION, "assign of usb_1_1:\ndone", uid="1000")
+    Records().write(names.MESSAGE_OPERATION, "assign of usb_1_1:\ndone", uid="1000")
     assert [record.getMessage() for record in caplog.records] == ["assign of usb_1_1: done (by user 1000)"]

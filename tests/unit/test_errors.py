@@ -10,11 +10,16 @@ import pytest
 from hostpassd import errors
 from hostpassd.model.codes import blocker
 from hostpassd.model.machine import MachineKey
-from hostpassd.passthrough.plan import Plan, check_allowed
+from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.request import Options, Plan
 from tests.unit.test_docs import CODE
 
 ERRORS = {kind.__name__ for kind in errors.HostpassError.__subclasses__()}
-ROOMS = ["state/find.py", "bus/access.py", "bus/router.py", "passthrough/plan.py"]
+ROOMS = [
+    *("state/find.py", "bus/access.py", "bus/router.py", "bus/options.py", "bus/manager.py"),
+    *(f"passthrough/{module}.py" for module in ("plan", "assign", "dismiss", "operations", "jobs", "waiting", "steps")),
+    *(f"passthrough/{module}.py" for module in ("request", "execute")),
+]
 
 
 def messages(room: str) -> Iterator[tuple[str, str]]:
@@ -41,9 +46,10 @@ def test_a_message_begins_with_a_capital_letter_and_ends_with_a_full_stop(room: 
 
 def test_what_blocks_a_plan_is_told_sentence_by_sentence() -> None:
     found = tuple(blocker(code, "usb_1_1", what="A hub") for code in ("hub", "not-leaf"))
-    plan = Plan("assign", MachineKey("", ""), "usb_1_1", ("usb_1_1",), (1,), (), (), blockers=found)
+    request = Assign("vm", "usb_1_1", Options(), 0)
+    plan = Plan(request, MachineKey("", ""), ("usb_1_1",), (1,), (), (), blockers=found)
     with pytest.raises(errors.Blocked) as caught:
-        check_allowed(plan, frozenset())
+        plan.check_allowed()
     assert str(caught.value) == (
         "usb_1_1 cannot be assigned: hub: A hub is a USB hub: assign the devices below it. "
         "not-leaf: Devices that can be assigned by themselves are below A hub: assign those."

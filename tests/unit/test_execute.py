@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from hostpassd import errors
-from hostpassd.audit import AuditLog
 from hostpassd.model.device import Device
 from hostpassd.model.events import (
     DeviceAdded,
@@ -27,12 +26,30 @@ from hostpassd.model.events import (
     MachinesListed,
 )
 from hostpassd.model.job import Job
-from hostpassd.passthrough.execute import Control, Executor
+from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.execute import Executor
 from hostpassd.passthrough.intents import IntentLog
-from hostpassd.passthrough.operations import Check, Operations, Wish
-from hostpassd.passthrough.plan import Options
+from hostpassd.passthrough.jobs import RunningJob
+from hostpassd.passthrough.operations import Operations
+from hostpassd.passthrough.permission import Check
+from hostpassd.passthrough.request import Options
 from hostpassd.state import State
-from tests.unit.world import KEY, OTHER, URI, UUID, Libvirt, bridge, hostdev, machine, pci, scsi, state_of, usb
+from tests.unit.world import (
+    KEY,
+    OTHER,
+    REQUESTS,
+    URI,
+    UUID,
+    Libvirt,
+    bridge,
+    error_name,
+    hostdev,
+    machine,
+    pci,
+    scsi,
+    state_of,
+    usb,
+)
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -64,16 +81,16 @@ class World:
         self.libvirt.emit = self.emit
         self.intents = IntentLog(folder / "intents", (URI,))
         self.executor = Executor(self.state, lambda uri: self.libvirt, self.settle, self.emit, self.intents)
-        self.operations = Operations(self.state, self.executor, self.emit, self.intents, AuditLog())
+        self.operations = Operations(self.state, self.executor, self.emit, self.intents)
 
     def emit_early(self, event: Event) -> None:
         self.state.apply(event)
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
-        self.state.apply(event)
-        self.executor.notice(event)
-        self.operations.notice(event)
+        batches = self.state.apply(event)
+        self.executor.notice(event, batches)
+        self.operations.notice(event, batches)
 
     async def settle(self) -> None:
         await asyncio.sleep(0)
@@ -83,20 +100,20 @@ class World:
         await control.ended.wait()
         return control.job
 
-    async def start(self, operation: str, device: Device, timeout: int = 5) -> Control:
+    async def start(self, operation: str, device: Device, timeout: int = 5) -> RunningJob:
         async def authorise(checks: Sequence[Check]) -> None:
             pass
 
-        wish = Wish(operation, "vm", device.name, Options(timeout=timeout), 0)
-        return await self.operations.start(wish, authorise)
+        request = REQUESTS[operation]("vm", device.name, Options(timeout=timeout), 0)
+        return await self.operations.start(request, authorise)
 
     async def quiet(self) -> None:
         """Waits until what is put in order after jobs is; nothing must be left waiting then."""
         while busy := upkeep(self):
             await asyncio.wait(busy)
         self.libvirt.finish()
-        assert not (self.executor._waiting or self.executor._heard or self.operations._controls)
-        assert not any(lock.locked() for lock in self.executor._locks.values())
+        assert self.executor.waiting.is_idle and not self.operations.running
+        assert not self.executor.locked
 
     def truth(self) -> tuple[object, ...]:
         """Drivers, the two halves, what is kept as a detached node device, what the intent log says is lent."""
@@ -117,9 +134,7 @@ async def nothing_is_left_running() -> AsyncIterator[None]:
 
 def upkeep(world: World) -> set[asyncio.Task[None]]:
     """What puts in order what jobs left."""
-    operations = world.operations
-    tasks = {*operations._upkeep.values(), *filter(None, [operations._tidying])}
-    return {task for task in tasks if not task.done()}
+    return world.operations.upkeep.tasks
 
 
 @pytest.mark.parametrize("given", MACHINES)
@@ -157,22 +172,20 @@ async def test_the_last_attach_of_a_group_fails_and_everything_is_as_before(tmp_
     before = world.truth()
     world.libvirt.ports = 1
     job = await world.do("assign", PAIR[0])
-    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused")
-    assert "No more available PCI slots" in job.error_message
+    assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.HypervisorRefused")
+    assert "No more available PCI slots" in str(job.error)
     assert world.truth() == before
 
 
-async def test_a_card_that_is_in_one_slot_of_the_running_machine_stays_and_the_answer_says_what_to_do(
-    tmp_path: Path,
-) -> None:
+async def test_a_card_that_is_in_one_slot_of_the_running_machine_stays(tmp_path: Path) -> None:
     world = World(tmp_path)
     await world.do("assign", NIC)
     before = world.truth()
     words = "operation failed: cannot hot unplug multifunction PCI device: hostdev0"
     world.libvirt.refuse = {"detach_live": words}
     job = await world.do("dismiss", NIC)
-    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused")
-    assert words in job.error_message and "live=false" in job.error_message
+    assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.HypervisorRefused")
+    assert words in str(job.error)
     assert not next(iter(world.state.holds_on(NIC.name))).releasing
     assert world.truth() == before
 
@@ -204,16 +217,16 @@ async def test_a_job_stays_with_its_hypervisor_when_another_ones_machine_gets_th
 
 async def test_a_plan_and_a_permission_are_of_one_hypervisors_machine(tmp_path: Path) -> None:
     world = World(tmp_path)
-    wish = Wish("assign", "vm", STICK.name, Options(), 0)
-    plan = world.operations.plan(wish)
+    request = Assign("vm", STICK.name, Options(), 0)
+    plan = request.plan(world.state)
 
     async def authorise(checks: Sequence[Check]) -> None:
         world.libvirt.destroy(UUID)
         world.emit(MachineRead(dataclasses.replace(machine(), uri=AWAY)))
 
     with pytest.raises(errors.StalePlan):
-        await world.operations.start(wish, authorise)
-    assert world.operations.plan(wish).token != plan.token
+        await world.operations.start(request, authorise)
+    assert request.plan(world.state).token != plan.token
 
 
 async def test_assign_waits_for_the_added_event(tmp_path: Path) -> None:
@@ -236,7 +249,7 @@ async def test_an_assign_that_is_never_confirmed_is_undone(tmp_path: Path) -> No
     before = world.truth()
     world.libvirt.withhold = True
     job = await world.do("assign", PAIR[0], timeout=1)
-    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.TimedOut")
+    assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.TimedOut")
     assert world.truth() == before
 
 
@@ -248,7 +261,7 @@ async def test_a_guest_that_keeps_a_device_is_told_of_and_the_drivers_come_back_
     await world.do("assign", PAIR[0])
     world.libvirt.stubborn = True
     job = await world.do("dismiss", PAIR[0], timeout=1)
-    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.GuestDidNotRelease")
+    assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.GuestDidNotRelease")
     hold = next(iter(world.state.holds_on(PAIR[0].name)))
     assert (hold.live, hold.config, hold.releasing) == (True, False, True)
     world.libvirt.destroy(UUID)
@@ -280,7 +293,7 @@ async def test_a_guest_that_lets_go_late_ends_the_hold_and_the_drivers_come_back
     if given_up == "cancelled":
         control.cancelled.set()
     await control.ended.wait()
-    assert f"{PAIR[1].name} was not asked for and stays" in control.job.error_message
+    assert f"{PAIR[1].name} was not asked for and stays" in str(control.job.error)
     await world.quiet()
     if restarted:
         world = await reborn(world, tmp_path)
@@ -342,7 +355,7 @@ async def test_what_was_left_is_tried_again_after_pauses_that_grow(
     call_later = loop.call_later
 
     def soon(delay: float, *args: Any) -> asyncio.TimerHandle:
-        if args[0] == world.operations._retry_now:
+        if args[0] == world.operations.upkeep.retry_now:
             asked.append(delay)
             delay = 0.0 if len(asked) < 9 else delay
         return call_later(delay, *args)
@@ -355,7 +368,7 @@ async def test_what_was_left_is_tried_again_after_pauses_that_grow(
         await asyncio.sleep(0)
     assert asked == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
     world.libvirt.calm()
-    world.operations._retry_now()
+    world.operations.upkeep.retry_now()
     await world.quiet()
     assert world.intents.unfinished == () and world.libvirt.machines[UUID].stored == ()
 
@@ -377,12 +390,12 @@ async def test_a_device_that_cannot_be_given_back_is_tried_after_pauses_that_gro
     world.libvirt.refuse = {"reattach_host": "no"}
     monkeypatch.setattr(asyncio, "sleep", short)
     for _ in range(8):
-        world.operations._tidy_soon(retry=False)
+        world.operations.upkeep.tidy_soon(retry=False)
         while busy := upkeep(world):
             await asyncio.wait(busy)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60] and len(caplog.messages) == 1
     world.libvirt.calm()
-    world.operations._tidy_soon(retry=False)
+    world.operations.upkeep.tidy_soon(retry=False)
     await world.quiet()
     assert world.state.devices[NIC.name].driver == "e1000e" and not world.intents.lent
 
@@ -390,14 +403,14 @@ async def test_a_device_that_cannot_be_given_back_is_tried_after_pauses_that_gro
 async def test_a_failure_that_stays_the_same_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     world = await left_undone(tmp_path)
     for _ in range(3):
-        world.operations._retry_now()
+        world.operations.upkeep.retry_now()
         await world.quiet()
     assert [text.partition(":")[0] for text in caplog.messages] == [
-        "an earlier assign was not finished",
-        "of the earlier assign this could not be done",
+        "An earlier assign was not finished",
+        "Of the earlier assign this could not be done",
     ]
     world.libvirt.refuse = {"detach_stored": "not now"}
-    world.operations._retry_now()
+    world.operations.upkeep.retry_now()
     await world.quiet()
     assert "not now" in caplog.messages[-1] and len(caplog.messages) == 3
 
@@ -405,7 +418,7 @@ async def test_a_failure_that_stays_the_same_is_logged_once(tmp_path: Path, capl
 async def test_a_log_that_cannot_be_written_has_nothing_else_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostpassd.passthrough.operations.LOG_RETRY", 0.0)
+    monkeypatch.setattr("hostpassd.passthrough.upkeep.LOG_RETRY", 0.0)
     world = await left_undone(tmp_path)
     attempts: list[None] = []
 
@@ -415,7 +428,7 @@ async def test_a_log_that_cannot_be_written_has_nothing_else_tried_again(
 
     monkeypatch.setattr(world.intents, "catch_up", fail)
     world.intents.trouble.set()
-    keeping = asyncio.create_task(world.operations.keep_log())
+    keeping = asyncio.create_task(world.operations.upkeep.keep_log())
     while len(attempts) < 5:
         await asyncio.sleep(0)
     assert world.libvirt.calls == [] and not upkeep(world)
@@ -433,7 +446,7 @@ async def test_a_guest_asked_before_is_waited_for_when_it_is_asked_again(tmp_pat
         await asyncio.sleep(0)
     first.cancelled.set()
     await first.ended.wait()
-    assert "can still let go" in first.job.error_message
+    assert "can still let go" in str(first.job.error)
     second = await world.start("dismiss", NIC)
     while second.job.state != "waiting-for-guest":
         await asyncio.sleep(0)
@@ -484,8 +497,9 @@ async def test_a_dismissal_given_up_while_libvirt_is_away_is_not_gone_on_with(tm
     held_by_others(world)
     world.libvirt.stubborn = True
     control = await world.start("dismiss", PAIR[0])
-    while not world.executor._waiting:  # for the guest
+    while world.libvirt.calls[-1:] != ["detach_live"]:
         await asyncio.sleep(0)
+    await asyncio.sleep(0)  # now the guest is waited for
     world.libvirt.lose()
     control.cancelled.set()
     await control.ended.wait()
@@ -504,7 +518,7 @@ async def left_with_a_stored_half(folder: Path) -> World:
     world = World(folder)
     world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
     job = await world.do("assign", NIC)
-    assert "not undone: remove pci_0000_01_00_0" in job.error_message and "never" in job.error_message
+    assert "not undone: remove pci_0000_01_00_0" in str(job.error) and "never" in str(job.error)
     await world.quiet()
     assert len(world.intents.unfinished) == 1 and world.libvirt.machines[UUID].stored
     return world
@@ -590,7 +604,7 @@ async def test_two_callers_on_one_group_never_make_half_a_group(tmp_path: Path) 
     await asyncio.gather(one.ended.wait(), two.ended.wait())
     assert sorted((one.job.state, two.job.state)) == ["done", "failed"]
     failed = one if one.job.state == "failed" else two
-    assert failed.job.error_name == "org.hostpassd1.Error.AlreadyAssigned"
+    assert error_name(failed.job) == "org.hostpassd1.Error.AlreadyAssigned"
     assert len(world.state.machines[UUID].live) == len(PAIR)
 
 
@@ -601,7 +615,7 @@ async def test_a_replug_between_prompt_and_job_is_a_stale_plan(tmp_path: Path) -
         world.emit(DeviceSeen(usb("1-1", number=9)))
 
     with pytest.raises(errors.StalePlan):
-        await world.operations.start(Wish("assign", "vm", STICK.name, Options(), 0), authorise)
+        await world.operations.start(Assign("vm", STICK.name, Options(), 0), authorise)
     assert world.libvirt.calls == []
 
 
@@ -625,8 +639,8 @@ async def test_whatever_changes_during_the_prompt_is_not_what_was_authorised(tmp
 
     options = Options(override=frozenset({"mounted"}))
     with pytest.raises((errors.StalePlan, errors.NoSuchMachine)):
-        await world.operations.start(Wish("assign", "vm", LUN.name, options, 0), authorise)
-    assert world.libvirt.calls == [] and asked == ["org.hostpassd1.assign"]
+        await world.operations.start(Assign("vm", LUN.name, options, 0), authorise)
+    assert world.libvirt.calls == [] and asked == ["assign"]
 
 
 async def test_what_somebody_else_stores_meanwhile_is_not_undone(tmp_path: Path) -> None:
@@ -641,7 +655,7 @@ async def test_what_somebody_else_stores_meanwhile_is_not_undone(tmp_path: Path)
 
     world.libvirt.before = store
     job = await world.do("assign", NIC)
-    assert job.error_name == "org.hostpassd1.Error.AlreadyAssigned"
+    assert error_name(job) == "org.hostpassd1.Error.AlreadyAssigned"
     assert world.libvirt.machines[UUID].stored == (foreign,) and "detach_stored" not in world.libvirt.calls
 
 
@@ -658,7 +672,7 @@ async def test_the_undo_of_a_lone_device_ends_when_its_driver_is_back(tmp_path: 
     world.libvirt._bind = bind_later  # type: ignore[method-assign]
     world.libvirt.withhold = True
     job = await world.do("assign", NIC, timeout=1)
-    assert job.error_name == "org.hostpassd1.Error.TimedOut" and late == ["vfio-pci", "e1000e"]
+    assert error_name(job) == "org.hostpassd1.Error.TimedOut" and late == ["vfio-pci", "e1000e"]
     assert world.state.devices[NIC.name].driver == "e1000e"
 
 
@@ -669,7 +683,7 @@ async def test_a_device_whose_home_is_vfio_goes_back_to_it(tmp_path: Path) -> No
         world.libvirt.home[device.name] = "vfio-pci"
     assert (await world.do("assign", PAIR[0])).state == "done"
     job = await world.do("dismiss", PAIR[0])
-    assert job.state == "done", job.error_message
+    assert job.state == "done", str(job.error)
     assert world.libvirt.machines[UUID].live == () and world.intents.lent == {}
 
 
@@ -688,10 +702,10 @@ async def test_a_stick_and_its_controller_are_not_handed_out_at_once(tmp_path: P
     world.libvirt.machines[OTHER] = other
     world.emit(MachineRead(other))
     one = await world.start("assign", stick)
-    wish = Wish("assign", "other", controller.name, Options(override=frozenset({"not-leaf"})), 0)
-    two = await world.operations.start(wish, authorise)
+    request = Assign("other", controller.name, Options(override=frozenset({"not-leaf"})), 0)
+    two = await world.operations.start(request, authorise)
     await asyncio.gather(one.ended.wait(), two.ended.wait())
-    assert one.job.state == "done" and two.job.error_name.endswith(".Blocked") and "held-live" in two.job.error_message
+    assert one.job.state == "done" and error_name(two.job).endswith(".Blocked") and "held-live" in str(two.job.error)
 
 
 async def test_a_queued_job_does_not_go_to_another_machine_of_that_name(tmp_path: Path) -> None:
@@ -701,21 +715,21 @@ async def test_a_queued_job_does_not_go_to_another_machine_of_that_name(tmp_path
         world.emit(MachineGone(KEY))
         world.emit(MachineRead(machine("vm", OTHER)))
     await control.ended.wait()
-    assert control.job.error_name == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
+    assert error_name(control.job) == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
 
 
 async def test_a_queued_job_does_not_go_past_a_blocker_that_nobody_authorised(tmp_path: Path) -> None:
     world = World(tmp_path)
 
     async def authorise(checks: Sequence[Check]) -> None:
-        assert [action for action, _ in checks] == ["org.hostpassd1.assign"]
+        assert [action for action, _ in checks] == ["assign"]
 
     async with world.executor.alone((LUN.name,)):
         options = Options(override=frozenset({"mounted"}))
-        control = await world.operations.start(Wish("assign", "vm", LUN.name, options, 0), authorise)
+        control = await world.operations.start(Assign("vm", LUN.name, options, 0), authorise)
         world.emit(HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}))
     await control.ended.wait()
-    assert control.job.error_name == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
+    assert error_name(control.job) == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
 
 
 # The matrices: something dies, is lost or is refused at each call in turn. The calls are counted in a run that works,
@@ -779,7 +793,7 @@ async def test_killed_at_every_call_it_recovers_to_a_clean_state(
         world = await prepared(tmp_path / str(at), operation, device)
         at_call(world, at, when, die)
         await world.start(operation, device)
-        ends = await asyncio.gather(*world.operations._tasks, return_exceptions=True)
+        ends = await asyncio.gather(*world.operations.tasks, return_exceptions=True)
         assert any(isinstance(end, Died) for end in ends)
         new = await reborn(world, tmp_path / str(at))
         assert new.truth() in clean, f"{when} {call}"
@@ -801,12 +815,12 @@ async def test_killed_while_it_undoes_or_goes_on_it_recovers_too(
             tasks: list[asyncio.Task[None]] = []
 
             def die(world: World = world, tasks: list[asyncio.Task[None]] = tasks) -> None:
-                tasks += [*world.operations._tasks, *upkeep(world)]
+                tasks += [*world.operations.tasks, *upkeep(world)]
                 raise Died
 
             at_call(world, at, "after", die)
             await world.start(operation, device)
-            await asyncio.gather(*world.operations._tasks, return_exceptions=True)
+            await asyncio.gather(*world.operations.tasks, return_exceptions=True)
             await asyncio.gather(*upkeep(world), return_exceptions=True)
             died, at = bool(tasks), at + 1
             new = await reborn(world, folder)
@@ -833,12 +847,12 @@ async def test_libvirt_lost_at_every_call_the_operation_is_undone_or_finished_on
 
         at_call(world, at, when, lose)
         job = await world.do(operation, device)
-        assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorUnavailable"), call
+        assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.HypervisorUnavailable"), call
         world.libvirt.calm()
         if back == "later":
             await world.quiet()
             assert all(hold.stale for hold in world.state.holds_of(UUID))
-            assert world.intents.unfinished and "when libvirt is back" in job.error_message
+            assert world.intents.unfinished and "when libvirt is back" in str(job.error)
             world.libvirt.come_back()
         await world.quiet()
         assert world.truth() in clean, f"{when} {call}"
@@ -853,7 +867,7 @@ async def test_every_call_refused_in_turn_ends_in_a_clean_state(tmp_path: Path, 
         world = await prepared(tmp_path / str(at), operation, device)
         world.libvirt.fail = lambda call, n=at + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
         job = await world.do(operation, device)
-        assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.HypervisorRefused"), call
+        assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.HypervisorRefused"), call
         await world.quiet()
         assert world.truth() in (clean[:1] if operation == "assign" else clean), call
         assert world.intents.unfinished == ()
@@ -892,7 +906,7 @@ async def test_what_libvirt_refuses_to_undo_too_is_said_and_kept_until_it_can_be
         job = await world.do(operation, device)
         await world.quiet()
         if world.truth() not in clean:
-            assert "not undone" in job.error_message or "not done yet" in job.error_message, call
+            assert "not undone" in str(job.error) or "not done yet" in str(job.error), call
             assert [left.number for left in world.intents.unfinished] == [job.number]
         world.libvirt.calm()
         world.libvirt.come_back()

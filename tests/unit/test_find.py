@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd import errors, names
+from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.device import Device, Net, device_name
 from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
@@ -44,7 +42,6 @@ CARD, SOUND, STICK_FACE = (
 # Every spelling, and what it finds.
 SPELT = {
     NIC.name: [NIC],
-    names.device_path(NIC.name): [NIC],
     "01:00.0": [NIC],
     "0000:01:00.0": [NIC],
     NIC.sysfs_path: [NIC],
@@ -135,11 +132,10 @@ def test_an_interface_is_found_by_its_name_where_nothing_else_is_called_so() -> 
 
 
 @pytest.mark.parametrize("text", ["x" * 513, "/sys/" + "a/" * 300, "serial:" + "x" * 512, "/sys/class/" + "a" * 512])
-async def test_a_text_that_is_longer_than_any_name_is_refused_unread(text: str) -> None:
+def test_a_text_that_is_longer_than_any_name_is_refused_unread(text: str) -> None:
     state = state_of(*TRUTH)
     state.apply(MachineRead(machine()))
     here = state.machines[UUID]
-    assert await find.followed(text) == text
     for look in (
         lambda: find.find_devices(state, text),
         lambda: find.one_device(state, text),
@@ -151,65 +147,14 @@ async def test_a_text_that_is_longer_than_any_name_is_refused_unread(text: str) 
     assert find.find_devices(state, text[:512]) == []
 
 
-@pytest.fixture
-def followed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, threading.Thread]]:
-    """What is looked up in the file system, and by which thread."""
-    asked: list[tuple[str, threading.Thread]] = []
-
-    def realpath(path: str) -> str:
-        asked.append((path, threading.current_thread()))
-        return "/sys/devices/there"
-
-    monkeypatch.setattr(os.path, "realpath", realpath)
-    return asked
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "/sys/class/net/enp1s0",
-        "/sys/bus/pci/devices/0000:01:00.0/",
-        "/sys/dev/block/8:0",
-        "/sys/tmp/x/../../dev/char/1:3",
-    ],
-)
-async def test_the_kernels_own_links_are_followed_off_the_loop(
-    text: str, followed: list[tuple[str, threading.Thread]]
-) -> None:
-    assert await find.followed(text) == "/sys/devices/there"
-    [(path, thread)] = followed
-    assert path == os.path.normpath(text) and thread is not threading.main_thread()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "/sys/class/../../tmp/x/l",
-        "/sys/../tmp/x/l",
-        "/sys/devices/pci0000:00/driver",
-        "/sys/kernel/debug/x",
-        "/sys/fs/fuse/connections",
-        "/dev/disk/by-id/x",
-        "/proc/self/root",
-        "//sys/class/net/enp1s0",
-        "sys/class/net/enp1s0",
-        "/sys/class/net/lo/../../../../tmp/x",
-        "/sys/class/" + "a/" * 40,
-    ],
-)
-async def test_nothing_else_is_followed(text: str, followed: list[tuple[str, threading.Thread]]) -> None:
-    assert await find.followed(text) == text and followed == []
-
-
 def test_a_machine_is_not_found_by_what_another_one_is() -> None:
     state = State()
-    for text in (OTHER, names.machine_path(OTHER)):
-        state.apply(MachineRead(machine(text)))
-        with pytest.raises(errors.NoSuchMachine):
-            find.one_machine(state, text)
-        assert find.one_machine(state, UUID).name == text
+    state.apply(MachineRead(machine(OTHER)))
+    with pytest.raises(errors.NoSuchMachine):
+        find.one_machine(state, OTHER)
+    assert find.one_machine(state, UUID).name == OTHER
     state.apply(MachineRead(machine("b", OTHER)))
-    for text in (OTHER, OTHER.upper(), names.machine_path(OTHER), "b"):
+    for text in (OTHER, OTHER.upper(), "b"):
         assert find.one_machine(state, text).uuid == OTHER
 
 
@@ -232,10 +177,9 @@ def test_an_id_is_that_claim_and_no_place() -> None:
     [row] = state.missing[UUID]
     here = state.machines[UUID]
     assert find.missing_by_id(state, here, row.id) == row
-    for text in (row.id + "0", names.DEVICES + "/" + row.id, STICK.name, ""):
+    for text in (row.id + "0", STICK.name, ""):
         assert find.missing_by_id(state, here, text) is None
-    for text in (STICK.name, names.device_path(STICK.name)):
-        assert find.missing_at(state, here, text) == (row,)
+    assert find.missing_at(state, here, STICK.name) == (row,)
     for text in (row.id, "", "1-1.2"):
         assert find.missing_at(state, here, text) == ()
 
@@ -272,4 +216,4 @@ def test_a_place_where_two_things_were_is_ambiguous_and_never_one_of_them_by_cha
 def test_what_never_stood_anywhere_is_at_no_place() -> None:
     state = state_of(NIC)
     state.apply(MachineRead(machine(stored=(by_ids(STICK, live=False), hostdev(NIC)))))
-    assert len(state.missing[UUID]) == 1 and find.missing_at(state, state.machines[UUID], names.DEVICES + "/") == ()
+    assert len(state.missing[UUID]) == 1 and find.missing_at(state, state.machines[UUID], "") == ()

@@ -12,11 +12,11 @@ import pytest
 from hostpassd import errors
 from hostpassd.model.device import Device
 from hostpassd.model.events import MachineRead
-from hostpassd.passthrough.execute import Control
+from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.operations import STOP_PATIENCE
 from tests.unit.clockwork import Clockwork
 from tests.unit.test_execute import GPU, NIC, PAIR, STICK, World, upkeep
-from tests.unit.world import UUID
+from tests.unit.world import UUID, error_name
 
 TIMEOUT = 30  # seconds, of the jobs
 
@@ -39,9 +39,9 @@ class Rig:
         self.loop.run_forever()
         return task
 
-    def start(self, operation: str, device: Device) -> Control:
+    def start(self, operation: str, device: Device) -> RunningJob:
         """A job, as far as it goes."""
-        control: Control = self.begin(self.world.start(operation, device, TIMEOUT)).result()
+        control: RunningJob = self.begin(self.world.start(operation, device, TIMEOUT)).result()
         return control
 
     def do(self, operation: str, device: Device) -> None:
@@ -59,13 +59,13 @@ class Rig:
 
     @property
     def locked(self) -> list[str]:
-        return [group for group, lock in self.world.executor._locks.items() if lock.locked()]
+        return self.world.executor.locked
 
     def is_quiet(self) -> bool:
         """Whether nothing is left to be done, and nobody waits."""
         world = self.world
-        waiting = world.executor._waiting or world.executor._heard or world.operations._controls or upkeep(world)
-        return not (waiting or self.locked or world.intents.unfinished)
+        at_work = world.operations.running or upkeep(world) or self.locked
+        return world.executor.waiting.is_idle and not (at_work or world.intents.unfinished)
 
     def reborn(self) -> Rig:
         """A new daemon on the same truth; libvirt is still at what it was at."""
@@ -103,16 +103,16 @@ def clean_states(
     return works.libvirt.calls, [before, works.world.truth()]
 
 
-def time_out(rig: Rig, control: Control) -> None:
+def time_out(rig: Rig, control: RunningJob) -> None:
     rig.loop.advance(TIMEOUT)
 
 
-def cancel(rig: Rig, control: Control) -> None:
+def cancel(rig: Rig, control: RunningJob) -> None:
     rig.loop.do(control.cancelled.set)
     rig.loop.advance(5)
 
 
-GIVING_UP: dict[Callable[[Rig, Control], None], tuple[str, str]] = {
+GIVING_UP: dict[Callable[[Rig, RunningJob], None], tuple[str, str]] = {
     time_out: ("failed", "org.hostpassd1.Error.TimedOut"),
     cancel: ("cancelled", "org.hostpassd1.Error.Cancelled"),
 }
@@ -127,7 +127,7 @@ def test_given_up_at_every_call_the_job_ends_and_when_libvirt_returns_it_is_put_
     loop: Clockwork,
     operation: str,
     device: Device,
-    give_up: Callable[[Rig, Control], None],
+    give_up: Callable[[Rig, RunningJob], None],
     outcome: str,
 ) -> None:
     calls, clean = clean_states(tmp_path, loop, operation, device)
@@ -137,8 +137,8 @@ def test_given_up_at_every_call_the_job_ends_and_when_libvirt_returns_it_is_put_
         control = rig.start(operation, device)
         assert rig.libvirt.calls[at] == call and not control.ended.is_set()
         give_up(rig, control)
-        assert (control.job.state, control.job.error_name) == GIVING_UP[give_up], call
-        assert "libvirt is still at it" in control.job.error_message
+        assert (control.job.state, error_name(control.job)) == GIVING_UP[give_up], call
+        assert "libvirt is still at it" in str(control.job.error)
         assert len(rig.libvirt.calls) == at + 1 and rig.locked
         rig.loop.advance(600)
         assert len(rig.libvirt.calls) == at + 1 and rig.locked, "nothing is done before libvirt has returned"
@@ -179,7 +179,7 @@ def test_a_stop_does_not_wait_for_an_undoing_that_hangs_either(tmp_path: Path, l
     stopping = rig.begin(rig.world.operations.stop())
     loop.advance(2 * STOP_PATIENCE)
     assert stopping.done()
-    assert "no room" in control.job.error_message and "not undone yet" in control.job.error_message
+    assert "no room" in str(control.job.error) and "not undone yet" in str(control.job.error)
     with pytest.raises(errors.Failed, match="is being stopped"):
         rig.begin(rig.world.start("assign", STICK)).result()
     new = rig.reborn()
@@ -201,7 +201,7 @@ def test_what_hangs_while_a_refused_job_is_undone_is_told_and_put_in_order_later
             rig.stick_at(at)
             control = rig.start(operation, device)
             loop.advance(TIMEOUT)
-            assert control.job.state == "failed" and "was told to fail" in control.job.error_message
+            assert control.job.state == "failed" and "was told to fail" in str(control.job.error)
             stuck, at = bool(rig.libvirt.stuck), at + 1
             assert bool(rig.locked) == stuck
             rig.let_go(outcome)
@@ -228,8 +228,8 @@ def test_who_waits_for_its_turn_can_stop_waiting_and_the_recovery_keeps_its_lock
     assert waiting.job.state == "cancelled" and rig.locked and not rig.libvirt.stuck[0].given_up
     late = rig.start("assign", PAIR[1])
     loop.advance(TIMEOUT)
-    assert late.job.error_name == "org.hostpassd1.Error.TimedOut"
-    assert "libvirt is still at an earlier job" in late.job.error_message
+    assert error_name(late.job) == "org.hostpassd1.Error.TimedOut"
+    assert "libvirt is still at an earlier job" in str(late.job.error)
     assert rig.locked and rig.libvirt.calls[-1] == "detach_stored"
     rig.let_go("done")
     assert rig.world.truth() == clean[0] and rig.is_quiet()

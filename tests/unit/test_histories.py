@@ -50,7 +50,7 @@ from hostpassd.model.events import (
 from hostpassd.model.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
-from hostpassd.passthrough.plan import Attach, Store
+from hostpassd.passthrough.steps import Attach, Store
 from hostpassd.state import State
 from tests.unit.clockwork import Clockwork
 from tests.unit.disk import Disk, no_room
@@ -389,7 +389,7 @@ class Operations(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3))
     def cancel(self, which: int) -> None:
         """A caller ends a job."""
-        jobs = sorted(self.life.daemon._operations._controls)
+        jobs = sorted(job.number for job in self.life.daemon._operations.running)
         if jobs:
             path = names.job_path(jobs[which % len(jobs)])
             self.life.call("Cancel", path=path, interface=names.JOB)
@@ -480,7 +480,7 @@ class Operations(RuleBasedStateMachine):
         for job in self.life.state.jobs.values():
             machine = self.libvirt.machines.get(job.machine)
             # A guest can refuse to let go of what is undone; then the job has said so.
-            stays = job.state == "done" or "not undone" in job.error_message
+            stays = job.state == "done" or "not undone" in str(job.error)
             if machine and job.operation == "assign" and stays:
                 moved = [d.name for d in THINGS.values() if d.name == job.device or _mates(d, job.device)]
                 starts = tuple(f"ua-hostpassd-{name.replace('_', '-')}-" for name in moved)
@@ -515,10 +515,9 @@ class Operations(RuleBasedStateMachine):
         self.sound = False
         daemon, executor = self.life.daemon, self.life.daemon._executor
         assert self.life.is_told
-        assert not self.life.state.jobs and not daemon._operations._controls and not daemon._operations._tasks
-        assert not daemon._operations._upkeep
-        assert not executor._waiting and not executor._heard
-        assert not [group for group, lock in executor._locks.items() if lock.locked()]
+        assert not self.life.state.jobs and not daemon._operations.running and not daemon._operations.tasks
+        assert not daemon._operations.upkeep.tasks
+        assert executor.waiting.is_idle and not executor.locked
         assert all(reply.there for reply in self.life.bus.replies.values())
         if not self.mistakes.not_undone:
             self._intent_log_is_clean()

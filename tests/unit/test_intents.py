@@ -23,28 +23,31 @@ from hostpassd.daemon import Daemon
 from hostpassd.model.device import Device
 from hostpassd.model.events import DeviceSeen
 from hostpassd.model.machine import Claim, MachineKey
+from hostpassd.passthrough.assign import Assign
 from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
-from hostpassd.passthrough.plan import Attach, Free, GiveBack, Plan, Release, Store, Unstore
+from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.rowfile import rows_in
+from hostpassd.passthrough.steps import Attach, Detach, Reattach, Store, Unplug, Unstore
 from tests.unit.disk import Disk, no_room
 from tests.unit.test_execute import GPU, LUN, NIC, PAIR, STICK, World, reborn
-from tests.unit.world import OTHER, URI, UUID, hostdev, pci, usb
+from tests.unit.world import OTHER, URI, UUID, error_name, hostdev, pci, usb
 
 CLAIM = hostdev(NIC, alias="ua-1")
 STEPS = (
     Store("nic", CLAIM),
     Unstore("nic", CLAIM),
-    Free("nic", "e1000e"),
+    Detach("nic", "e1000e"),
     Attach("nic", "ua-1", CLAIM.xml),
-    Release("nic", "ua-1", CLAIM.id),
-    GiveBack("nic"),
+    Unplug("nic", "ua-1", CLAIM.id),
+    Reattach("nic"),
 )
 
 
-def plan(device: str = "nic", *groups: str) -> Plan:
+def plan(device: str = "nic", *locks: str, uri: str = URI) -> Plan:
+    request = Assign(UUID, device, Options(), 0)
     steps = tuple(dataclasses.replace(step, device=device) for step in STEPS)
-    return Plan("assign", MachineKey(URI, UUID), device, (device,), (1,), steps, groups or (device,))
+    return Plan(request, MachineKey(uri, UUID), (device,), (1,), steps, locks or (device,))
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ async def act(log: IntentLog, action: str, number: int, at: int) -> None:
     """Calls one method, if it makes sense now."""
     running, left = number in log._running, log.left(number)
     if action == "begin" and not running and not left:
-        await log.begin(number, plan(f"device {at}"), URI)
+        await log.begin(number, plan(f"device {at}"))
     elif action in (("step", "fail", "leave") if running else ()) + (("done", "undone") if running or left else ()):
         await getattr(log, action)(number, at)
     elif action == "end":
@@ -140,7 +143,7 @@ def test_whatever_happens_to_the_disk_a_new_log_knows_what_the_old_one_did(
 
 async def test_each_step_is_read_as_it_was_written(tmp_path: Path) -> None:
     log = log_in(tmp_path)
-    await log.begin(7, plan(), URI)
+    await log.begin(7, plan())
     await log.step(7, 3)
     await log.undone(7, 2)
     (left,) = log_in(tmp_path).unfinished
@@ -154,9 +157,9 @@ async def test_a_write_that_failed_half_way_does_not_swallow_the_next(tmp_path: 
     await log.lend("other", URI, "e1000e")
     disk.at = lambda call: no_room(call) if call == "write" else None
     with pytest.raises(errors.StateFolderError, match=f"the state folder {tmp_path} is full: free some room"):
-        await log.begin(1, plan(), URI)
+        await log.begin(1, plan())
     disk.at = fine
-    await log.begin(2, plan(), URI)
+    await log.begin(2, plan())
     await log.step(2, 0)
     new = log_in(tmp_path)
     assert [(left.machine, left.begun) for left in new.unfinished] == [(UUID, 1)] and new.lent.keys() == {"other"}
@@ -164,7 +167,7 @@ async def test_a_write_that_failed_half_way_does_not_swallow_the_next(tmp_path: 
 
 async def test_the_end_is_written_before_the_file_is_written_anew(tmp_path: Path, disk: Disk) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, plan(), URI)
+    await log.begin(1, plan())
     disk.at = lambda call: no_room(call) if call == "replace" else None
     await log.end(1)
     assert rows(tmp_path)[-1] == {"end": 1} and not log.trouble.is_set()
@@ -174,7 +177,7 @@ async def test_the_end_is_written_before_the_file_is_written_anew(tmp_path: Path
 @pytest.mark.parametrize("happens", ["removed", "shortened", "replaced"])
 async def test_what_others_do_to_the_file_is_mended_by_the_next_write(tmp_path: Path, happens: str) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, plan(), URI)
+    await log.begin(1, plan())
     path = tmp_path / "intents"
     if happens == "removed":
         path.unlink()
@@ -208,8 +211,8 @@ async def test_why_it_cannot_be_written_is_told_in_words(tmp_path: Path, disk: D
     before = world.truth()
     disk.at = fail
     job = await world.do("assign", NIC)
-    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.Failed")
-    assert words in job.error_message and str(tmp_path) in job.error_message and "try again" in job.error_message
+    assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.Failed")
+    assert words in str(job.error) and str(tmp_path) in str(job.error) and "try again" in str(job.error)
     assert world.truth() == before and world.libvirt.calls == []
     with pytest.raises(errors.StateFolderError, match="again"):  # nobody is asked for a password in vain
         await world.start("assign", NIC)
@@ -241,9 +244,9 @@ async def test_an_operation_whose_end_cannot_be_written_is_done_and_is_written_b
 async def test_what_could_not_be_written_is_written_by_itself_when_there_is_room(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostpassd.passthrough.operations.LOG_RETRY", 0.001)
+    monkeypatch.setattr("hostpassd.passthrough.upkeep.LOG_RETRY", 0.001)
     world = World(tmp_path)
-    keeping = asyncio.create_task(world.operations.keep_log())
+    keeping = asyncio.create_task(world.operations.upkeep.keep_log())
     tries: list[str] = []
     world.libvirt.after = lambda call: setattr(disk, "at", no_room) if call == "attach_live" else None
     assert (await world.do("assign", NIC)).state == "done"
@@ -291,7 +294,7 @@ async def test_the_service_manager_is_told_why_there_are_no_operations(tmp_path:
 async def test_a_file_that_can_be_read_late_is_put_in_order_then(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostpassd.passthrough.operations.LOG_RETRY", 0.001)
+    monkeypatch.setattr("hostpassd.passthrough.upkeep.LOG_RETRY", 0.001)
     world = World(tmp_path)
     before = world.truth()
     world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
@@ -304,7 +307,7 @@ async def test_a_file_that_can_be_read_late_is_put_in_order_then(
     with pytest.raises(errors.StateFolderError, match="Is a directory"):
         await world.start("assign", NIC)
     assert world.truth() != before
-    keeping = asyncio.create_task(world.operations.keep_log())
+    keeping = asyncio.create_task(world.operations.upkeep.keep_log())
     (tmp_path / "intents").rmdir()
     (tmp_path / "aside").rename(tmp_path / "intents")
     while world.intents.trouble.is_set() or world.intents.unfinished:
@@ -318,6 +321,7 @@ async def test_what_hostpassd_1_0_left_is_taken_over(tmp_path: Path) -> None:
     step = {"kind": "Store", "device": NIC.name, "xml": hostdev(NIC, alias="ua-hostpassd-old").xml}
     begin = foreign_rows({})[0] | {"begin": -1, "steps": [step, {"kind": "GiveBack", "device": NIC.name}]}
     del begin["instead"]
+    begin["groups"] = begin.pop("locks")
     ended = begin | {"begin": 1}
     lend = {"lend": PAIR[0].name, "uri": URI, "driver": "e1000e"}
     left = [ended, begin, {"step": -1, "begun": 1}, lend, {"end": 1}]
@@ -336,7 +340,7 @@ async def test_what_belongs_to_a_hypervisor_that_is_configured_no_more_is_told_a
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = IntentLog(tmp_path / "intents", (URI, "qemu:///gone"))
-    await log.begin(1, plan(NIC.name), "qemu:///gone")
+    await log.begin(1, plan(NIC.name, uri="qemu:///gone"))
     await log.lend(PAIR[0].name, "qemu:///gone", "e1000e")
     assert not caplog.text
     world = await reborn(World(tmp_path), tmp_path)
@@ -379,8 +383,8 @@ async def test_a_disk_that_hangs_ends_the_job_in_words_and_is_made_up_for_when_i
     go_on = threading.Event()
     disk.at = lambda call: go_on.wait(60)
     job = await world.do("assign", NIC)
-    assert (job.state, job.error_name) == ("failed", "org.hostpassd1.Error.Failed")
-    assert "does not answer" in job.error_message and world.truth() == before
+    assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.Failed")
+    assert "does not answer" in str(job.error) and world.truth() == before
     with pytest.raises(errors.StateFolderError, match="does not answer"):
         await world.start("assign", NIC)
     go_on.set()
@@ -404,13 +408,13 @@ async def test_many_wishes_bring_about_one_attempt_to_write_and_then_none_for_a_
 
     disk.at = fail
     with pytest.raises(errors.StateFolderError):
-        await log.begin(1, plan(), URI)
+        await log.begin(1, plan())
     monkeypatch.setattr(log, "_failed_at", 0.0)
     for _ in range(2):
         refused = await asyncio.gather(*(log.check(plan()) for _ in range(20)), return_exceptions=True)
         assert {str(error) for error in refused} == {log.problem} and len(attempts) == 2
     disk.at = fine
-    await log.begin(1, plan(), URI)  # what was allowed does not wait
+    await log.begin(1, plan())  # what was allowed does not wait
     await log.check(plan())
 
 
@@ -438,16 +442,16 @@ async def test_a_row_that_waits_for_many_others_is_written_though_that_takes_lon
 
 async def test_what_is_added_costs_no_writing_of_all_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, plan("a"), URI)
+    await log.begin(1, plan("a"))
     monkeypatch.delattr("hostpassd.passthrough.intents.rows_of")
-    await log.begin(2, plan("b"), URI)
+    await log.begin(2, plan("b"))
     await log.step(1, 0)
     assert len(log_in(tmp_path).unfinished) == 2
 
 
 async def test_what_a_refused_operation_was_to_stand_for_is_kept(tmp_path: Path, disk: Disk) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, plan(), URI)
+    await log.begin(1, plan())
     await log.leave(1, 0)
     go_on = threading.Event()
 
@@ -457,7 +461,7 @@ async def test_what_a_refused_operation_was_to_stand_for_is_kept(tmp_path: Path,
         no_room(call)
 
     disk.at = fail
-    refused, other = (asyncio.create_task(call) for call in (log.begin(2, plan(), URI), log.lend("b", URI, "")))
+    refused, other = (asyncio.create_task(call) for call in (log.begin(2, plan()), log.lend("b", URI, "")))
     await asyncio.sleep(0)
     go_on.set()
     with pytest.raises(errors.StateFolderError):
@@ -469,7 +473,7 @@ async def test_what_a_refused_operation_was_to_stand_for_is_kept(tmp_path: Path,
 
 async def test_writes_are_made_in_the_order_in_which_they_were_asked_for(tmp_path: Path, disk: Disk) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, plan("a"), URI)
+    await log.begin(1, plan("a"))
     go_on = threading.Event()
     disk.at = lambda call: go_on.wait(60)
     writes = [
@@ -486,45 +490,40 @@ async def test_writes_are_made_in_the_order_in_which_they_were_asked_for(tmp_pat
 # What an operation stands for.
 
 
-def moving(*devices: str, machine: str = UUID) -> Plan:
+def moving(*devices: str, machine: str = UUID, uri: str = URI) -> Plan:
     """A plan of DEVICES that are below one controller."""
     steps = tuple(Store(device, CLAIM) for device in devices)
+    locks = (*sorted(devices), "group 5")
     return Plan(
-        "assign",
-        MachineKey(URI, machine),
-        devices[0],
-        devices,
-        (1,) * len(devices),
-        steps,
-        (*sorted(devices), "group 5"),
+        Assign(machine, devices[0], Options(), 0), MachineKey(uri, machine), devices, (1,) * len(devices), steps, locks
     )
 
 
 @pytest.mark.parametrize(
-    ("later", "uri", "open_steps"),
+    ("later", "open_steps"),
     [
-        (moving("b"), URI, {0, 1}),
-        (moving("a", machine=OTHER), URI, {0, 1}),
-        (moving("a"), "qemu:///other", {0, 1}),
-        (moving("a"), URI, {1}),
-        (moving("a", "b", "c"), URI, set()),
+        (moving("b"), {0, 1}),
+        (moving("a", machine=OTHER), {0, 1}),
+        (moving("a", uri="qemu:///other"), {0, 1}),
+        (moving("a"), {1}),
+        (moving("a", "b", "c"), set()),
     ],
     ids=["another device", "another machine", "another hypervisor", "one of the two", "both"],
 )
 async def test_an_operation_stands_for_what_was_left_on_its_own_devices_and_machine_alone(
-    tmp_path: Path, disk: Disk, later: Plan, uri: str, open_steps: set[int]
+    tmp_path: Path, disk: Disk, later: Plan, open_steps: set[int]
 ) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, moving("a", "c"), URI)
+    await log.begin(1, moving("a", "c"))
     await log.leave(1, 2)
     before = known(log)
     disk.at = no_room
     with pytest.raises(errors.StateFolderError):
-        await log.begin(2, later, uri)
+        await log.begin(2, later)
     assert known(log) == before
     disk.at = fine
     await log.catch_up()
-    await log.begin(2, later, uri)
+    await log.begin(2, later)
     new = log_in(tmp_path)
     assert known(new) == known(log)
     await log.end(2)
@@ -539,7 +538,7 @@ async def test_of_two_sticks_below_one_controller_one_is_undone_though_the_other
     for device in (controller, first, second):
         world.emit(DeviceSeen(device))
     world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
-    assert "not undone" in (await world.do("assign", first)).error_message
+    assert "not undone" in str((await world.do("assign", first)).error)
     await world.quiet()
     world.libvirt.refuse = {"detach_stored": "never"}
     assert (await world.do("assign", second)).state == "done"
@@ -571,7 +570,7 @@ async def test_going_on_with_a_dismissal_leaves_what_was_stored_again(
         store_by_others(world, STICK)
     world.libvirt.after = lambda call: world.libvirt.lose() if call == lost_at else None
     job = await world.do("dismiss", STICK)
-    assert "when libvirt is back" in job.error_message
+    assert "when libvirt is back" in str(job.error)
     await world.quiet()
     claims = store_by_others(world, STICK)
     if restarted:
@@ -591,7 +590,7 @@ async def test_a_step_that_was_taken_back_is_not_taken_back_again(tmp_path: Path
     # One of the two cannot be stored again.
     world.libvirt.fail = lambda call: call == "attach_stored" and world.libvirt.calls.count(call) == 3
     job = await world.do("dismiss", PAIR[0])
-    assert "not undone: store" in job.error_message
+    assert "not undone: store" in str(job.error)
     assert len(world.libvirt.machines[UUID].stored) == 1
     world.libvirt.fail = lambda call: call == "attach_stored"
     await world.quiet()
@@ -610,7 +609,7 @@ async def test_an_alias_that_another_device_has_by_now_is_not_asked_for(tmp_path
     world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], live=(hostdev(STICK, "hostdev0"),)))
     world.libvirt.after = lambda call: world.libvirt.lose() if call == "detach_live" else None
     job = await world.do("dismiss", STICK)
-    assert "the rest is done when libvirt is back" in job.error_message
+    assert "the rest is done when libvirt is back" in str(job.error)
     await world.quiet()
     others = (hostdev(LUN, "hostdev0"),)
     world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], live=others))
@@ -627,8 +626,8 @@ def foreign_rows(step: dict[str, str], **more: object) -> list[dict[str, object]
         "operation": "assign",
         "machine": UUID,
         "uri": URI,
-        "groups": ["group 5"],
-        "steps": [{"kind": "Free", "device": PAIR[0].name, "driver": "snd"} | step],
+        "locks": ["group 5"],
+        "steps": [{"step": "detach", "device": PAIR[0].name, "driver": "snd"} | step],
         "begun": 0,
         "instead": [],
     }
@@ -637,7 +636,7 @@ def foreign_rows(step: dict[str, str], **more: object) -> list[dict[str, object]
 
 UNKNOWN: dict[str, list[object]] = {
     "another version": [{"version": 3}, {"begin": 1, "what": ["ever", PAIR[0].name]}, {"lend": "x"}],
-    "a kind of step": [{"version": 2}, *foreign_rows({"kind": "Polish"})],
+    "a kind of step": [{"version": 2}, *foreign_rows({"step": "polish"})],
     "a field of a step": [{"version": 2}, *foreign_rows({"colour": "red"})],
     "a field": [{"version": 2}, *foreign_rows({}, deadline=7)],
     "a row of an operation": [{"version": 2}, *foreign_rows({}), {"deadline": 3, "at": 12345}],
@@ -725,7 +724,7 @@ async def test_what_stood_below_a_version_row_that_is_damaged_is_kept_and_left_a
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, plan(NIC.name), URI)
+    await log.begin(1, plan(NIC.name))
     await log.lend(PAIR[0].name, URI, "e1000e")
     path = tmp_path / "intents"
     whole = path.read_bytes()
@@ -746,7 +745,7 @@ async def test_a_last_row_is_damaged_where_its_end_is_there_and_torn_where_it_is
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = log_in(tmp_path)
-    await log.begin(1, plan(NIC.name), URI)
+    await log.begin(1, plan(NIC.name))
     await log.lend("device", URI, "e1000e")
     path = tmp_path / "intents"
     whole = path.read_bytes()
@@ -766,7 +765,7 @@ async def test_an_operation_whose_end_may_be_in_a_damaged_row_is_not_undone(tmp_
     assert (await world.do("assign", STICK)).state == "done"
     assigned = world.truth()
     left = [
-        foreign_rows({"device": name})[0] | {"begin": number, "machine": "?", "groups": [name]}
+        foreign_rows({"device": name})[0] | {"begin": number, "machine": "?", "locks": [name]}
         for number, name in enumerate((NIC.name, LUN.name), 1)
     ]
     rows_there = [line({"version": 2}), *map(line, left), line({"end": 1}).replace(b"1", b"2"), line({"end": 2})]

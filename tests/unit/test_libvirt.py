@@ -534,7 +534,7 @@ async def test_a_libvirtd_that_does_not_answer_holds_nothing_up(
     opened.go.clear()
     async with running(uri) as (hypervisor, tape):
         await tape.until(lambda events: events)
-        assert "does not answer" in tape.events[0].error  # type: ignore[union-attr]
+        assert "does not answer" in tape.events[0].error  # type: ignore[union-attr, operator]
         with pytest.raises(HypervisorUnavailable):
             await hypervisor.refresh()
         opened.go.set()

@@ -12,8 +12,7 @@ import pytest
 from hostpassd import errors, names
 from hostpassd.bus.access import Access
 from hostpassd.bus.router import Call
-from hostpassd.passthrough import execute
-from hostpassd.passthrough.operations import Check
+from hostpassd.passthrough.permission import Check
 from tests.unit.house import CALLER, PAIR, House
 from tests.unit.world import UUID
 
@@ -90,7 +89,7 @@ async def test_who_cancels_the_job_of_another_is_asked_with_all_that_the_job_was
         first
         == second
         == (
-            names.ACTION_CANCEL_OTHERS,
+            "cancel-others",
             {
                 "device.name": PAIR[0].name,
                 "device.kind": "pci",
@@ -131,25 +130,25 @@ async def cancelled_at(house: House, bus: Bus, when: str, call: str, count: int 
 
 async def test_a_cancel_that_comes_too_late_says_so(house: House, bus: Bus) -> None:
     said = await cancelled_at(house, bus, "after", "attach_live", count=2)
-    assert said == "done: job 1 could not be cancelled any more, it is done"
+    assert said == "done: Job 1 could not be cancelled any more, it is done."
 
 
 async def test_a_cancel_while_a_failed_job_is_undone_says_why_it_failed(house: House, bus: Bus) -> None:
     house.libvirt.refuse = {"attach_live": "no room"}
     said = await cancelled_at(house, bus, "before", "detach_stored")
-    assert said.startswith("failed: job 1 could not be cancelled any more, it is failed: ") and "no room" in said
+    assert said.startswith("failed: Job 1 could not be cancelled any more, it is failed: ") and "no room" in said
 
 
 async def test_a_cancel_during_a_call_of_libvirts_that_does_not_return_is_answered(
     house: House, bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "_PATIENCE", 0.01)
+    monkeypatch.setattr("hostpassd.passthrough.waiting.CALL_PATIENCE", 0.01)
     house.libvirt.stick = lambda call: call == "attach_live"
     control = await house.start("assign", PAIR[0])
     while not house.libvirt.stuck:
         await asyncio.sleep(0)
     await bus.cancel(CALLER)
-    assert control.job.state == "cancelled" and "libvirt is still at it" in control.job.error_message
+    assert control.job.state == "cancelled" and "libvirt is still at it" in str(control.job.error)
     assert house.libvirt.stuck
     house.libvirt.calm()
     house.libvirt.let_go("done")
@@ -167,7 +166,7 @@ async def test_a_cancel_during_a_call_of_libvirts_that_does_not_return_is_answer
 
 async def test_a_cancel_of_what_has_ended_is_refused(house: House, bus: Bus) -> None:
     await house.do("assign", PAIR[0])
-    with pytest.raises(errors.Failed, match="job 1 has ended"):
+    with pytest.raises(errors.Failed, match="Job 1 has ended"):
         await bus.cancel(CALLER)
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from hostpassd import errors, names
+from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.device import Device
 from hostpassd.model.events import DeviceGone, DeviceSeen, Event, HostUse, HostUsesRead, MachineGone, MachineRead
 from hostpassd.model.machine import Machine, MachineKey
-from hostpassd.passthrough.execute import Control
-from hostpassd.passthrough.operations import Check, Wish
-from hostpassd.passthrough.plan import Options, Plan, lock_of
+from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.jobs import RunningJob
+from hostpassd.passthrough.permission import Check
+from hostpassd.passthrough.plan import lock_of
+from hostpassd.passthrough.request import Options, Plan
 from tests.unit.house import CALLER, PAIR, STICK, House
-from tests.unit.world import OTHER, URI, UUID, block, hostdev, machine, net, usb
+from tests.unit.world import OTHER, REQUESTS, URI, UUID, block, error_name, hostdev, machine, net, usb
 
 DISK = block("sda", STICK)
 WIRE = net("enp4s1", PAIR[0])
@@ -46,7 +48,7 @@ async def start(
     options: Options = MOUNTED,
     operation: str = "assign",
     meanwhile: Callable[[], None] = lambda: None,
-) -> tuple[Control, list[Check]]:
+) -> tuple[RunningJob, list[Check]]:
     """Starts an operation; what happens MEANWHILE happens while polkit is asked. Also what it was asked."""
     asked: list[Check] = []
 
@@ -54,8 +56,8 @@ async def start(
         asked.extend(checks)
         meanwhile()
 
-    wish = Wish(operation, UUID, device, options, CALLER)
-    return await house.daemon._operations.start(wish, authorise), asked
+    request = REQUESTS[operation](UUID, device, options, CALLER)
+    return await house.daemon._operations.start(request, authorise), asked
 
 
 async def during_the_prompt(
@@ -67,7 +69,7 @@ async def during_the_prompt(
     except errors.HostpassError as error:
         return error.name
     await control.ended.wait()
-    return control.job.error_name.rpartition(".")[2] or control.job.state
+    return error_name(control.job).rpartition(".")[2] or control.job.state
 
 
 async def in_the_queue(
@@ -78,7 +80,7 @@ async def in_the_queue(
         control, _ = await start(house, device.name, options, operation)
         happen()
     await control.ended.wait()
-    return control.job.error_name.rpartition(".")[2] or control.job.state
+    return error_name(control.job).rpartition(".")[2] or control.job.state
 
 
 When = Callable[..., Awaitable[str]]
@@ -206,8 +208,8 @@ async def test_each_device_is_asked_about_with_what_is_in_its_own_way(house: Hou
     control, asked = await start(house, PAIR[1].name, options)
     await control.ended.wait()
     assert [(action, row["device.name"], row["override"]) for action, row in asked] == [
-        (names.ACTION_ASSIGN, PAIR[1].name, ""),
-        (names.ACTION_ASSIGN_OVERRIDE, PAIR[0].name, "network-in-use"),
+        ("assign", PAIR[1].name, ""),
+        ("assign-override", PAIR[0].name, "network-in-use"),
     ]
     assert [row["device.companions"] for _, row in asked] == [PAIR[0].name, PAIR[1].name]
 
@@ -312,9 +314,9 @@ async def test_with_a_token_only_what_comes_of_a_change_is_a_stale_plan(
     house: House, operation: str, happen: Callable[[House], None], options: Options, error: type[errors.HostpassError]
 ) -> None:
     happen(house)
-    wish = Wish(operation, UUID, STICK.name, dataclasses.replace(options, plan="0" * 32), CALLER)
+    request = REQUESTS[operation](UUID, STICK.name, dataclasses.replace(options, plan="0" * 32), CALLER)
     with pytest.raises(error):
-        await house.daemon._operations.start(wish, _nobody)
+        await house.daemon._operations.start(request, _nobody)
 
 
 async def test_whoever_has_too_many_jobs_is_told_so_before_a_password_is_asked_for(
@@ -324,7 +326,7 @@ async def test_whoever_has_too_many_jobs_is_told_so_before_a_password_is_asked_f
     async with house.daemon._executor.alone((lock_of(STICK),)):
         first, _ = await start(house, STICK.name)
         with pytest.raises(errors.LimitExceeded):
-            await house.daemon._operations.start(Wish("assign", UUID, PAIR[0].name, MOUNTED, CALLER), _nobody)
+            await house.daemon._operations.start(Assign(UUID, PAIR[0].name, MOUNTED, CALLER), _nobody)
     await first.ended.wait()
 
 
@@ -348,7 +350,7 @@ async def test_a_text_longer_than_any_name_is_refused_by_every_operation(house: 
         with pytest.raises(errors.InvalidArgs):
             await house.start(operation, dataclasses.replace(STICK, name=long))
     with pytest.raises(errors.InvalidArgs):
-        await house.daemon._operations.start(Wish("assign", long, STICK.name, options, CALLER), _nobody)
+        await house.daemon._operations.start(Assign(long, STICK.name, options, CALLER), _nobody)
 
 
 async def _nobody(checks: Sequence[Check]) -> None:
@@ -357,14 +359,14 @@ async def _nobody(checks: Sequence[Check]) -> None:
 
 async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     put(house, machine("a\u202eb\x9b2Jc\n", running=False))
-    wish = Wish("assign", UUID, STICK.name, Options(live=True), CALLER)
+    request = Assign(UUID, STICK.name, Options(live=True), CALLER)
     with pytest.raises(errors.InvalidOption) as refused:
-        await house.daemon._operations.start(wish, _nobody)
+        await house.daemon._operations.start(request, _nobody)
     assert str(refused.value).startswith("ab2Jc does not run")
     put(house, machine("a\u202eb\x9b2Jc\n", live=(hostdev(PAIR[0]),)))
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
-        await house.daemon._operations.start(dataclasses.replace(wish, machine=OTHER, device=PAIR[0].name), _nobody)
+        await house.daemon._operations.start(dataclasses.replace(request, machine=OTHER, device=PAIR[0].name), _nobody)
     assert "The running machine ab2Jc has" in str(blocked.value)
     assert house.records()[0]["MACHINE_NAME"] == "ab2Jc"
     await asyncio.sleep(0)

@@ -10,20 +10,10 @@ from hostpassd import errors
 from hostpassd.model.device import Device
 from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
 from hostpassd.model.machine import Claim, Machine, NodeSource, Ports
-from hostpassd.passthrough.plan import (
-    Attach,
-    Free,
-    GiveBack,
-    Options,
-    Plan,
-    Release,
-    Store,
-    Unstore,
-    check_allowed,
-    plan_assign,
-    plan_dismiss,
-    plan_dismiss_missing,
-)
+from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.dismiss import Dismiss
+from hostpassd.passthrough.request import Options, Plan
+from hostpassd.passthrough.steps import Attach, Detach, Reattach, Store, Unplug, Unstore
 from hostpassd.state import State
 from tests.unit.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
 
@@ -42,8 +32,15 @@ def world(*machines: Machine) -> State:
 
 
 def assign(state: State, device: Device, options: Options | None = None) -> Plan:
-    (m,) = [m for m in state.machines.values() if m.name == "vm"]
-    return plan_assign(state, m, state.devices[device.name], options or Options())
+    return Assign("vm", device.name, options or Options(), 0).plan(state)
+
+
+def dismiss(state: State, device: str, options: Options | None = None) -> Plan:
+    return Dismiss(machine().uuid, device, options or Options(), 0).plan(state)
+
+
+def accepting(*codes: str) -> Options:
+    return Options(override=frozenset(codes))
 
 
 def kinds(plan: Plan) -> list[str]:
@@ -62,7 +59,7 @@ def test_a_stopped_or_transient_machine_gets_its_only_half() -> None:
 
 def test_companions_are_freed_before_the_first_attach() -> None:
     plan = assign(world(machine(persistent=False)), PAIR[0])
-    assert [type(step) for step in plan.steps] == [Free, Free, Attach, Attach]
+    assert [type(step) for step in plan.steps] == [Detach, Detach, Attach, Attach]
     assert plan.devices == (PAIR[0].name, PAIR[1].name)
 
 
@@ -91,7 +88,7 @@ def test_a_half_that_the_machine_has_not_is_an_invalid_option(given: Machine, op
 def test_blocked_names_every_code_and_what_it_names() -> None:
     state = world(machine(), machine("b", OTHER, live=(hostdev(NIC),), stored=(hostdev(NIC),)))
     with pytest.raises(errors.Blocked, match=r"held-config.* b has .*held-live.* b has") as error:
-        check_allowed(assign(state, NIC), frozenset())
+        assign(state, NIC).check_allowed()
     assert "0000:01:00.0" in str(error.value)
 
 
@@ -104,18 +101,17 @@ def test_another_instance_is_a_stale_plan() -> None:
 def test_dismiss_takes_the_stored_half_first_then_all_of_the_group_then_gives_back() -> None:
     held = (hostdev(PAIR[0], "a"), hostdev(PAIR[1], "b"))
     state = world(machine(live=held, stored=held))
-    plan = plan_dismiss(state, state.machines[machine().uuid], state.devices[PAIR[1].name], Options())
-    assert [type(s) for s in plan.steps] == [Unstore, Unstore, Release, Release, GiveBack, GiveBack]
-    assert [s.alias for s in plan.steps if isinstance(s, Release)] == ["b", "a"]
+    plan = dismiss(state, PAIR[1].name)
+    assert [type(s) for s in plan.steps] == [Unstore, Unstore, Unplug, Unplug, Reattach, Reattach]
+    assert [s.alias for s in plan.steps if isinstance(s, Unplug)] == ["b", "a"]
 
 
 def test_dismiss_of_what_is_not_held_is_refused() -> None:
     state = world(machine(stored=(hostdev(STICK),)))
-    m = state.machines[machine().uuid]
     with pytest.raises(errors.NotAssigned):
-        plan_dismiss(state, m, state.devices[NIC.name], Options())
+        dismiss(state, NIC.name)
     with pytest.raises(errors.NotAssigned):
-        plan_dismiss(state, m, state.devices[STICK.name], Options(config=False))
+        dismiss(state, STICK.name, Options(config=False))
 
 
 GIVEN = (None, False, True)
@@ -130,21 +126,18 @@ def test_a_dismiss_is_of_the_halves_asked_for_that_there_are(
 ) -> None:
     claim = hostdev(LUN, stored=True)
     state = world(machine(live=(claim,) if live_held else (), stored=(claim,) if config_held else ()))
-    m, options = state.machines[machine().uuid], Options(live=live, config=config)
+    options, text = Options(live=live, config=config), LUN.name
     if not here:
         state.apply(DeviceGone(LUN.sysfs_path))
-
-    def dismiss() -> Plan:
-        if here:
-            return plan_dismiss(state, m, state.devices[LUN.name], options)
-        return plan_dismiss_missing(m, state.missing[m.uuid], ("", 0), options)
-
-    wanted = {Release: live_held and live is not False, Unstore: config_held and config is not False}
+        [row] = state.missing[machine().uuid]
+        text = row.id
+    wanted = {Unplug: live_held and live is not False, Unstore: config_held and config is not False}
     if any(wanted.values()):
-        assert {type(step) for step in dismiss().steps} == {kind for kind, is_wanted in wanted.items() if is_wanted}
+        steps = dismiss(state, text, options).steps
+        assert {type(step) for step in steps} == {kind for kind, is_wanted in wanted.items() if is_wanted}
     else:
         with pytest.raises(errors.InvalidOption if live is config is False else errors.NotAssigned):
-            dismiss()
+            dismiss(state, text, options)
 
 
 def test_a_twin_is_stored_by_bus_and_number_too() -> None:
@@ -263,17 +256,17 @@ def test_of_five_functions_of_one_host_slot_those_in_one_guest_slot_go_together(
     asked: str, gone: list[str], live: bool
 ) -> None:
     state, names = five(live=live)
-    plan = plan_dismiss(state, state.machines[machine().uuid], state.devices[names[asked]], Options())
-    expected = [f"{'Release' if live else 'Unstore'} {names[place]}" for place in gone]
-    assert kinds(plan) == expected + ([f"GiveBack {names[place]}" for place in gone] if live else [])
-    assert plan.groups == tuple(sorted(f"group 2{names[place][-1]}" for place in gone))
+    plan = dismiss(state, names[asked])
+    expected = [f"{'Unplug' if live else 'Unstore'} {names[place]}" for place in gone]
+    assert kinds(plan) == expected + ([f"Reattach {names[place]}" for place in gone] if live else [])
+    assert plan.locks == tuple(sorted(f"group 2{names[place][-1]}" for place in gone))
 
 
 def test_what_shares_both_the_group_and_the_slot_goes_once() -> None:
     state = with_ports(*CARD, ports=Ports((3,)))
     stored = tuple(step.claim for step in assign(state, CARD[0]).steps if isinstance(step, Store))
     state.apply(MachineRead(machine(running=False, stored=stored)))
-    plan = plan_dismiss(state, state.machines[machine().uuid], state.devices[CARD[1].name], Options())
+    plan = dismiss(state, CARD[1].name)
     assert kinds(plan) == [f"Unstore {CARD[n].name}" for n in (1, 0, 2)]
 
 
@@ -282,12 +275,12 @@ def test_what_can_be_overridden_is_by_name_and_what_never_can_is_not() -> None:
     plan = assign(state, NIC)
     assert [b.code for b in plan.blockers] == ["held-config"]
     with pytest.raises(errors.Blocked):
-        check_allowed(plan, frozenset({"not-leaf"}))
-    check_allowed(plan, frozenset({"held-config"}))
-    assert plan.overridden(frozenset({"held-config", "not-leaf"})) == plan.blockers
+        assign(state, NIC, accepting("not-leaf")).check_allowed()
+    assign(state, NIC, accepting("held-config")).check_allowed()
+    assert assign(state, NIC, accepting("held-config", "not-leaf")).overridden == plan.blockers
     state.apply(MachineRead(machine("b", OTHER, live=(hostdev(NIC),))))
     with pytest.raises(errors.Blocked):
-        check_allowed(assign(state, NIC), frozenset({"held-live", "held-config"}))
+        assign(state, NIC, accepting("held-live", "held-config")).check_allowed()
 
 
 def test_a_token_changes_with_what_the_plan_rests_on_and_with_nothing_else() -> None:
@@ -329,7 +322,7 @@ def test_what_does_not_fit_the_device_is_no_option_of_it() -> None:
             assign(state, device, Options(guest_address="0000:04:00.0"))
         with pytest.raises(errors.InvalidOption, match="rom-bar"):
             assign(state, device, Options(rom_bar=False))
-    assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[union-attr]
+    assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[attr-defined]
 
 
 DISK = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
@@ -343,7 +336,7 @@ def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it(device: Dev
     plan = assign(state, device)
     assert [b.code for b in plan.blockers] == ["held-live"]
     with pytest.raises(errors.Blocked, match="held-live"):
-        check_allowed(plan, frozenset({"held-live"}))
+        assign(state, device, accepting("held-live")).check_allowed()
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["", "it has the controller stored"])

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from hostpassd.model.device import Device
-from hostpassd.passthrough.execute import Control
+from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.rowfile import rows_in
 from tests.unit.disk import Died, Disk, Image
 from tests.unit.test_execute import LUN, PAIR, STICK, World
-from tests.unit.world import UUID, Libvirt
+from tests.unit.world import UUID, Libvirt, error_name
 
 Truth = tuple[object, ...]
 
@@ -75,7 +75,7 @@ async def clean_states(folder: Path, disk: Disk, operation: str, device: Device,
     return found
 
 
-async def run_until(world: World, disk: Disk, moment: int, operation: str, device: Device) -> Control:
+async def run_until(world: World, disk: Disk, moment: int, operation: str, device: Device) -> RunningJob:
     """Runs the operation; the daemon is dead from MOMENT on."""
 
     def die(_: str) -> None:
@@ -84,10 +84,9 @@ async def run_until(world: World, disk: Disk, moment: int, operation: str, devic
 
     disk.at = world.libvirt.before = die
     control = await world.start(operation, device)
-    await asyncio.gather(*world.operations._tasks, return_exceptions=True)
-    if world.operations._tidying:
-        await asyncio.gather(world.operations._tidying, return_exceptions=True)
-    await asyncio.gather(*world.operations._upkeep.values(), return_exceptions=True)
+    await asyncio.gather(*world.operations.tasks, return_exceptions=True)
+    while busy := world.operations.upkeep.tasks:
+        await asyncio.gather(*busy, return_exceptions=True)
     return control
 
 
@@ -164,8 +163,8 @@ async def test_a_write_that_fails_is_told_of_and_nothing_is_half_or_undone_that_
         await world.quiet()
         told.add(job.state)
         if job.state == "failed":
-            assert job.error_name == "org.hostpassd1.Error.Failed", moment
-            assert f"state folder {folder}" in job.error_message and "mistake" not in job.error_message, moment
+            assert error_name(job) == "org.hostpassd1.Error.Failed", moment
+            assert f"state folder {folder}" in str(job.error) and "mistake" not in str(job.error), moment
         ends = {1} if job.state == "done" else {0} if operation == "assign" else {0, 1}
         end = clean.index(world.truth())
         assert end in ends and world.intents.unfinished == (), moment

@@ -26,7 +26,7 @@ from hostpassd.model.events import (
     Releasing,
 )
 from hostpassd.model.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
-from hostpassd.passthrough.plan import blockers_for
+from hostpassd.passthrough.assign import blockers_for
 from hostpassd.state import Changes, State
 from hostpassd.state.eligibility import blockers, companions, is_leaf, use_blockers
 from hostpassd.state.holdings import Holdings

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Collection
 
-from hostpassd import errors
+from hostpassd import errors, names
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.model.device import Block, Device, Input, Mdev, Net, Pci, Scsi, Usb, device_name
 from hostpassd.model.events import (
@@ -20,13 +20,25 @@ from hostpassd.model.events import (
     MachineRead,
     MachinesListed,
 )
+from hostpassd.model.job import Job
 from hostpassd.model.machine import Claim, Machine, MachineKey, PciSource, Ports
+from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.dismiss import Dismiss
+from hostpassd.passthrough.request import Request
 from hostpassd.state import State
 
 URI = "qemu:///system"
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
 KEY = MachineKey(URI, UUID)
+
+
+REQUESTS: dict[str, type[Request]] = {"assign": Assign, "dismiss": Dismiss}
+
+
+def error_name(job: Job) -> str:
+    """The whole name of the error that JOB ended with, '' for none."""
+    return names.error_name(job.error) if job.error else ""
 
 
 def pci(
@@ -310,7 +322,7 @@ class Libvirt:
         if device.pci:
             self._check_group(device)
             if sum(isinstance(c.source, PciSource) for c in machine.live) >= self.ports:
-                raise errors.HypervisorRefused("No more available PCI slots")
+                raise errors.NoFreePort("No more available PCI slots")
             self._bind(device.name, "vfio-pci")
         self._put(dataclasses.replace(machine, live=(*machine.live, claim)))
         if not self.withhold:
@@ -326,7 +338,7 @@ class Libvirt:
         if all(c.alias != alias for c in self.machines[uuid].live):
             raise errors.NotAssigned(f"no device {alias}")
         if alias in self.asked:
-            raise errors.HypervisorRefused(f"libvirt refused: Device {alias} is already in the process of unplug.")
+            raise errors.UnplugPending(f"libvirt refused: Device {alias} is already in the process of unplug.")
         if self.stubborn:
             self.asked.add(alias)
         else:

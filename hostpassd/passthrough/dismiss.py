@@ -1,0 +1,142 @@
+"""Dismiss: takes a device, and what must move with it, out of a machine, and gives it back to the host. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from hostpassd import errors
+from hostpassd.model.device import Device
+from hostpassd.model.machine import Machine, Missing
+from hostpassd.passthrough.cards import slot_of
+from hostpassd.passthrough.plan import check_instance, check_reachable, claim_on, hold_of, locks_of
+from hostpassd.passthrough.request import Options, Plan, Request
+from hostpassd.passthrough.steps import Reattach, Step, Unplug, Unstore
+from hostpassd.state import State
+from hostpassd.state.find import missing_at, missing_by_id, one_device, one_machine
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dismiss(Request):
+    """Takes a device, or a claim on something that is not here, out of a machine."""
+
+    operation = "dismiss"
+
+    def plan(self, state: State) -> Plan:
+        """The plan that takes the device, and its companions that the machine holds, back.
+
+        The id of a claim that is missing goes first; what is at a place now goes before what was there last. Errors:
+        those of `find`, HypervisorUnavailable, InvalidOption, StalePlan, NotAssigned, NotSupported.
+        """
+        machine = one_machine(state, self.machine)
+        if row := missing_by_id(state, machine, self.device):
+            return self._plan_missing(state, machine, (row,))
+        try:
+            return self._plan_here(state, machine, one_device(state, self.device))
+        except (errors.NoSuchDevice, errors.NotAssigned, errors.StalePlan):
+            rows = missing_at(state, machine, self.device, self.options.instance)
+            if not rows:
+                raise
+        return self._plan_missing(state, machine, rows)
+
+    def action(self, overridden: bool) -> str:
+        return "dismiss"
+
+    def _plan_here(self, state: State, machine: Machine, device: Device) -> Plan:
+        check_reachable(machine)
+        check_instance(device, self.options)
+        hold = hold_of(state, machine, device.name)
+        if hold is None:
+            _refuse_other_kinds(state, machine, device)
+            raise errors.NotAssigned(
+                f"{machine.name} does not have {device.name}: see the machine's Devices and Missing."
+            )
+        live, config = _halves_held(self.options, machine, device.name, live=hold.live, config=hold.config)
+        devices = _held_with(state, machine, device, live, config)
+        steps: list[Step] = []
+        for d in devices:
+            claim = claim_on(state, machine, d.name, live=False) if config else None
+            if claim:
+                steps.append(Unstore(d.name, claim))
+        released: list[Device] = []
+        for d in devices:
+            claim = claim_on(state, machine, d.name, live=True) if live else None
+            if claim:
+                steps.append(Unplug(d.name, claim.alias, claim.id))
+                released.append(d)
+        # Only when the last member is out can a host driver bind: the group is VFIO's as long as one is in.
+        steps += [Reattach(d.name) for d in released if d.pci]
+        names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
+        return Plan(self, machine.key, names, instances, tuple(steps), locks_of(state, devices))
+
+    def _plan_missing(self, state: State, machine: Machine, rows: Sequence[Missing]) -> Plan:
+        """The plan that takes ROWS, claims on one thing that is not on this host, out of MACHINE."""
+        # The name and the instance that it had, ('', 0) if it never was here.
+        place, instance = state.last_place(machine.key, rows[0].id)
+        if self.options.instance not in (None, instance):
+            raise errors.StalePlan(f"{rows[0].id} is not the instance {self.options.instance}: look again.")
+        check_reachable(machine)
+        ids = {row.id for row in rows}
+        name = place or rows[0].id
+        unstore = [Unstore(name, claim) for claim in machine.stored if claim.id in ids]
+        live_claims = [claim for claim in machine.live if claim.id in ids and claim.alias and not claim.missing]
+        unplug = [Unplug(name, claim.alias, claim.id) for claim in live_claims]
+        live, config = _halves_held(self.options, machine, name, live=bool(unplug), config=bool(unstore))
+        steps = (*(unstore if config else ()), *(unplug if live else ()))
+        return Plan(self, machine.key, (name,), (instance,), steps, (name,))
+
+
+def _halves_held(options: Options, machine: Machine, name: str, *, live: bool, config: bool) -> tuple[bool, bool]:
+    """The halves, of those asked for, in which MACHINE has NAME; LIVE, CONFIG: whether it has it in each.
+
+    Errors: InvalidOption where none is asked for, NotAssigned where it has it in none of them.
+    """
+    if options.live is False and options.config is False:
+        raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
+    found = live and options.live is not False, config and options.config is not False
+    if not any(found):
+        half = "in its stored configuration" if options.live is False else "live"
+        raise errors.NotAssigned(f"{machine.name} does not have {name} {half}: leave live and config out.")
+    return found
+
+
+def _refuse_other_kinds(state: State, machine: Machine, device: Device) -> None:
+    for hold in state.holds_in(machine.key):
+        if hold.device == device.name:
+            text = f"{machine.name} uses {device.name} as {hold.kind}: change that in the machine's own configuration."
+            raise errors.NotSupported(text)
+    for twin in state.twins(machine.key):
+        if any(hold.device == device.name for hold in state.holds_in(twin)):
+            text = (
+                f"It is not {machine.uri} but {twin.uri} whose machine {machine.uuid} has {device.name}: take it there."
+            )
+            raise errors.NotAssigned(text)
+
+
+def _group_of(state: State, device: Device) -> Iterable[Device]:
+    if not device.pci or device.pci.iommu_group < 0:
+        return []
+    return [state.devices[name] for name in sorted(state.group(device.pci.iommu_group)) if name != device.name]
+
+
+def _held_with(state: State, machine: Machine, device: Device, live: bool, config: bool) -> list[Device]:
+    """DEVICE and what MACHINE gives up with it: the IOMMU group, and of a card what is in one guest slot with it."""
+    found = [device]
+    for d in found:  # which grows meanwhile: a function of the card can have a group of its own
+        for mate in (*_group_of(state, d), *_slot_mates(state, machine, d, live, config)):
+            if mate not in found and hold_of(state, machine, mate.name):
+                found.append(mate)
+    return found
+
+
+def _slot_mates(state: State, machine: Machine, device: Device, live: bool, config: bool) -> Iterable[Device]:
+    """The functions of DEVICE's host slot that are in its guest slot too, in one of the halves asked for."""
+    for half, claims in ((True, machine.live if live else ()), (False, machine.stored if config else ())):
+        own = claim_on(state, machine, device.name, live=half)
+        if not device.pci or not own or not own.guest_address:
+            continue
+        for claim in claims:
+            mate = state.device(state.find_claim(machine.key, claim, live=half) or "")
+            same_guest_slot = slot_of(claim.guest_address) == slot_of(own.guest_address)
+            if same_guest_slot and mate and mate.pci and slot_of(mate.pci.address) == slot_of(device.pci.address):
+                yield mate

@@ -1,0 +1,100 @@
+"""What polkit is asked about a plan, and what a permission rests on. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from hostpassd.model.codes import Blocker
+from hostpassd.model.machine import MachineKey
+from hostpassd.passthrough.request import Plan
+from hostpassd.passthrough.steps import Attach
+from hostpassd.state import State
+
+# An action, and what polkit, its rules and its prompts are told of one device that it is about.
+Check = tuple[str, Mapping[str, str]]
+
+# Asks about all devices of a plan; raises NotAuthorized and its kin.
+Authorise = Callable[[Sequence[Check]], Awaitable[None]]
+
+# Of what polkit is told, what no permission rests on: how things stand at present. What there is to say of the
+# companions, of a machine that runs or not, and of what was overridden, a Permission says more exactly.
+_PRESENT = frozenset({"device.driver", "device.companions", "machine.state", "override"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Permission:
+    """What a caller is authorised for: these devices, to or from this machine, past these blockers."""
+
+    machine: MachineKey | None
+    devices: frozenset[tuple[str, int, frozenset[tuple[str, str]]]]  # name, instance, what else it was authorised by
+    attaches: bool  # whether something comes into the running machine: who asked for that is not served without it
+    asks_guest: bool  # whether something is taken out of it, which the guest may have let go of by itself meanwhile
+    overridden: frozenset[Blocker]
+
+    def covers(self, other: Permission) -> bool:
+        """Whether whoever has this may do what OTHER is for: the same, or less."""
+        within = other.devices <= self.devices and other.overridden <= self.overridden
+        same = (other.machine, other.attaches) == (self.machine, self.attaches)
+        return within and same and other.asks_guest <= self.asks_guest
+
+
+def permission(state: State, plan: Plan) -> Permission:
+    """The permission that PLAN takes, as things are now."""
+    rows = [details(state, plan, name, ()) for name in plan.devices]
+    counts = [frozenset((key, value) for key, value in row.items() if key not in _PRESENT) for row in rows]
+    return Permission(
+        plan.machine,
+        frozenset(zip(plan.devices, plan.instances, counts, strict=True)),
+        any(isinstance(step, Attach) for step in plan.steps),
+        any(step.asks_guest for step in plan.steps),
+        frozenset(plan.overridden),
+    )
+
+
+def checks(state: State, plan: Plan) -> list[Check]:
+    """What each device of PLAN is to be authorised for, by itself."""
+    return [
+        (plan.request.action(bool(past)), details(state, plan, name, past))
+        for name, past in _overridden(state, plan).items()
+    ]
+
+
+def _overridden(state: State, plan: Plan) -> dict[str, list[Blocker]]:
+    """The blockers that the caller goes past, by the device of PLAN that is, or is above, what they name."""
+    found: dict[str, list[Blocker]] = {name: [] for name in plan.devices}
+    for blocker in plan.overridden:
+        line = (blocker.device, *(above.name for above in state.ancestors(blocker.device)))
+        found[next((name for name in line if name in found), plan.device)].append(blocker)
+    return found
+
+
+def details(state: State, plan: Plan, name: str, overridden: Sequence[Blocker]) -> dict[str, str]:
+    """What polkit, its rules and its prompt are told of the device NAME of PLAN, past the blockers OVERRIDDEN."""
+    machine = state.copies[plan.machine] if plan.machine else None
+    device = state.device(name)
+    if device and (name, device.instance) not in zip(plan.devices, plan.instances, strict=True):
+        device = None  # another one, where something that is missing was last
+    facts = (device.usb or device.pci) if device else None
+    product = getattr(facts, "product_id", getattr(facts, "device_id", None))
+    return {
+        "device.name": _one_word(name),
+        "device.kind": device.kind if device else "",
+        "device.label": device.label if device else name,
+        "device.vendor-id": f"{facts.vendor_id:04x}" if facts else "",
+        "device.product-id": f"{product:04x}" if product is not None else "",
+        "device.serial": device.serial if device else "",
+        "device.driver": device.driver if device else "",
+        "device.companions": " ".join(d for d in plan.devices if d != name),
+        "machine.name": machine.name if machine else "",
+        "machine.uuid": machine.uuid if machine else "",
+        "machine.state": machine.state if machine else "",
+        "operation": plan.operation,
+        "override": " ".join(sorted({blocker.code for blocker in overridden})),
+    }
+
+
+def _one_word(name: str) -> str:
+    """NAME as one word: the id of a missing thing is a claim of whoever wrote the machine's configuration."""
+    return re.sub(r"[^!-~]", "\N{REPLACEMENT CHARACTER}", name)

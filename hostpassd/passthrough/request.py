@@ -1,0 +1,101 @@
+"""What is asked for, as a value of its own: a request knows how it is planned and which authorisation it takes.
+
+A new operation is one class here or in a file of its own (see assign.py, dismiss.py), the steps that it is made of
+(steps.py), and a row each in the interface, its policy and the table of methods. It need not be about a machine.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+from typing import ClassVar
+
+from hostpassd import errors
+from hostpassd.model.codes import NEVER, Blocker
+from hostpassd.model.machine import MachineKey
+from hostpassd.passthrough.steps import Step
+from hostpassd.state import State
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller asks for. None: the default for this machine and device."""
+
+    live: bool | None = None
+    config: bool | None = None
+    instance: int | None = None
+    timeout: int = 20  # seconds, for the whole job
+    wait: bool = True
+    guest_address: str = ""
+    rom_bar: bool | None = None
+    override: frozenset[str] = frozenset()  # codes of blockers that the caller accepts
+    plan: str = ""  # the token of the plan that this must still be
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request(abc.ABC):
+    """An operation as its caller spelt it."""
+
+    machine: str  # '': it is about no machine
+    device: str
+    options: Options
+    uid: int  # the caller's
+
+    operation: ClassVar[str]  # the word for it: in the interface, the intent log, the audit log
+
+    @abc.abstractmethod
+    def plan(self, state: State) -> Plan:
+        """What it would do now, blocked or not. Raises what is wrong with it."""
+
+    @abc.abstractmethod
+    def action(self, overridden: bool) -> str:
+        """The action that each device takes an authorisation for; OVERRIDDEN: past blockers of that device."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """One operation: what moves, and the steps in order. Nothing is decided after it is made."""
+
+    request: Request = dataclasses.field(repr=False, compare=False)
+    machine: MachineKey | None
+    devices: tuple[str, ...]  # all that move, the asked one first (of a missing one: where it was last)
+    instances: tuple[int, ...]  # of `devices`, to see a replug between prompt and execution
+    steps: tuple[Step, ...]
+    locks: tuple[str, ...]  # two plans that share one never run together; sorted
+    blockers: tuple[Blocker, ...] = ()  # without the machine's own holds
+    loses: tuple[str, ...] = ()  # the functions that the host loses
+    consequences: tuple[str, ...] = ()  # for people
+
+    @property
+    def operation(self) -> str:
+        """The request's."""
+        return self.request.operation
+
+    @property
+    def device(self) -> str:
+        """The device that was asked for."""
+        return self.devices[0]
+
+    @property
+    def token(self) -> str:
+        """Names this very plan: another one whenever anything that it rests on is another."""
+        return hashlib.sha256(f"{self.operation} {self!r}".encode()).hexdigest()[:32]
+
+    @property
+    def refused(self) -> tuple[Blocker, ...]:
+        """The blockers that its caller does not accept, or cannot."""
+        accepted = self.request.options.override
+        return tuple(b for b in self.blockers if b.severity == NEVER or b.code not in accepted)
+
+    @property
+    def overridden(self) -> tuple[Blocker, ...]:
+        """The blockers that its caller goes past."""
+        refused = self.refused
+        return tuple(b for b in self.blockers if b not in refused)
+
+    def check_allowed(self) -> None:
+        """Raises Blocked unless the caller accepts all that blocks it."""
+        if found := self.refused:
+            told = " ".join(f"{b.code}: {b.message}" for b in found)
+            raise errors.Blocked(f"{self.device} cannot be assigned: {told}")
