@@ -26,7 +26,7 @@ from hostpassd.config import Config
 from hostpassd.host.reading import Reader
 from hostpassd.host.udev import Armed, Udev
 from hostpassd.host.uses import HostUses
-from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines.hypervisor import Hypervisor
 from hostpassd.machines.stored import StoredWatch, folder_of
 from hostpassd.model.events import Event, FilesHang, HypervisorChanged, MachinesListed
 from hostpassd.passthrough.execute import Executor

@@ -16,7 +16,7 @@ from hostpassd.config import Config
 from hostpassd.daemon import Daemon
 from hostpassd.host import rtnetlink
 from hostpassd.host.udev import Udev
-from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines.hypervisor import Hypervisor
 
 URI = "test:///default"
 

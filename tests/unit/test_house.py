@@ -28,7 +28,7 @@ WIRING = {"__init__", "__main__", "daemon"}
 # The modules that a library is for.
 LIBRARIES = {
     "pyudev": {"host/udev.py"},
-    "libvirt": {"machines/libvirt.py"},
+    "libvirt": {"machines/connection.py"},
     "lxml": {"machines/domain_xml.py"},
     "dbus_next": {"bus/connection.py", "bus/peers.py", "bus/router.py", "bus/wire.py"},
 }

@@ -20,7 +20,7 @@ from hostpassd.host import uses as uses_module
 from hostpassd.host.sysfs import Memory
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
-from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines.hypervisor import Hypervisor
 from hostpassd.machines.stored import StoredWatch
 from hostpassd.model.events import HypervisorChanged
 

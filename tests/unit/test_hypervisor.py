@@ -1,4 +1,4 @@
-"""The connection to libvirt, against its embedded driver in this process."""
+"""Hypervisors, against libvirt's embedded driver in this process."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from hostpassd.errors import (
     NotAssigned,
     NotSupported,
 )
-from hostpassd.machines import libvirt as ours
-from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines import hypervisor as ours
+from hostpassd.machines.connection import Connection
+from hostpassd.machines.hypervisor import Hypervisor
 from hostpassd.model.events import (
     DeviceAdded,
     DeviceRemoved,
@@ -116,8 +117,8 @@ async def running(uri: str) -> AsyncIterator[tuple[Hypervisor, Tape]]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        while hypervisor._closing:
-            await asyncio.wait(hypervisor._closing)
+        while hypervisor.closing:
+            await asyncio.wait(hypervisor.closing)
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ async def test_an_event_during_a_reading_has_the_machine_read_again(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, finish = threading.Event(), threading.Event()
-    read = ours._Connection.read
+    read = Connection.read
 
     def slow(self: Any, uuid: str) -> Any:
         machine = read(self, uuid)
@@ -242,7 +243,7 @@ async def test_an_event_during_a_reading_has_the_machine_read_again(
 
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        monkeypatch.setattr(ours._Connection, "read", slow)
+        monkeypatch.setattr(Connection, "read", slow)
         first = asyncio.create_task(hypervisor.refresh_machine(GAMING))
         assert await asyncio.to_thread(reading.wait, 10)
         machine = opened.connections[-1].lookupByUUIDString(GAMING)
@@ -273,7 +274,7 @@ async def test_a_machine_that_cannot_be_read_is_shown_as_it_was(uri: str, monkey
         def unreadable(xml: str) -> Any:
             raise ValueError("no XML")
 
-        monkeypatch.setattr(ours, "read_claims", unreadable)
+        monkeypatch.setattr("hostpassd.machines.connection.read_claims", unreadable)
         with pytest.raises(HypervisorRefused):
             await hypervisor.refresh_machine(GAMING)
         await hypervisor.refresh()
@@ -346,7 +347,7 @@ async def test_a_transient_machine_is_not_made_persistent(uri: str) -> None:
 
 
 async def test_errors_say_what_is_wrong_in_libvirts_words(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "_NODE_DEVICE_PATIENCE", 0.0)
+    monkeypatch.setattr(ours, "NODE_DEVICE_PATIENCE", 0.0)
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         with pytest.raises(NoSuchMachine):
@@ -497,7 +498,7 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, finish = threading.Event(), threading.Event()
-    read = ours._Connection.read
+    read = Connection.read
 
     def stuck(self: Any, uuid: str) -> Any:
         reading.set()
@@ -506,7 +507,7 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
 
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        monkeypatch.setattr(ours._Connection, "read", stuck)
+        monkeypatch.setattr(Connection, "read", stuck)
         first = asyncio.create_task(hypervisor.refresh_machine(GAMING))
         await asyncio.sleep(0)  # it waits for the very reading in which the connection is lost
         opened.fire(
@@ -530,7 +531,7 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
 async def test_a_libvirtd_that_does_not_answer_holds_nothing_up(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_OPEN_PATIENCE", 0.01)
+    monkeypatch.setattr(ours, "OPEN_PATIENCE", 0.01)
     opened.go.clear()
     async with running(uri) as (hypervisor, tape):
         await tape.until(lambda events: events)
@@ -721,7 +722,7 @@ class Frozen:
 async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_READING_ALONE", 0.05)
+    monkeypatch.setattr(ours, "READING_ALONE", 0.05)
     async with running(uri) as (hypervisor, tape):
         listed = await tape.until_listed()
         frozen = Frozen(monkeypatch, "off")
@@ -748,7 +749,7 @@ async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
 async def test_a_machine_that_libvirt_describes_only_later_is_listed_without_it(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_READING_ALONE", 0.05)
+    monkeypatch.setattr(ours, "READING_ALONE", 0.05)
     frozen = Frozen(monkeypatch, "off")
     async with running(uri) as (_, tape):
         listed = await tape.until_listed()
@@ -761,7 +762,7 @@ async def test_a_machine_that_libvirt_describes_only_later_is_listed_without_it(
 async def test_a_machine_that_is_not_described_at_all_is_shown_as_it_was(
     uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ours, "_PATIENCE", 0.1)
+    monkeypatch.setattr(ours, "PATIENCE", 0.1)
     async with running(uri) as (hypervisor, tape):
         listed = await tape.until_listed()
         frozen = Frozen(monkeypatch, "off")
@@ -777,7 +778,7 @@ async def test_a_machine_that_is_not_described_at_all_is_shown_as_it_was(
 async def test_a_list_that_never_comes_is_told_and_the_connection_is_made_afresh(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
+    monkeypatch.setattr(ours, "PATIENCE", 0.2)
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         hang = Hang(monkeypatch, libvirt.virConnect, "listAllDomains")
@@ -793,7 +794,7 @@ async def test_a_list_that_never_comes_is_told_and_the_connection_is_made_afresh
 async def test_a_name_that_is_never_looked_up_ends_too(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
+    monkeypatch.setattr(ours, "PATIENCE", 0.2)
     go = threading.Event()
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
@@ -806,14 +807,14 @@ async def test_a_name_that_is_never_looked_up_ends_too(
 async def test_waiting_for_idle_can_hang_and_then_others_still_can_wait(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "_PATIENCE", 0.2)
+    monkeypatch.setattr(ours, "PATIENCE", 0.2)
     hang = Hang(monkeypatch, libvirt.virDomain, "memoryStats")
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         first = asyncio.create_task(hypervisor.wait_until_idle(GAMING))
         await hang.began()
         hang.calm = True
-        monkeypatch.setattr(ours, "_PATIENCE", 10)
+        monkeypatch.setattr(ours, "PATIENCE", 10)
         await hypervisor.wait_until_idle(OFF)
         assert not first.done()
         hang.let_go()
@@ -823,7 +824,7 @@ async def test_waiting_for_idle_can_hang_and_then_others_still_can_wait(
 HANGS = """
 import asyncio, os, sys, threading
 import libvirt
-from hostpassd.machines.libvirt import Hypervisor
+from hostpassd.machines.hypervisor import Hypervisor
 
 async def main():
     listed = asyncio.Event()
