@@ -19,6 +19,7 @@ from hostpassd.base import capabilities  # noqa: E402
 from hostpassd.base.logs import Lines  # noqa: E402
 from hostpassd.bus.router import NameTaken  # noqa: E402
 from hostpassd.daemon import Daemon  # noqa: E402
+from hostpassd.ends import Ends  # noqa: E402
 from hostpassd.host.udev import Armed, arm  # noqa: E402
 
 log = logging.getLogger("hostpassd")
@@ -51,7 +52,7 @@ def main() -> int:
 
 
 async def _run(settings: config.Config, folder: Path, bus_address: str | None, armed: Armed) -> None:
-    await Daemon(settings, folder, bus_address, armed).run()
+    await Daemon(settings, Ends.real(settings, folder, bus_address, armed)).run()
 
 
 def _give_up_capabilities() -> None:

@@ -20,13 +20,13 @@ from hostpassd.state import Changes, State
 
 log = logging.getLogger(__name__)
 
-_SOCKET = "/run/systemd/journal/socket"
+JOURNAL = "/run/systemd/journal/socket"
 
 # Characters of a value.
 _VALUE_LIMIT = 4096
 
 # Records that wait for room in the journal's socket.
-_WAITING_LIMIT = 256
+WAITING_LIMIT = 256
 
 # Anybody can be refused as often as they like. So only so many refusals in each period have a record of their own; the
 # rest are counted, and one record for each user tells their number when the period ends.
@@ -152,8 +152,8 @@ class Records:
     """Writes records, of refusals a bounded number. What the journal has no room for waits; past that it is counted."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[bytes, str]] = deque()  # datagrams, each with its text for the log
-        self._lost = 0
+        self.waiting: deque[tuple[bytes, str]] = deque()  # datagrams, each with its text for the log
+        self.lost = 0  # records for which there was no room to wait
         self._journal: socket.socket | None = None  # while something waits
         self._refusals: Counter[int] = Counter()  # in this period, by user id
         self._left_out: Counter[int] = Counter()
@@ -199,32 +199,32 @@ class Records:
             return
         journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            journal.connect(_SOCKET)
+            journal.connect(JOURNAL)
             journal.send(data)
         except BlockingIOError:
             self._journal = journal
             self._wait(data, text)
-            asyncio.get_running_loop().add_writer(journal, self._send_waiting)
+            asyncio.get_running_loop().add_writer(journal, self.send_waiting)
             return
         except OSError:
             log.info("%s", text)
         journal.close()
 
     def _wait(self, data: bytes, text: str) -> None:
-        if len(self._waiting) < _WAITING_LIMIT:
-            self._waiting.append((data, text))
+        if len(self.waiting) < WAITING_LIMIT:
+            self.waiting.append((data, text))
         else:
-            self._lost += 1
+            self.lost += 1
 
-    def _send_waiting(self) -> None:
+    def send_waiting(self) -> None:
         """Called when the journal has room again."""
         journal, self._journal = self._journal, None
         assert journal
         asyncio.get_running_loop().remove_writer(journal)
         journal.close()
-        waiting, self._waiting = self._waiting, deque()
+        waiting, self.waiting = self.waiting, deque()
         for data, text in waiting:
             self._send(data, text)
-        if self._lost and not self._journal:
-            lost, self._lost = self._lost, 0
+        if self.lost and not self._journal:
+            lost, self.lost = self.lost, 0
             self.write(names.MESSAGE_OPERATION, f"{lost} records are lost: the journal had no room for them")

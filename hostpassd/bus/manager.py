@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from hostpassd import errors, names
 from hostpassd.bus import options
@@ -22,6 +22,13 @@ from hostpassd.passthrough.request import Options, Request
 from hostpassd.state import State, find
 
 
+class Sync(Protocol):
+    """Has the state catch up with what is outside."""
+
+    async def sync(self) -> None: ...
+    async def rescan(self) -> None: ...
+
+
 class ManagerMethods:
     """Handles the calls on the Manager and on Jobs."""
 
@@ -32,8 +39,7 @@ class ManagerMethods:
         access: Access,
         operations: Operations,
         publisher: Publisher,
-        sync: Callable[[], Awaitable[None]],
-        rescan: Callable[[], Awaitable[None]],
+        sync: Sync,
         emit: Callable[[Event], None],
         default: Options,
     ) -> None:
@@ -43,7 +49,6 @@ class ManagerMethods:
         self._operations = operations
         self._publisher = publisher
         self._sync = sync
-        self._rescan = rescan
         self._emit = emit
         self._default = default
         router.handle(names.MANAGER, "FindDevices", self._find_devices)
@@ -102,12 +107,12 @@ class ManagerMethods:
         return [names.job_path(job.number)]
 
     async def _handle_sync(self, call: Call) -> Sequence[Any]:
-        await self._sync()
+        await self._sync.sync()
         self._publisher.flush()
         return [self._publisher.generation]
 
     async def _handle_rescan(self, call: Call) -> Sequence[Any]:
-        await self._rescan()
+        await self._sync.rescan()
         self._publisher.flush()
         return []
 

@@ -172,13 +172,17 @@ class Router:
     stays lost.
     """
 
-    def __init__(self, specification: Specification, *, log: logging.Logger) -> None:
+    def __init__(
+        self, specification: Specification, *, log: logging.Logger, connection: Callable[..., Connection] = Connection
+    ) -> None:
+        """CONNECTION makes one, with the arguments of Connection."""
         self._spec = specification
         self._log = log
         self._wire = Wire(specification, log)
         self._table = Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
         self._quick: set[tuple[str, str]] = set()
+        self._connect = connection
         self._connection: Connection | None = None
         self._named = False
         self._serial = 0
@@ -197,7 +201,7 @@ class Router:
 
     async def connect(self, address: str | None = None) -> None:
         """Connects to the bus at ADDRESS, without one to the system bus. Raises OSError or dbus-next's AuthError."""
-        connection = Connection(address, self._take, self._calls.wake)
+        connection = self._connect(address, self._take, self._calls.wake)
         try:
             await connection.open()
         except BaseException:

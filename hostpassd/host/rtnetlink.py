@@ -23,7 +23,7 @@ _ROUTE = struct.Struct("=BBBBBBBBI")  # family, destination and source lengths, 
 _HOP = struct.Struct("=HBBi")  # length, flags, hops, index
 
 _ERROR, _DONE = 2, 3
-_GET_LINK, _GET_ADDRESS, _GET_ROUTE = 18, 22, 26
+GET_LINK, _GET_ADDRESS, _GET_ROUTE = 18, 22, 26
 _REQUEST, _DUMP, _INTERRUPTED = 0x1, 0x300, 0x10
 _SEQUENCE = 1
 _BUSY = (errno.EAGAIN, errno.EBUSY, errno.EINTR)
@@ -75,7 +75,7 @@ class Dump:
 
 def read() -> Network:
     """The network of this namespace now. Raises OSError."""
-    links = _dump(_GET_LINK, _LINK.pack(0, 0, 0, 0, 0))
+    links = _dump(GET_LINK, _LINK.pack(0, 0, 0, 0, 0))
     addresses = _dump(_GET_ADDRESS, _ADDRESS.pack(0, 0, 0, 0, 0))
     routes = _dump(_GET_ROUTE, _ROUTE.pack(0, 0, 0, 0, 0, 0, 0, 0, 0))
     return Network(
@@ -157,14 +157,15 @@ def _dump(request: int, payload: bytes) -> Dump:
     """
     rows: dict[bytes, None] = {}
     for _ in range(_ATTEMPTS):
-        dump = _dump_once(request, payload)
-        if dump.whole:
-            return dump
-        rows |= dict.fromkeys(dump.rows)
+        found = dump_once(request, payload)
+        if found.whole:
+            return found
+        rows |= dict.fromkeys(found.rows)
     return Dump(tuple(rows), whole=False)
 
 
-def _dump_once(request: int, payload: bytes) -> Dump:
+def dump_once(request: int, payload: bytes) -> Dump:
+    """What the kernel has of that kind (RTM_GETLINK and its like); not whole if it changed meanwhile."""
     rows: list[bytes] = []
     whole = True
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:

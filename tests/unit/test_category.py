@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hostpassd.model.category import CATEGORIES, USB_ORDER, category, interface_category
-from tests.unit.hardware import THINGS, Thing, event, lun, net, pci, usb
+from tests.sim.hardware import THINGS, Thing, event, lun, net, pci, usb
 
 DOCUMENT = Path(__file__).parents[2] / "docs/categories.md"
 

@@ -11,7 +11,7 @@ from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead
 from hostpassd.model.naming import STRUCTURE, SUBJECT, role
 from hostpassd.state import State
 from hostpassd.state.eligibility import blockers, companions
-from tests.unit.world import OTHER, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
+from tests.sim.world import OTHER, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)

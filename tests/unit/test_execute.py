@@ -34,7 +34,7 @@ from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.permission import Check
 from hostpassd.passthrough.request import Options
 from hostpassd.state import State
-from tests.unit.world import (
+from tests.sim.world import (
     KEY,
     OTHER,
     REQUESTS,

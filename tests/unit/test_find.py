@@ -14,7 +14,7 @@ from hostpassd.model.device import Device, Net, device_name
 from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
 from hostpassd.model.machine import Claim
 from hostpassd.state import State, find
-from tests.unit.world import OTHER, UUID, block, hostdev, machine, mdev, net, pci, scsi, state_of, usb
+from tests.sim.world import OTHER, UUID, block, hostdev, machine, mdev, net, pci, scsi, state_of, usb
 
 NIC = pci("0000:01:00.0", group=2)
 INTERFACE = net("enp1s0", NIC)

@@ -14,9 +14,9 @@ from hostpassd.model.device import Device
 from hostpassd.model.events import MachineRead
 from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.operations import STOP_PATIENCE
-from tests.unit.clockwork import Clockwork
+from tests.sim.clockwork import Clockwork
+from tests.sim.world import UUID, error_name
 from tests.unit.test_execute import GPU, NIC, PAIR, STICK, World, upkeep
-from tests.unit.world import UUID, error_name
 
 TIMEOUT = 30  # seconds, of the jobs
 

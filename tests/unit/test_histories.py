@@ -29,12 +29,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import hostpassd.audit
 import hostpassd.bus.access
 from hostpassd import names
 from hostpassd.bus import present
-from hostpassd.config import Config
-from hostpassd.daemon import RESCAN_PAUSE, Daemon
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.model.codes import OVERRIDABLE
 from hostpassd.model.device import Device, MdevParent, same_thing
@@ -52,11 +49,13 @@ from hostpassd.passthrough.intent_rows import Unfinished
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.steps import Attach, Store
 from hostpassd.state import State
-from tests.unit.clockwork import Clockwork
-from tests.unit.disk import Disk, no_room
-from tests.unit.listener import OBJECT_MANAGER, Bus, Reply, Tree, plain, rows_of_devices, rows_of_machines
-from tests.unit.truth import STUBS, URI, Ear, Elsewhere, Host, Libvirt, Udev
-from tests.unit.world import block, bridge, hostdev, keyboard, mdev, net, pci, scsi, usb
+from hostpassd.sync import RESCAN_PAUSE
+from tests.sim.clockwork import Clockwork
+from tests.sim.disk import Disk, no_room
+from tests.sim.ends import daemon_on, simulated
+from tests.sim.listener import OBJECT_MANAGER, Bus, Reply, Tree, plain, rows_of_devices, rows_of_machines
+from tests.sim.truth import STUBS, URI, Ear, Elsewhere, Host, HostEnd, Libvirt
+from tests.sim.world import block, bridge, hostdev, keyboard, mdev, net, pci, scsi, usb
 
 # --- what there is on the host ---
 
@@ -162,26 +161,23 @@ class Life:
         self.uses = HostUsesRead({})
         self._instances: dict[str, int] = {}
         self.loop.do(lambda: self._make(folder))
-        self.loop.run_until_idle(self.daemon._start())
+        self.loop.run_until_idle(self.daemon.start())
         self.client = self.bus.client
         self.client.start(self.managed_objects(), self._manager())
 
     def _make(self, folder: Path) -> None:
-        self.daemon = Daemon(Config(hypervisors=(URI, Elsewhere.uri)), folder, None)
-        self.state = self.daemon._state
-        self.bus = Bus(self.daemon._router)
         ear = Ear(self.emit)
         self.libvirt.ear = self.elsewhere.ear = ear
-        self.udev = Udev(self.host, ear)
+        self.udev = HostEnd(self.host, ear)
+        hypervisors = {URI: self.libvirt, Elsewhere.uri: self.elsewhere}
+        ends = simulated(folder, host=self.udev, hypervisors=hypervisors, bus=self._connect)
+        self.inlet = ends.inlet
+        self.daemon = daemon_on(ends)
+        self.state = self.daemon.state
 
-        async def connect(address: str | None) -> None:
-            self.daemon._router._connection = self.bus  # type: ignore[assignment]
-
-        ends = {"_udev": self.udev, "_uses": self.udev}
-        for name, end in ends.items():
-            setattr(self.daemon, name, end)
-        self.daemon._hypervisors |= {URI: self.libvirt, Elsewhere.uri: self.elsewhere}  # type: ignore[dict-item]
-        self.daemon._router.connect = connect  # type: ignore[assignment]
+    def _connect(self, *arguments: Any) -> Bus:
+        self.bus = Bus(*arguments)
+        return self.bus
 
     def emit(self, event: Event) -> None:
         """What the outside tells the daemon; host uses are remembered as long as their devices are the same.
@@ -190,7 +186,7 @@ class Life:
         looked for anew.
         """
         before = dict(self.state.devices)
-        self.daemon.emit(event)
+        self.inlet.emit(event)
         if isinstance(event, HostUsesRead):
             self.uses, self._instances = event, {}
         seen = event.devices if isinstance(event, DevicesScanned) else ()
@@ -208,7 +204,7 @@ class Life:
         """The daemon ends where it stands."""
         self.libvirt.ear = self.elsewhere.ear = None
         self.libvirt.forget_calls()
-        self.daemon._router._connection = None
+        self.bus.cut()
         self.loop.abandon()
 
     def call(self, member: str, signature: str = "", *body: Any, path: str = names.ROOT, interface: str = "") -> Reply:
@@ -389,7 +385,7 @@ class Operations(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3))
     def cancel(self, which: int) -> None:
         """A caller ends a job."""
-        jobs = sorted(job.number for job in self.life.daemon._operations.running)
+        jobs = sorted(job.number for job in self.life.daemon.operations.running)
         if jobs:
             path = names.job_path(jobs[which % len(jobs)])
             self.life.call("Cancel", path=path, interface=names.JOB)
@@ -513,10 +509,10 @@ class Operations(RuleBasedStateMachine):
 
     def _nothing_is_left(self) -> None:
         self.sound = False
-        daemon, executor = self.life.daemon, self.life.daemon._executor
+        daemon, executor = self.life.daemon, self.life.daemon.executor
         assert self.life.is_told
-        assert not self.life.state.jobs and not daemon._operations.running and not daemon._operations.tasks
-        assert not daemon._operations.upkeep.tasks
+        assert not self.life.state.jobs and not daemon.operations.running and not daemon.operations.tasks
+        assert not daemon.operations.upkeep.tasks
         assert executor.waiting.is_idle and not executor.locked
         assert all(reply.there for reply in self.life.bus.replies.values())
         if not self.mistakes.not_undone:
@@ -764,7 +760,7 @@ async def _somebody(uid: int) -> str:
 @pytest.fixture(autouse=True)
 def _no_audit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The host's journal is not filled with made-up operations."""
-    monkeypatch.setattr(hostpassd.audit, "_SOCKET", "/nonexistent")
+    monkeypatch.setattr("hostpassd.audit.JOURNAL", "/nonexistent")
     monkeypatch.setattr(hostpassd.bus.access, "_person", _somebody)  # its thread would end at any time
     yield
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "audit": {"model", "names", "state"},
     "bus": {"model", "errors", "base", "names", "state", "passthrough"},
 }
-WIRING = {"__init__", "__main__", "daemon"}
+WIRING = {"__init__", "__main__", "daemon", "ends", "sync"}
 
 # The modules that a library is for.
 LIBRARIES = {

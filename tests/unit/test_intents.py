@@ -18,8 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostpassd import errors
-from hostpassd.config import Config
-from hostpassd.daemon import Daemon
 from hostpassd.model.device import Device
 from hostpassd.model.events import DeviceSeen
 from hostpassd.model.machine import Claim, MachineKey
@@ -29,9 +27,10 @@ from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.rowfile import rows_in
 from hostpassd.passthrough.steps import Attach, Detach, Reattach, Store, Unplug, Unstore
-from tests.unit.disk import Disk, no_room
+from tests.sim.disk import Disk, no_room
+from tests.sim.ends import daemon_on, simulated
+from tests.sim.world import OTHER, URI, UUID, error_name, hostdev, pci, usb
 from tests.unit.test_execute import GPU, LUN, NIC, PAIR, STICK, World, reborn
-from tests.unit.world import OTHER, URI, UUID, error_name, hostdev, pci, usb
 
 CLAIM = hostdev(NIC, alias="ua-1")
 STEPS = (
@@ -280,15 +279,15 @@ async def test_with_nowhere_to_write_operations_are_refused_until_there_is(tmp_p
 
 
 async def test_the_service_manager_is_told_why_there_are_no_operations(tmp_path: Path, disk: Disk) -> None:
-    daemon = Daemon(Config(hypervisors=(URI,)), tmp_path, None)
-    assert "operations" not in daemon._status()
+    daemon = daemon_on(simulated(tmp_path))
+    assert "operations" not in daemon.status()
     disk.at = no_room
     with pytest.raises(errors.StateFolderError):
-        await daemon._intents.catch_up()
-    assert daemon._status().endswith("; no operations: " + daemon._intents.problem) and "full" in daemon._status()
+        await daemon.intents.catch_up()
+    assert daemon.status().endswith("; no operations: " + daemon.intents.problem) and "full" in daemon.status()
     disk.at = fine
-    await daemon._intents.catch_up()
-    assert "operations" not in daemon._status()
+    await daemon.intents.catch_up()
+    assert "operations" not in daemon.status()
 
 
 async def test_a_file_that_can_be_read_late_is_put_in_order_then(

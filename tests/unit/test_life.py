@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostpassd import daemon as daemon_module
 from hostpassd import errors
 from hostpassd.bus.router import Router
-from hostpassd.config import Config
 from hostpassd.daemon import Daemon
-from hostpassd.host import udev as udev_module
-from hostpassd.host import uses as uses_module
-from hostpassd.host.sysfs import Memory
+from hostpassd.ends import Ends
 from hostpassd.host.udev import Udev
 from hostpassd.host.uses import HostUses
-from hostpassd.machines.hypervisor import Hypervisor
 from hostpassd.machines.stored import StoredWatch
 from hostpassd.model.events import HypervisorChanged
+from tests.sim.ends import Still, daemon_on, simulated
 
-URI = "test:///default"
+URI = "sim:///"
 PATIENCE = 20
-
-
-async def nothing(*_: Any) -> None:
-    """In the place of what reaches out of the process."""
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Daemon]]:
-    """Makes a daemon without a bus, a host or a hypervisor."""
-    for kind, name in (
-        (Router, "connect"),
-        (Router, "own_name"),
-        (Udev, "scan"),
-        (HostUses, "read_now"),
-        (Hypervisor, "run"),
-    ):
-        monkeypatch.setattr(kind, name, nothing)
-    monkeypatch.setattr(Udev, "arm", lambda _: None)
-    monkeypatch.setattr(HostUses, "start", lambda _: None)
-    monkeypatch.setattr(daemon_module, "START_LIMIT", 0.0)
-    yield lambda: Daemon(Config(hypervisors=(URI,)), tmp_path, None)
 
 
 async def fault(*_: Any) -> None:
@@ -57,63 +33,82 @@ def plain_fault(*_: Any) -> None:
     raise RuntimeError("a fault of ours")
 
 
-async def ends(daemon: Daemon) -> None:
+class Faulty(Still):
+    """A hypervisor with a fault in it."""
+
+    run = refresh = fault
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hostpassd.daemon.START_LIMIT", 0.0)
+
+
+async def ends_by_itself(running: asyncio.Future[None]) -> None:
     with pytest.raises(errors.Failed, match="made a mistake"):
-        await asyncio.wait_for(daemon.run(), PATIENCE)
+        await asyncio.wait_for(running, PATIENCE)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Hypervisor, "run"), (Router, "warm"), (Daemon, "_watchdog")])
-async def test_a_fault_in_what_always_runs(
-    daemon: Callable[[], Daemon], monkeypatch: pytest.MonkeyPatch, kind: type, name: str
-) -> None:
-    monkeypatch.setattr(kind, name, fault)
-    await ends(daemon())
+@pytest.mark.parametrize("where", ["a hypervisor", "the router", "the watchdog"])
+async def test_a_fault_in_what_always_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    if where == "the router":
+        monkeypatch.setattr(Router, "warm", fault)
+    if where == "the watchdog":
+        monkeypatch.setattr("hostpassd.daemon.feed_watchdog", fault)
+    hypervisor = Faulty() if where == "a hypervisor" else Still()
+    daemon = daemon_on(simulated(tmp_path, hypervisors={URI: hypervisor}))
+    await ends_by_itself(asyncio.ensure_future(daemon.run()))
 
 
-def scan_again(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(udev_module, "_read_all", plain_fault)
-    daemon._udev._overflowed()
+class Place:
+    """A daemon that runs, its ends, and a folder."""
+
+    def __init__(self, daemon: Daemon, ends: Ends, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.daemon, self.ends, self.folder, self.monkeypatch = daemon, ends, folder, monkeypatch
 
 
-def scan_what_moved(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(udev_module, "_read_all", plain_fault)
-    batch = udev_module._Batch({"/sys/devices/x": "pci_x"}, Memory())
-    batch._leave("/sys/devices/x")
-    daemon._udev._apply(batch)
+def scan_again(place: Place) -> None:
+    place.monkeypatch.setattr("hostpassd.host.udev._read_all", plain_fault)
+    Udev(place.ends.inlet.emit).scan_soon()
 
 
-def read_uevents(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(udev_module._Batch, "read", plain_fault)
-    daemon._udev._queue.append(None)
-    daemon._udev._work()
+def scan_what_moved(place: Place) -> None:
+    place.monkeypatch.setattr("hostpassd.host.udev._read_all", plain_fault)
+    moved = types.SimpleNamespace(
+        names={}, blocks={}, nics=set(), gone=set(), events=[], uses_changed=False, moved=True
+    )
+    Udev(place.ends.inlet.emit)._apply(moved)  # type: ignore[arg-type]
 
 
-def read_host_uses(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(uses_module, "read_uses", plain_fault)
-    daemon._uses._due()
+def read_uevents(place: Place) -> None:
+    place.monkeypatch.setattr("hostpassd.host.udev._Batch.read", plain_fault)
+    udev = Udev(place.ends.inlet.emit)
+    udev._queue.append(None)
+    udev._work()
 
 
-def read_what_was_stored(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Hypervisor, "refresh", fault)
-    watch = StoredWatch(daemon._hypervisors[URI], "/none")
-    watch._everything = True
-    watch._read()
+def read_host_uses(place: Place) -> None:
+    place.monkeypatch.setattr("hostpassd.host.uses.read_uses", plain_fault)
+    HostUses(place.ends.inlet.emit, lambda path: None, {}, (), "").refresh()
 
 
-def take_an_event_in_a_task_that_goes_on(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon._state, "apply", plain_fault)
+def read_what_was_stored(place: Place) -> None:
+    StoredWatch(Faulty(), str(place.folder))  # type: ignore[arg-type]
+    (place.folder / "vm.new").write_text("")
+    (place.folder / "\udcff.xml").write_text("")
+
+
+def take_an_event_in_a_task_that_goes_on(place: Place) -> None:
+    place.monkeypatch.setattr(place.daemon.state, "apply", plain_fault)
     with contextlib.suppress(RuntimeError):
-        daemon.emit(HypervisorChanged(URI, False, "x"))
+        place.ends.inlet.emit(HypervisorChanged(URI, False, "x"))
 
 
-def publish_in_a_handler(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    daemon.emit(HypervisorChanged(URI, False, "x"))
-    monkeypatch.setattr(daemon._router, "publish", plain_fault)
+def publish_in_a_handler(place: Place) -> None:
+    place.ends.inlet.emit(HypervisorChanged(URI, False, "x"))
+    place.monkeypatch.setattr(place.daemon.router, "publish", plain_fault)
     with contextlib.suppress(RuntimeError):
-        daemon._publisher.flush()
+        place.daemon.publisher.flush()
 
 
 FAULTS = [
@@ -129,16 +124,12 @@ FAULTS = [
 
 @pytest.mark.parametrize("go_wrong", FAULTS)
 async def test_a_fault_on_the_way(
-    daemon: Callable[[], Daemon],
-    monkeypatch: pytest.MonkeyPatch,
-    go_wrong: Callable[[Daemon, pytest.MonkeyPatch], None],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, go_wrong: Callable[[Place], None]
 ) -> None:
-    made = daemon()
-    own_name = Router.own_name
-
-    async def when_started(*arguments: Any) -> None:
-        await own_name(*arguments)
-        asyncio.get_running_loop().call_soon(go_wrong, made, monkeypatch)
-
-    monkeypatch.setattr(made._router, "own_name", when_started)
-    await ends(made)
+    ends = simulated(tmp_path, hypervisors={URI: Still()})
+    daemon = daemon_on(ends)
+    running = asyncio.ensure_future(daemon.run())
+    while not daemon.publisher.running:
+        await asyncio.sleep(0)
+    go_wrong(Place(daemon, ends, tmp_path, monkeypatch))
+    await ends_by_itself(running)

@@ -13,8 +13,8 @@ from hostpassd import errors, names
 from hostpassd.bus.access import Access
 from hostpassd.bus.router import Call
 from hostpassd.passthrough.permission import Check
-from tests.unit.house import CALLER, PAIR, House
-from tests.unit.world import UUID
+from tests.sim.house import CALLER, PAIR, House
+from tests.sim.world import UUID
 
 OTHER = 1001
 
@@ -23,7 +23,7 @@ class Bus:
     """Calls handlers as the router does, and answers for polkit: `denied`, by device name and then the error."""
 
     def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._handlers = house.daemon._router._handlers
+        self._handlers = house.daemon.router._handlers
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.denied: dict[str, type[errors.HostpassError]] = {}
 
@@ -37,7 +37,7 @@ class Bus:
             return int(sender.removeprefix(":1."))
 
         monkeypatch.setattr(Access, "check", check)
-        monkeypatch.setattr(house.daemon._router, "uid_of", uid_of)
+        monkeypatch.setattr(house.daemon.router, "uid_of", uid_of)
 
     async def call(self, uid: int, path: str, interface: str, member: str, *args: Any) -> Sequence[Any]:
         call = Call(f":1.{uid}", path, interface, member, list(args), True)

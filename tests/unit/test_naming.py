@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hostpassd.model.device import Mdev
 from hostpassd.model.naming import describe, human_size, identity_id, label, location, role, socket
-from tests.unit.hardware import THINGS, UUID, Thing, block, lun, net, node, pci, usb
+from tests.sim.hardware import THINGS, UUID, Thing, block, lun, net, node, pci, usb
 
 
 @pytest.mark.parametrize("thing", THINGS, ids=str)

@@ -19,8 +19,8 @@ from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.permission import Check
 from hostpassd.passthrough.plan import lock_of
 from hostpassd.passthrough.request import Options, Plan
-from tests.unit.house import CALLER, PAIR, STICK, House
-from tests.unit.world import OTHER, REQUESTS, URI, UUID, block, error_name, hostdev, machine, net, usb
+from tests.sim.house import CALLER, PAIR, STICK, House
+from tests.sim.world import OTHER, REQUESTS, URI, UUID, block, error_name, hostdev, machine, net, usb
 
 DISK = block("sda", STICK)
 WIRE = net("enp4s1", PAIR[0])
@@ -39,7 +39,7 @@ async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 def put(house: House, seen: Machine) -> None:
     """The machine is like that, and is read."""
     house.libvirt.machines[seen.uuid] = seen
-    house.daemon.emit(MachineRead(seen))
+    house.emit(MachineRead(seen))
 
 
 async def start(
@@ -57,7 +57,7 @@ async def start(
         meanwhile()
 
     request = REQUESTS[operation](UUID, device, options, CALLER)
-    return await house.daemon._operations.start(request, authorise), asked
+    return await house.daemon.operations.start(request, authorise), asked
 
 
 async def during_the_prompt(
@@ -76,7 +76,7 @@ async def in_the_queue(
     house: House, device: Device, options: Options, happen: Callable[[], None], operation: str = "assign"
 ) -> str:
     """The same, where it happens while another job has the group."""
-    async with house.daemon._executor.alone((lock_of(device),)):
+    async with house.daemon.executor.alone((lock_of(device),)):
         control, _ = await start(house, device.name, options, operation)
         happen()
     await control.ended.wait()
@@ -103,7 +103,7 @@ async def test_a_machine_that_has_started_is_no_other_one(house: House, when: Wh
 async def test_a_driver_that_comes_or_goes_is_no_other_device(house: House, when: When) -> None:
     def rebind() -> None:
         for device in PAIR:
-            house.daemon.emit(DeviceSeen(dataclasses.replace(device, driver="vfio-pci")))
+            house.emit(DeviceSeen(dataclasses.replace(device, driver="vfio-pci")))
 
     assert await when(house, PAIR[0], Options(timeout=5), rebind) == "done"
 
@@ -111,7 +111,7 @@ async def test_a_driver_that_comes_or_goes_is_no_other_device(house: House, when
 @at_any_time
 async def test_a_companion_that_lost_its_driver_meanwhile_need_not_move(house: House, when: When) -> None:
     def unbind() -> None:
-        house.daemon.emit(DeviceSeen(dataclasses.replace(PAIR[1], driver="")))
+        house.emit(DeviceSeen(dataclasses.replace(PAIR[1], driver="")))
 
     assert await when(house, PAIR[0], Options(timeout=5), unbind) == "done"
     assert len(house.libvirt.machines[UUID].live) == 1
@@ -173,12 +173,12 @@ async def test_it_does_not_rest_on_it_where_only_the_stored_half_is_asked_for(ho
     ids=["renamed", "replugged", "another serial", "another label"],
 )
 async def test_a_permission_rests_on_what_rules_and_people_are_told(house: House, when: When, event: Event) -> None:
-    assert await when(house, STICK, Options(timeout=5), lambda: house.daemon.emit(event)) == "StalePlan"
+    assert await when(house, STICK, Options(timeout=5), lambda: house.emit(event)) == "StalePlan"
     assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
 
 
 def use(house: House, *uses: HostUse) -> None:
-    house.daemon.emit(HostUsesRead({DISK.name: uses} if uses else {}))
+    house.emit(HostUsesRead({DISK.name: uses} if uses else {}))
 
 
 @at_any_time
@@ -195,15 +195,15 @@ def use(house: House, *uses: HostUse) -> None:
 async def test_an_override_is_for_what_was_in_the_way_and_not_for_what_is_called_the_same(
     house: House, when: When, later: tuple[HostUse, ...], end: str
 ) -> None:
-    house.daemon.emit(DeviceSeen(DISK))
+    house.emit(DeviceSeen(DISK))
     use(house, SCRATCH)
     assert await when(house, STICK, MOUNTED, lambda: use(house, *later)) == end
 
 
 async def test_each_device_is_asked_about_with_what_is_in_its_own_way(house: House) -> None:
     for function in (DISK, WIRE):
-        house.daemon.emit(DeviceSeen(function))
-    house.daemon.emit(HostUsesRead({WIRE.name: (HostUse("address", "192.0.2.1/24"),)}))
+        house.emit(DeviceSeen(function))
+    house.emit(HostUsesRead({WIRE.name: (HostUse("address", "192.0.2.1/24"),)}))
     options = Options(override=frozenset({"network-in-use", "mounted"}), timeout=5)
     control, asked = await start(house, PAIR[1].name, options)
     await control.ended.wait()
@@ -221,15 +221,15 @@ def missing(house: House) -> str:
     """The machine has the stick stored, and it is unplugged: the id of the row."""
     claim = claim_of(hostdev_xml(STICK, alias="", stored=True, unique=True))
     put(house, dataclasses.replace(machine(), stored=(claim,)))
-    house.daemon.emit(DeviceGone(STICK.sysfs_path))
-    [row] = house.daemon._state.missing[UUID]
+    house.emit(DeviceGone(STICK.sysfs_path))
+    [row] = house.daemon.state.missing[UUID]
     return row.id
 
 
 async def test_a_missing_id_is_that_row_whatever_a_stick_calls_itself(house: House) -> None:
     wanted = missing(house)
     liar = usb("1-9", number=30, vendor=0xBAD, serial=wanted)
-    house.daemon.emit(DeviceSeen(liar))
+    house.emit(DeviceSeen(liar))
     put(house, dataclasses.replace(house.libvirt.machines[UUID], live=(hostdev(liar),)))
     control, asked = await start(house, wanted, operation="dismiss")
     await control.ended.wait()
@@ -240,7 +240,7 @@ async def test_a_missing_id_is_that_row_whatever_a_stick_calls_itself(house: Hou
 
 async def test_what_is_at_a_place_now_is_not_shown_for_what_is_missing_there(house: House) -> None:
     missing(house)
-    house.daemon.emit(DeviceSeen(usb("1-1", number=40, vendor=0xBAD, serial="NEW")))
+    house.emit(DeviceSeen(usb("1-1", number=40, vendor=0xBAD, serial="NEW")))
     control, asked = await start(house, STICK.name, operation="dismiss")
     await control.ended.wait()
     assert control.job.state == "done"
@@ -259,15 +259,15 @@ async def test_a_permission_for_something_missing_is_for_that_thing_and_not_for_
     def happen() -> None:
         claim = claim_of(hostdev_xml(other, alias="", stored=True, unique=True))
         put(house, dataclasses.replace(machine(), stored=(claim,)))
-        house.daemon.emit(DeviceSeen(other))
-        house.daemon.emit(DeviceGone(other.sysfs_path))
+        house.emit(DeviceSeen(other))
+        house.emit(DeviceGone(other.sysfs_path))
 
     assert await when(house, STICK, Options(timeout=5), happen, "dismiss") == "StalePlan"
     assert len(house.libvirt.machines[UUID].stored) == 1
 
 
 async def test_an_instance_is_that_thing_missing_or_not(house: House) -> None:
-    instance = house.daemon._state.devices[STICK.name].instance
+    instance = house.daemon.state.devices[STICK.name].instance
     wanted = missing(house)
     for text in (wanted, STICK.name):
         with pytest.raises((errors.StalePlan, errors.NoSuchDevice)):
@@ -300,12 +300,12 @@ async def test_an_id_is_one_word_in_a_prompt(house: House) -> None:
         ("assign", lambda house: house.libvirt.lose(), Options(), errors.HypervisorUnavailable),
         (
             "assign",
-            lambda house: house.daemon.emit(MachineGone(MachineKey(URI, UUID))),
+            lambda house: house.emit(MachineGone(MachineKey(URI, UUID))),
             Options(),
             errors.NoSuchMachine,
         ),
         ("assign", lambda house: None, Options(guest_address="0000:04:00.0"), errors.InvalidOption),
-        ("assign", lambda house: house.daemon.emit(DeviceGone(STICK.sysfs_path)), Options(), errors.StalePlan),
+        ("assign", lambda house: house.emit(DeviceGone(STICK.sysfs_path)), Options(), errors.StalePlan),
         ("dismiss", lambda house: None, Options(), errors.StalePlan),
     ],
     ids=["libvirt is away", "the machine is gone", "a wrong option", "the device is gone", "not assigned any more"],
@@ -316,17 +316,17 @@ async def test_with_a_token_only_what_comes_of_a_change_is_a_stale_plan(
     happen(house)
     request = REQUESTS[operation](UUID, STICK.name, dataclasses.replace(options, plan="0" * 32), CALLER)
     with pytest.raises(error):
-        await house.daemon._operations.start(request, _nobody)
+        await house.daemon.operations.start(request, _nobody)
 
 
 async def test_whoever_has_too_many_jobs_is_told_so_before_a_password_is_asked_for(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hostpassd.passthrough.operations.JOBS_PER_USER", 1)
-    async with house.daemon._executor.alone((lock_of(STICK),)):
+    async with house.daemon.executor.alone((lock_of(STICK),)):
         first, _ = await start(house, STICK.name)
         with pytest.raises(errors.LimitExceeded):
-            await house.daemon._operations.start(Assign(UUID, PAIR[0].name, MOUNTED, CALLER), _nobody)
+            await house.daemon.operations.start(Assign(UUID, PAIR[0].name, MOUNTED, CALLER), _nobody)
     await first.ended.wait()
 
 
@@ -334,9 +334,9 @@ async def test_a_machine_that_is_undefined_while_the_log_is_looked_at_is_no_faul
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def check(plan: Plan) -> None:
-        house.daemon.emit(MachineGone(MachineKey(URI, UUID)))
+        house.emit(MachineGone(MachineKey(URI, UUID)))
 
-    monkeypatch.setattr(house.daemon._intents, "check", check)
+    monkeypatch.setattr(house.daemon.intents, "check", check)
     with pytest.raises(errors.NoSuchMachine):
         await start(house, STICK.name)
 
@@ -350,7 +350,7 @@ async def test_a_text_longer_than_any_name_is_refused_by_every_operation(house: 
         with pytest.raises(errors.InvalidArgs):
             await house.start(operation, dataclasses.replace(STICK, name=long))
     with pytest.raises(errors.InvalidArgs):
-        await house.daemon._operations.start(Assign(long, STICK.name, options, CALLER), _nobody)
+        await house.daemon.operations.start(Assign(long, STICK.name, options, CALLER), _nobody)
 
 
 async def _nobody(checks: Sequence[Check]) -> None:
@@ -361,12 +361,12 @@ async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     put(house, machine("a\u202eb\x9b2Jc\n", running=False))
     request = Assign(UUID, STICK.name, Options(live=True), CALLER)
     with pytest.raises(errors.InvalidOption) as refused:
-        await house.daemon._operations.start(request, _nobody)
+        await house.daemon.operations.start(request, _nobody)
     assert str(refused.value).startswith("ab2Jc does not run")
     put(house, machine("a\u202eb\x9b2Jc\n", live=(hostdev(PAIR[0]),)))
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
-        await house.daemon._operations.start(dataclasses.replace(request, machine=OTHER, device=PAIR[0].name), _nobody)
+        await house.daemon.operations.start(dataclasses.replace(request, machine=OTHER, device=PAIR[0].name), _nobody)
     assert "The running machine ab2Jc has" in str(blocked.value)
     assert house.records()[0]["MACHINE_NAME"] == "ab2Jc"
     await asyncio.sleep(0)

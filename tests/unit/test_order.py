@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hostpassd.model.device import Device
 from hostpassd.model.order import Natural, in_tree_order, natural, tree_key
-from tests.unit.hardware import block, lun, net, node, pci, usb
+from tests.sim.hardware import block, lun, net, node, pci, usb
 
 
 class Forest:

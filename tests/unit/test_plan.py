@@ -15,7 +15,7 @@ from hostpassd.passthrough.dismiss import Dismiss
 from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.steps import Attach, Detach, Reattach, Store, Unplug, Unstore
 from hostpassd.state import State
-from tests.unit.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
+from tests.sim.world import OTHER, block, bridge, hostdev, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)

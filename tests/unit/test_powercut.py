@@ -13,9 +13,9 @@ import pytest
 from hostpassd.model.device import Device
 from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.rowfile import rows_in
-from tests.unit.disk import Died, Disk, Image
+from tests.sim.disk import Died, Disk, Image
+from tests.sim.world import UUID, Libvirt, error_name
 from tests.unit.test_execute import LUN, PAIR, STICK, World
-from tests.unit.world import UUID, Libvirt, error_name
 
 Truth = tuple[object, ...]
 

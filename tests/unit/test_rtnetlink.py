@@ -28,9 +28,9 @@ def test_a_network_that_keeps_changing_is_all_that_was_there(monkeypatch: pytest
     left = iter(told * 4)
 
     def dump(request: int, payload: bytes) -> rtnetlink.Dump:
-        return rtnetlink.Dump(next(left) if request == rtnetlink._GET_LINK else (), whole=False)
+        return rtnetlink.Dump(next(left) if request == rtnetlink.GET_LINK else (), whole=False)
 
-    monkeypatch.setattr(rtnetlink, "_dump_once", dump)
+    monkeypatch.setattr(rtnetlink, "dump_once", dump)
     network = rtnetlink.read()
     assert not network.whole
     assert network.links == (Link(2, "eth0"), Link(2, "eth0", master=3), Link(3, "br0"), Link(4, "veth7"))
@@ -81,14 +81,14 @@ def test_only_the_kernel_is_heard_and_it_says_when_a_dump_is_not_whole(
     monkeypatch: pytest.MonkeyPatch, datagrams: list[tuple[bytes, int]], dump: rtnetlink.Dump
 ) -> None:
     monkeypatch.setattr(socket, "socket", lambda *_: Netlink(*datagrams))
-    assert rtnetlink._dump_once(rtnetlink._GET_LINK, b"") == dump
+    assert rtnetlink.dump_once(rtnetlink.GET_LINK, b"") == dump
 
 
 def test_the_kernels_other_errors_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = netlink_message(2, struct.pack("=i", -1))
     monkeypatch.setattr(socket, "socket", lambda *_: Netlink((refused, 0)))
     with pytest.raises(PermissionError):
-        rtnetlink._dump_once(rtnetlink._GET_LINK, b"")
+        rtnetlink.dump_once(rtnetlink.GET_LINK, b"")
 
 
 def test_netlink_attributes() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from hostpassd.base.shared import Shared
 from hostpassd.errors import TimedOut
-from tests.unit.clockwork import Clockwork
+from tests.sim.clockwork import Clockwork
 
 
 @pytest.fixture

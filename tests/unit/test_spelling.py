@@ -10,7 +10,7 @@ import pytest
 from hostpassd import names
 from hostpassd.bus import spelling
 from hostpassd.state import find
-from tests.unit.world import OTHER, net, pci, state_of
+from tests.sim.world import OTHER, net, pci, state_of
 
 NIC = pci("0000:01:00.0", group=2)
 INTERFACE = net("sda", NIC)

@@ -32,7 +32,7 @@ from hostpassd.state.eligibility import blockers, companions, is_leaf, use_block
 from hostpassd.state.holdings import Holdings
 from hostpassd.state.multimap import Multimap
 from hostpassd.state.tree import Tree
-from tests.unit.world import (
+from tests.sim.world import (
     KEY,
     OTHER,
     URI,

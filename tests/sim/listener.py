@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+from collections.abc import Callable
 from typing import Any
 
 from dbus_next import Message, MessageFlag, MessageType, Variant
 from dbus_next._private.unmarshaller import Unmarshaller
 
 from hostpassd import names
-from hostpassd.bus.connection import Inbox
-from hostpassd.bus.router import Router
+from hostpassd.bus.connection import Inbox, Incoming
 
 DRIVER = "org.freedesktop.DBus"
 POLKIT, POLKITS_OWNER = "org.freedesktop.PolicyKit1", ":1.3"
@@ -43,16 +43,37 @@ class Bus:
     """
 
     congested = False
+    unique_name = ""
 
-    def __init__(self, router: Router) -> None:
-        self._router = router
+    def __init__(
+        self, address: str | None, take: Callable[[Incoming], None], relieved: Callable[[], None] | None = None
+    ) -> None:
+        self._take = take
+        self._gone = asyncio.get_running_loop().create_future()
         self.client = Client()
         self.replies: dict[int, Reply] = {}
         self.prompting = False
+        self._is_cut = False
         self._prompts: list[Message] = []
+
+    async def open(self) -> None:
+        """The daemon comes."""
+
+    def release(self) -> None:
+        """Nothing to be given back."""
+
+    async def wait_for_disconnect(self) -> None:
+        """Returns when the daemon has left, or was cut off."""
+        await self._gone
+
+    def cut(self) -> None:
+        """Whoever was connected is dead: nothing of it is heard."""
+        self._is_cut = True
 
     def queue(self, data: bytes) -> None:
         """What the daemon sends."""
+        if self._is_cut:
+            return
         message = Unmarshaller(io.BytesIO(data)).unmarshall()
         match message.message_type:
             case MessageType.SIGNAL:
@@ -66,6 +87,8 @@ class Bus:
 
     def disconnect(self) -> None:
         """The daemon leaves."""
+        if not self._gone.done():
+            self._gone.set_result(None)
 
     def call(self, path: str, interface: str, member: str, signature: str = "", *body: Any) -> Reply:
         """The client calls the daemon."""
@@ -91,6 +114,10 @@ class Bus:
                 self._send(message, "(bba{ss})", [[not self.prompting, self.prompting, {}]])
             return
         match message.member:
+            case "Hello":
+                self._send(message, "s", [":1.2"])
+            case "GetId":
+                self._send(message, "s", ["0" * 32])
             case "RequestName":
                 self._send(message, "u", [1])
             case "GetConnectionUnixUser":
@@ -115,7 +142,7 @@ class Bus:
         incoming = inbox.next()
         assert incoming
         incoming.sender = sender
-        self._router._take(incoming)
+        self._take(incoming)
 
 
 # In one batch: objects added, properties changed, other signals, objects removed, the Generation.

@@ -640,16 +640,18 @@ def _means(claim: Claim, device: Device) -> bool:
     return False
 
 
-class Udev:
-    """udev's and the host uses' side of HOST, as a daemon asks for it."""
+class HostEnd:
+    """HOST as a daemon is told of it, by udev and by readings of the host's uses."""
 
     def __init__(self, host: Host, ear: Ear) -> None:
         self._host = host
         self._ear = ear
 
-    def arm(self) -> None:
-        """What came before is no news."""
+    async def start(self) -> None:
+        """Reads everything; what came before is no news."""
         self._host.notices = []
+        await self.scan()
+        await self.read_uses()
 
     async def scan(self) -> None:
         """Reads everything; what is queued comes after it."""
@@ -668,10 +670,7 @@ class Udev:
             if event:
                 self._ear.emit(event)
 
-    def start(self) -> None:
-        """Nothing to watch: readings are made when told."""
-
-    async def read_now(self) -> None:
+    async def read_uses(self) -> None:
         """Reads what the host uses its devices for."""
         await asyncio.sleep(0)
         self._ear.emit(self._host.read_uses())

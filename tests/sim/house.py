@@ -10,25 +10,19 @@ from typing import Any
 
 import pytest
 
-from hostpassd import audit as audit_module
 from hostpassd import errors, names
-from hostpassd.config import Config
-from hostpassd.daemon import Daemon
 from hostpassd.model.device import Device
 from hostpassd.model.events import DevicesScanned
 from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.permission import Check
 from hostpassd.passthrough.request import Options
-from tests.unit.world import REQUESTS, URI, Libvirt, machine, pci, usb
+from tests.sim.ends import daemon_on, simulated
+from tests.sim.world import REQUESTS, URI, Libvirt, machine, pci, usb
 
 PAIR = (pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5, driver="snd", code=0x040100))
 STICK = usb("1-1", number=3)
 HUB = usb("1-2", number=4, device_class=9)
 CALLER = 1000
-
-
-async def nothing(*_: Any) -> None:
-    """In the place of a wait for udev."""
 
 
 class House:
@@ -37,17 +31,13 @@ class House:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._journal.bind(str(folder / "socket"))
-        monkeypatch.setattr(audit_module, "_SOCKET", str(folder / "socket"))
-        self.daemon = Daemon(Config(hypervisors=(URI,)), folder, None)
-        self.daemon.emit(DevicesScanned((*PAIR, STICK, HUB)))
-        self.libvirt = Libvirt(self.daemon._state, self.daemon.emit, machine())
-        monkeypatch.setattr(self.daemon._udev, "settled", nothing)
-        hypervisors: dict[str, Any] = {**self.daemon._hypervisors, URI: self.libvirt}
-        monkeypatch.setattr(self.daemon, "_hypervisors", hypervisors)
-        monkeypatch.setattr(self.daemon._executor, "libvirt", hypervisors.__getitem__)
-        monkeypatch.setattr(self.daemon._executor.loans, "_libvirt", hypervisors.__getitem__)
-        self.daemon._publisher.announce_running()
-        self.daemon._audit.tells_foreign = True
+        monkeypatch.setattr("hostpassd.audit.JOURNAL", str(folder / "socket"))
+        hypervisors: dict[str, Any] = {URI: None}
+        ends = simulated(folder, hypervisors=hypervisors)
+        self.daemon, self.emit = daemon_on(ends), ends.inlet.emit
+        self.emit(DevicesScanned((*PAIR, STICK, HUB)))
+        self.libvirt = hypervisors[URI] = Libvirt(self.daemon.state, self.emit, machine())
+        self.daemon.announce_running()
 
     def close(self) -> None:
         self._journal.close()
@@ -73,7 +63,7 @@ class House:
                 raise errors.NotAuthorized("no")
 
         request = REQUESTS[operation]("vm", device.name, Options(timeout=5), CALLER)
-        return await self.daemon._operations.start(request, authorise)
+        return await self.daemon.operations.start(request, authorise)
 
     async def do(self, operation: str, device: Device) -> RunningJob:
         control = await self.start(operation, device)
@@ -82,5 +72,5 @@ class House:
 
     async def put_in_order(self) -> None:
         """Waits until what jobs left is looked after."""
-        while busy := self.daemon._operations.upkeep.tasks:
+        while busy := self.daemon.operations.upkeep.tasks:
             await asyncio.wait(busy)
