@@ -74,7 +74,7 @@ class Access:
         self._log = log
         self._quiet = asyncio.Semaphore(QUIET_PLACES)
         self._quiet_of: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()  # by person
-        self._prompts: Counter[str] = Counter()  # open ones, by person
+        self.prompts: Counter[str] = Counter()  # open ones, by person
         self._numbers = itertools.count(1)
         self._troubles: set[tuple[str, str]] = set()  # logged, by action, since polkit answered last about it
 
@@ -118,7 +118,7 @@ class Access:
         """Whether the caller may do ACTION after an authentication only. Raises NotAuthorized if not at all."""
         try:
             async with self._quiet_place(person), asyncio.timeout(TIMEOUT):
-                authorized, challenge, _ = await self._ask(call, action, details, interactive=False)
+                authorized, challenge, _ = await self.ask(call, action, details, interactive=False)
         except TimeoutError:
             raise NotAuthorized("polkit does not answer: ask the administrator to restart it.") from None
         except BusCallError as error:
@@ -132,7 +132,7 @@ class Access:
         """Returns when the caller has been authenticated for ACTION. Raises NotAuthorized if it is not."""
         try:
             async with asyncio.timeout(PROMPT_TIMEOUT):
-                authorized, challenge, answer = await self._ask(call, action, details, interactive=True)
+                authorized, challenge, answer = await self.ask(call, action, details, interactive=True)
         except TimeoutError:
             minutes = f"{PROMPT_TIMEOUT / 60:g} minutes"
             raise NotAuthorized(
@@ -159,20 +159,20 @@ class Access:
 
     @contextlib.asynccontextmanager
     async def _place_for_prompt(self, person: str) -> AsyncIterator[None]:
-        own, left = self._prompts[person], PROMPTS - self._prompts.total()
+        own, left = self.prompts[person], PROMPTS - self.prompts.total()
         if own >= PROMPTS_PER_PERSON:
             raise LimitExceeded(f"You have {own} prompts open: answer some of them first.")
         if left <= (PROMPTS_FOR_NEWCOMERS if own else 0):
             raise LimitExceeded("Too many prompts are open on this host: try again in some minutes.")
-        self._prompts[person] += 1
+        self.prompts[person] += 1
         try:
             yield
         finally:
-            self._prompts[person] -= 1
-            if not self._prompts[person]:
-                del self._prompts[person]
+            self.prompts[person] -= 1
+            if not self.prompts[person]:
+                del self.prompts[person]
 
-    async def _ask(
+    async def ask(
         self, call: Call, action: str, details: Mapping[str, str], *, interactive: bool
     ) -> tuple[bool, bool, dict[str, str]]:
         """polkit's answer: authorized, a challenge would be needed, more about it."""

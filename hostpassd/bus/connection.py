@@ -210,7 +210,7 @@ class Inbox:
     """
 
     def __init__(self) -> None:
-        self._data = b""
+        self.data = b""
         self._at = 0
         self._skip = 0  # bytes to come that nobody wants
 
@@ -218,12 +218,12 @@ class Inbox:
         """DATA came."""
         skipped = min(self._skip, len(data))
         self._skip -= skipped
-        self._data = self._data[self._at :] + data[skipped:]
+        self.data = self.data[self._at :] + data[skipped:]
         self._at = 0
 
     def next(self) -> Incoming | None:
         """The next message that is there as a whole. Raises OutOfStep."""
-        left = len(self._data) - self._at
+        left = len(self.data) - self._at
         if left < _FIXED:
             return None
         header, body = self._lengths()
@@ -240,11 +240,11 @@ class Inbox:
         return _message(self._take(header + body), header)
 
     def _lengths(self) -> tuple[int, int]:
-        order, version = self._data[self._at], self._data[self._at + 3]
+        order, version = self.data[self._at], self.data[self._at + 3]
         if order not in _NUMBER or version != PROTOCOL_VERSION:
-            raise OutOfStep(f"A message from the bus begins with {self._data[self._at : self._at + 4]!r}.")
+            raise OutOfStep(f"A message from the bus begins with {self.data[self._at : self._at + 4]!r}.")
         number = _NUMBER[order]
-        (body,), (fields,) = number(self._data, self._at + 4), number(self._data, self._at + 12)
+        (body,), (fields,) = number(self.data, self._at + 4), number(self.data, self._at + 12)
         header = _FIXED + fields + -fields % 8
         if fields > SPECIFIED_HEADER_LIMIT or header + body > SPECIFIED_LIMIT:
             raise OutOfStep(f"A message from the bus claims a header of {fields} bytes and a body of {body}.")
@@ -252,10 +252,10 @@ class Inbox:
 
     def _take(self, count: int) -> bytes:
         self._at += count
-        return self._data[self._at - count : self._at]
+        return self.data[self._at - count : self._at]
 
     def _leave_out(self, count: int) -> None:
-        here = min(count, len(self._data) - self._at)
+        here = min(count, len(self.data) - self._at)
         self._at += here
         self._skip = count - here
 
@@ -325,7 +325,7 @@ class Connection(MessageBus):  # type: ignore[misc]
         self._relieved = relieved
         self._inbox = Inbox()
         self._outbox: collections.deque[bytes | memoryview] = collections.deque()
-        self._unsent = 0  # bytes
+        self.unsent = 0  # bytes
 
     async def open(self) -> None:
         """Is let in by the bus, which then waits for a Hello. Raises OSError or dbus-next's AuthError."""
@@ -335,14 +335,14 @@ class Connection(MessageBus):  # type: ignore[misc]
     @property
     def congested(self) -> bool:
         """Whether so much waits to be sent that answers had better not be made yet."""
-        return self._unsent >= ENOUGH
+        return self.unsent >= ENOUGH
 
     def queue(self, data: bytes) -> None:
         """Sends DATA, a finished message, after all that was queued before."""
         if not self._outbox:
             self._loop.add_writer(self._fd, self._write)
         self._outbox.append(data)
-        self._unsent += len(data)
+        self.unsent += len(data)
 
     def release(self) -> None:
         """Gives the descriptor of a lost connection back; dbus-next leaves that to the garbage collector."""
@@ -365,7 +365,7 @@ class Connection(MessageBus):  # type: ignore[misc]
         """Reads for one turn's share of time; the loop comes back as long as there is more."""
         end = time.monotonic() + SHARE
         try:
-            while self._unsent < UNSENT_LIMIT:
+            while self.unsent < UNSENT_LIMIT:
                 data = self._sock.recv(AT_ONCE)
                 if not data:
                     raise EOFError("The bus closed the connection.")
@@ -382,7 +382,7 @@ class Connection(MessageBus):  # type: ignore[misc]
 
     def _write(self) -> None:
         """Sends what the socket takes. (dbus-next, its #153, drops the connection when a socket is full.)"""
-        before = self._unsent
+        before = self.unsent
         try:
             sent = self._sock.sendmsg(list(itertools.islice(self._outbox, PIECES)))
         except BlockingIOError:
@@ -390,7 +390,7 @@ class Connection(MessageBus):  # type: ignore[misc]
         except OSError as error:
             self._finalize(error)
             return
-        self._unsent -= sent
+        self.unsent -= sent
         while sent >= len(self._outbox[0]):
             sent -= len(self._outbox.popleft())
             if not self._outbox:
@@ -398,7 +398,7 @@ class Connection(MessageBus):  # type: ignore[misc]
                 break
         else:
             self._outbox[0] = memoryview(self._outbox[0])[sent:]
-        if before >= UNSENT_LIMIT > self._unsent:
+        if before >= UNSENT_LIMIT > self.unsent:
             self._loop.add_reader(self._fd, self._message_reader)
-        if before >= ENOUGH > self._unsent:
+        if before >= ENOUGH > self.unsent:
             self._relieved()

@@ -79,10 +79,10 @@ class Peers:
         self._send = send
         self._wire = wire
         self._counters = counters
-        self._asked: dict[int, _Asked] = {}  # by serial
+        self.asked: dict[int, _Asked] = {}  # by serial
         self._owners: dict[str, str] = {}  # of the well-known names that are called or subscribed to; "": nobody
         self._subscriptions: dict[tuple[str, str], list[tuple[Match, SignalHandler]]] = {}  # by interface and member
-        self._waiting: set[asyncio.Event] = set()  # for a name to vanish
+        self.waiting: set[asyncio.Event] = set()  # for a name to vanish
         self._uids: dict[str, int] = {}
 
     # --- calls ---
@@ -107,12 +107,12 @@ class Peers:
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE
         answerers = self._answerers(destination)
         serial = self._send_call(destination, path, interface, member, signature, body, flags)
-        self._asked[serial] = _Asked(destination, answerers, lambda message: _settle(future, message))
+        self.asked[serial] = _Asked(destination, answerers, lambda message: _settle(future, message))
         try:
             async with asyncio.timeout(timeout):
                 return await future
         finally:
-            self._asked.pop(serial, None)
+            self.asked.pop(serial, None)
 
     def tell(
         self, destination: str, path: str, interface: str, member: str, signature: str = "", body: Sequence[Any] = ()
@@ -199,7 +199,7 @@ class Peers:
             self.tell(*driver, "AddMatch", "s", [match.rule])
             with contextlib.suppress(BusCallError):
                 serial = self._send_call(*driver, "GetNameOwner", "s", [name], MessageFlag.NONE)
-                self._asked[serial] = _Asked(BUS_DRIVER, {BUS_DRIVER}, lambda answer: self._learn(name, answer))
+                self.asked[serial] = _Asked(BUS_DRIVER, {BUS_DRIVER}, lambda answer: self._learn(name, answer))
         return self._owners[name]
 
     def _learn(self, name: str, answer: Incoming) -> None:
@@ -209,7 +209,7 @@ class Peers:
 
     def _is_owned(self, name: str, owner: str) -> None:
         self._owners[name] = owner
-        for asked in self._asked.values():
+        for asked in self.asked.values():
             if owner and asked.destination == name:
                 asked.answerers.add(owner)
 
@@ -237,7 +237,7 @@ class Peers:
         """Inside, an event that is set once the unique name SENDER or the bus is gone; at once if it is already."""
         event = asyncio.Event()
         match = Match(BUS_DRIVER, BUS_DRIVER, "NameOwnerChanged", BUS_DRIVER_PATH, arg0=sender)
-        self._waiting.add(event)
+        self.waiting.add(event)
         try:
             async with self.subscribe(match, lambda body: None if body[2] else event.set()):
                 [there] = await self.ask_driver("NameHasOwner", "s", [sender])
@@ -245,17 +245,17 @@ class Peers:
                     event.set()
                 yield event
         finally:
-            self._waiting.remove(event)
+            self.waiting.remove(event)
 
     # --- what comes in ---
 
     def on_reply(self, message: Incoming) -> None:
         """Takes the answer to a call of ours; one that nobody waits for, or from somebody else, costs nothing."""
-        asked = self._asked.get(message.reply_serial)
+        asked = self.asked.get(message.reply_serial)
         if asked is None or message.sender not in asked.answerers:
             self._counters["replies-not-wanted"] += 1
             return
-        del self._asked[message.reply_serial]
+        del self.asked[message.reply_serial]
         asked.settle(message)
 
     def on_signal(self, message: Incoming) -> None:
@@ -276,11 +276,11 @@ class Peers:
 
     def on_disconnect(self) -> None:
         """Nothing comes any more: whoever waits hears that the bus is gone."""
-        asked, self._asked = self._asked, {}
+        asked, self.asked = self.asked, {}
         gone = Incoming(MessageType.ERROR, 0, 0, error_name=DISCONNECTED, fault=Unreadable("The bus is gone."))
         for call in asked.values():
             call.settle(gone)
-        for event in self._waiting:
+        for event in self.waiting:
             event.set()
 
 

@@ -105,56 +105,56 @@ class CallQueue:
         self._serve = serve
         self._refuse = refuse
         self._ready = ready
-        self._lines: dict[str, _Line] = {}  # by sender, who is next first
-        self._weight = 0
-        self._awake = False
+        self.lines: dict[str, _Line] = {}  # by sender, who is next first
+        self.weight = 0
+        self.awake = False
 
     def put(self, call: Incoming) -> None:
         """Takes CALL in, or refuses it or another one for it."""
-        line = self._lines.get(call.sender)
+        line = self.lines.get(call.sender)
         if line and line.weight + _weight(call) > WAITING_PER_SENDER:
             self._refuse(call)
             return
         if line is None:
-            line = self._lines[call.sender] = _Line()
+            line = self.lines[call.sender] = _Line()
         line.calls.append(call)
         self._weigh(line, _weight(call))
-        if self._weight > WAITING:
-            sender, heaviest = max(self._lines.items(), key=lambda item: item[1].weight)
+        if self.weight > WAITING:
+            sender, heaviest = max(self.lines.items(), key=lambda item: item[1].weight)
             self._refuse(self._take(sender, heaviest.calls.pop))
         self.wake()
 
     def wake(self) -> None:
         """Has calls served, if there are any, when the loop comes to it."""
-        if self._lines and not self._awake:
-            self._awake = True
+        if self.lines and not self.awake:
+            self.awake = True
             asyncio.get_running_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
-        self._awake = False
+        self.awake = False
         end = time.monotonic() + SHARE
         for _ in range(CALLS_PER_TURN):
-            if not self._lines or not self._ready() or time.monotonic() >= end:
+            if not self.lines or not self._ready() or time.monotonic() >= end:
                 break
-            sender, line = next(iter(self._lines.items()))
+            sender, line = next(iter(self.lines.items()))
             call = self._take(sender, line.calls.popleft)
             if line.calls:
-                self._lines[sender] = self._lines.pop(sender)  # to the end
+                self.lines[sender] = self.lines.pop(sender)  # to the end
             self._serve(call)
         if self._ready():
             self.wake()
 
     def _take(self, sender: str, take: Callable[[], Incoming]) -> Incoming:
         """One call of SENDER's line."""
-        call, line = take(), self._lines[sender]
+        call, line = take(), self.lines[sender]
         self._weigh(line, -_weight(call))
         if not line.calls:
-            del self._lines[sender]
+            del self.lines[sender]
         return call
 
     def _weigh(self, line: _Line, weight: int) -> None:
         line.weight += weight
-        self._weight += weight
+        self.weight += weight
 
 
 def _weight(call: Incoming) -> int:
@@ -179,20 +179,20 @@ class Router:
         self._spec = specification
         self._log = log
         self._wire = Wire(specification, log)
-        self._table = Table()
+        self.table = Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
         self._quick: set[tuple[str, str]] = set()
         self._connect = connection
-        self._connection: Connection | None = None
+        self.connection: Connection | None = None
         self._named = False
-        self._serial = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.serial = 0
+        self.tasks: set[asyncio.Task[None]] = set()
         self._over_share = self._wire.marshal("s", ["You call faster than you are served: wait for answers."])
         self._calls = CallQueue(self._serve, self._refuse, self._can_answer)
-        self._running: collections.Counter[str] = collections.Counter()  # calls at work by sender
-        self._waiting: collections.Counter[int] = collections.Counter()  # those that are not quick, by user id
+        self.running: collections.Counter[str] = collections.Counter()  # calls at work by sender
+        self.waiting: collections.Counter[int] = collections.Counter()  # those that are not quick, by user id
         self.counters: collections.Counter[str] = collections.Counter()
-        self.peers = peers.Peers(self._send, self._wire, self.counters)
+        self.peers = peers.Peers(self.send, self._wire, self.counters)
         self.call, self.tell = self.peers.call, self.peers.tell
         self.uid_of, self.vanished = self.peers.uid_of, self.peers.vanished
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -207,7 +207,7 @@ class Router:
         except BaseException:
             connection.release()
             raise
-        self._connection = connection
+        self.connection = connection
         self._start(self._watch(connection))
         try:
             [connection.unique_name] = await self.peers.ask_driver("Hello")
@@ -229,8 +229,8 @@ class Router:
         """Sends what is queued (for up to a second) and leaves the bus. Handlers at work go on, unheard."""
         with contextlib.suppress(BusCallError, errors.TimedOut):
             await self.peers.ask_driver("GetId", timeout=1)
-        if self._connection:
-            self._connection.disconnect()
+        if self.connection:
+            self.connection.disconnect()
             await self.lost
 
     async def _watch(self, connection: Connection) -> None:
@@ -238,15 +238,15 @@ class Router:
             await connection.wait_for_disconnect()
         except Exception as error:
             self._log.debug("The bus connection ended: %r", error)
-        self._connection = None
+        self.connection = None
         self.peers.on_disconnect()
         self.lost.set_result(None)
         connection.release()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     # --- what others see ---
 
@@ -256,26 +256,26 @@ class Router:
         What does not fit the specification raises (ValueError, KeyError and the like, with notes on where), and
         then nothing of BATCH was done.
         """
-        draft = Draft(self._spec, self._table, self._wire, self._named)
+        draft = Draft(self._spec, self.table, self._wire, self._named)
         draft.fill(batch)
         for path, thing in draft.objects.items():
             if thing:
-                self._table.put(path, thing)
+                self.table.put(path, thing)
             else:
-                self._table.drop(path)
+                self.table.drop(path)
         for telling in draft.tellings if self._named else ():
             self._emit(telling)
 
     async def warm(self) -> None:
         """Marshals what nobody has asked for yet, a little in each turn of the loop: the first reader need not wait."""
-        for path in list(self._table.objects):
-            thing = self._table.objects.get(path)
+        for path in list(self.table.objects):
+            thing = self.table.objects.get(path)
             if thing and not thing.entry:
                 self._entry(path, thing)
                 await asyncio.sleep(0)
 
     def _emit(self, telling: Telling) -> None:
-        self._send(
+        self.send(
             MessageType.SIGNAL,
             path=telling.path,
             interface=telling.interface,
@@ -297,16 +297,16 @@ class Router:
 
     # --- what comes in ---
 
-    def _send(self, kind: MessageType, **fields: Any) -> int:
+    def send(self, kind: MessageType, **fields: Any) -> int:
         """Queues a message and returns its serial; 0 where there is no connection."""
-        if self._connection is None:
+        if self.connection is None:
             return 0
-        self._serial = self._serial % 0xFFFFFFFF + 1
-        self._connection.queue(frame(kind, self._serial, **fields))
-        return self._serial
+        self.serial = self.serial % 0xFFFFFFFF + 1
+        self.connection.queue(frame(kind, self.serial, **fields))
+        return self.serial
 
     def _can_answer(self) -> bool:
-        return self._connection is not None and not self._connection.congested
+        return self.connection is not None and not self.connection.congested
 
     def _take(self, message: Incoming) -> None:
         """Takes what came over the bus."""
@@ -371,9 +371,9 @@ class Router:
     def _interfaces_at(self, path: str, wanted: str = "") -> dict[str, InterfaceSpec]:
         if wanted == spec.PEER:  # answers on any path, says its specification
             return {spec.PEER: spec.STANDARD.interfaces[spec.PEER]}
-        if not self._table.is_node(path):
+        if not self.table.is_node(path):
             raise errors.UnknownObject(f"There is no object {path}, or no longer.")
-        thing = self._table.objects.get(path)
+        thing = self.table.objects.get(path)
         own = {name: self._spec.interfaces[name] for name in thing.interfaces} if thing else {}
         standard = [spec.PEER, spec.INTROSPECTABLE]
         standard += [spec.PROPERTIES] if thing else []
@@ -384,11 +384,11 @@ class Router:
         handler, sender = self._handlers.get((interface, method.name)), message.sender
         if handler is None:
             raise errors.NotSupported(f"This hostpassd cannot do {interface}.{method.name}.")
-        if self._running[sender] >= CALLS_PER_SENDER:
+        if self.running[sender] >= CALLS_PER_SENDER:
             raise errors.LimitExceeded(f"You have {CALLS_PER_SENDER} calls at work: wait for one of them to end.")
         interactive = bool(message.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION.value)
         call = Call(sender, message.path, interface, method.name, args, interactive)
-        self._running[sender] += 1
+        self.running[sender] += 1
         self._start(self._run(handler, call, message, method.out_signature))
 
     async def _run(self, handler: Handler, call: Call, message: Incoming, signature: str) -> None:
@@ -403,7 +403,7 @@ class Router:
         except Exception as error:
             self._answer_error(message, error)
         finally:
-            _uncount(self._running, call.sender)
+            _uncount(self.running, call.sender)
 
     @contextlib.asynccontextmanager
     async def _place(self, call: Call) -> AsyncIterator[None]:
@@ -412,15 +412,15 @@ class Router:
             yield
             return
         uid = await self.uid_of(call.sender)
-        if self._waiting[uid] >= CALLS_PER_USER:
+        if self.waiting[uid] >= CALLS_PER_USER:
             raise errors.LimitExceeded(f"You have {CALLS_PER_USER} calls at work: wait for one of them to end.")
-        if self._waiting.total() >= CALLS:
+        if self.waiting.total() >= CALLS:
             raise errors.LimitExceeded(f"{CALLS} calls are at work here: try again later.")
-        self._waiting[uid] += 1
+        self.waiting[uid] += 1
         try:
             yield
         finally:
-            _uncount(self._waiting, uid)
+            _uncount(self.waiting, uid)
 
     def _answer(self, message: Incoming, signature: str, body: bytes) -> None:
         if len(body) > BODY_LIMIT:
@@ -452,7 +452,7 @@ class Router:
         return errors.Failed(FAULT)
 
     def _reply(self, kind: MessageType, message: Incoming, **fields: Any) -> None:
-        self._send(kind, reply_serial=message.serial, destination=message.sender, **fields)
+        self.send(kind, reply_serial=message.serial, destination=message.sender, **fields)
 
     # --- the standard interfaces ---
 
@@ -461,7 +461,7 @@ class Router:
             case "GetMachineId":
                 return self._wire.marshal("s", [_machine_id()])
             case "Introspect":
-                return self._wire.marshal("s", [self._introspect(message.path)])
+                return self._wire.marshal("s", [self.introspect(message.path)])
             case "Get":
                 return self._get(message.path, *args)
             case "GetAll":
@@ -469,12 +469,12 @@ class Router:
             case "Set":
                 return self._set(message.path, *args)
             case "GetManagedObjects":
-                return self._managed_objects()
+                return self.managed_objects()
         return b""  # Ping
 
-    def _introspect(self, path: str) -> str:
+    def introspect(self, path: str) -> str:
         interfaces = "".join(interface.text for interface in self._interfaces_at(path).values())
-        nodes = "".join(f'  <node name="{name}"/>\n' for name in self._table.children(path))
+        nodes = "".join(f'  <node name="{name}"/>\n' for name in self.table.children(path))
         return f"{DOCTYPE}<node>\n{interfaces}{nodes}</node>\n"
 
     def _get(self, path: str, interface: str, key: str) -> bytes:
@@ -499,15 +499,15 @@ class Router:
 
     def _values(self, path: str, interface: str) -> dict[str, dict[str, Any]]:
         """The values of INTERFACE's properties; of all interfaces if it is empty."""
-        interfaces = self._table.objects[path].interfaces
+        interfaces = self.table.objects[path].interfaces
         if not interface:
             return interfaces
         if interface not in self._interfaces_at(path):
             raise errors.UnknownInterface(f"{path} has no interface {interface}.")
         return {interface: interfaces[interface]} if interface in interfaces else {}
 
-    def _managed_objects(self) -> bytes:
-        array = join([self._entry(path, thing) for path, thing in self._table.objects.items() if path != names.ROOT])
+    def managed_objects(self) -> bytes:
+        array = join([self._entry(path, thing) for path, thing in self.table.objects.items() if path != names.ROOT])
         return struct.pack("<I4x", len(array)) + array
 
     def _entry(self, path: str, thing: Object) -> bytes:

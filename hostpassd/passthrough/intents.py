@@ -62,9 +62,9 @@ class IntentLog:
         self._writer = InOrder("intent-log")
         self._hypervisors = hypervisors  # the configured ones
         self._is_read = False
-        self._running: dict[int, Unfinished] = {}
+        self.under_way: dict[int, Unfinished] = {}
         self._left: dict[int, Unfinished] = {}
-        self._kept: list[str] = []  # rows that are not understood, with the version rows that they stand below
+        self.kept: list[str] = []  # rows that are not understood, with the version rows that they stand below
         self.lent: dict[str, Loan] = {}
         self.problem = ""  # why it cannot be read or written, for people
         self.trouble = asyncio.Event()  # set while there is one
@@ -73,7 +73,7 @@ class IntentLog:
         self._catching_up: asyncio.Future[None] | None = None
         self._pending = 0  # calls that the thread has not returned from, the waiting ones included
         self._alive_at = 0.0  # when the thread last ended one, or got one while it had none
-        self._hanging: asyncio.Future[Any] | None = None  # a call that has taken longer than it may
+        self.hanging: asyncio.Future[Any] | None = None  # a call that has taken longer than it may
         try:
             self._take(self._read())
         except OSError as error:
@@ -90,7 +90,7 @@ class IntentLog:
 
     def running(self, number: int) -> Unfinished:
         """What the job NUMBER has begun."""
-        return self._running[number]
+        return self.under_way[number]
 
     async def check(self, plan: Plan) -> None:
         """Raises StateFolderError or Failed if PLAN cannot be written down, or is about what is not understood."""
@@ -101,7 +101,7 @@ class IntentLog:
         self._check_kept(plan)
 
     def _check_kept(self, plan: Plan) -> None:
-        kept = [strings_in(row) for row in self._kept]
+        kept = [strings_in(row) for row in self.kept]
         for thing in (*plan.devices, *plan.locks, *([plan.machine.uuid] if plan.machine else [])):
             if any(strings is None or thing in strings for strings in kept):
                 raise errors.Failed(
@@ -123,7 +123,7 @@ class IntentLog:
         after = [superseded(left, plan.devices) for left in before.values()]
         uri, machine = plan.machine or ("", "")
         begun = Unfinished(number, plan.operation, machine, uri, plan.locks, plan.steps, 0)
-        self._running[number] = begun
+        self.under_way[number] = begun
         for left in after:
             self._left[left.number] = left
             if is_superseded(left):
@@ -133,17 +133,17 @@ class IntentLog:
             # What goes on in part has no row that says so.
             await self._write(begin_row(begun, sorted(over)), anew=len(over) < len(before))
         except errors.StateFolderError:
-            del self._running[number]
+            del self.under_way[number]
             self._left |= before
             raise
 
     async def step(self, number: int, at: int) -> None:
         """The effect of the step AT (from 0) is about to begin; those before it are done."""
-        before = self._running[number]
+        before = self.under_way[number]
         try:
             await self._go_on({"step": number, "begun": at + 1})
         except errors.StateFolderError:
-            self._running[number] = before
+            self.under_way[number] = before
             raise
 
     async def lend(self, device: str, uri: str, driver: str) -> None:
@@ -172,15 +172,15 @@ class IntentLog:
 
     async def leave(self, number: int, begun: int) -> None:
         """The job is over, not what it did: the first BEGUN steps are still to be undone, or the rest to be done."""
-        if (self._running[number].failed, self._running[number].begun) != (True, begun):
+        if (self.under_way[number].failed, self.under_way[number].begun) != (True, begun):
             await self.fail(number, begun)
-        self._left[number] = self._running.pop(number)
+        self._left[number] = self.under_way.pop(number)
 
     async def end(self, number: int) -> None:
         """An operation is over: done, or undone."""
-        self._running.pop(number, None)
+        self.under_way.pop(number, None)
         self._left.pop(number, None)
-        await self._tell(self._write({"end": number}, compact=not self._running))
+        await self._tell(self._write({"end": number}, compact=not self.under_way))
 
     async def give_back(self, device: str) -> None:
         """It is back with its host driver."""
@@ -224,7 +224,7 @@ class IntentLog:
         # Below 0: the numbers of this run's jobs start at 1 again.
         renumbered = (dataclasses.replace(left, number=-at) for at, left in enumerate(reading.operations, 1))
         self._left = {left.number: left for left in renumbered}
-        self._kept, self.lent = reading.kept, reading.lent
+        self.kept, self.lent = reading.kept, reading.lent
         self._is_read = True
         self._file.set_aside = reading.damaged
         self._tell_what_stays(reading)
@@ -234,7 +234,7 @@ class IntentLog:
         path = self._file.path
         if reading.damaged:
             log.error("%s is damaged: it is kept as %s.corrupt-1 (or -2 ...), what can be read counts", path, path)
-        if self._kept:
+        if self.kept:
             log.error("%s has rows of another version, or damaged ones: operations on what they name are refused", path)
         for left in self._left.values():
             if left.uri and left.uri not in self._hypervisors:
@@ -253,7 +253,7 @@ class IntentLog:
 
     async def _go_on(self, row: dict[str, Any]) -> None:
         number = next(iter(row.values()))
-        operations = self._running if number in self._running else self._left
+        operations = self.under_way if number in self.under_way else self._left
         operations[number] = gone_on(operations[number], row)
         await self._write(row)
 
@@ -274,7 +274,7 @@ class IntentLog:
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
         """What CALL returns. Calls are made one after the other, also if whoever waits for one is cancelled."""
         try:
-            if self._hanging and not self._hanging.done():
+            if self.hanging and not self.hanging.done():
                 raise TimeoutError(errno.ETIMEDOUT, "")
             future = self._submit(call)
             await self._wait_for(future)
@@ -305,7 +305,7 @@ class IntentLog:
         while not future.done():
             left = self._alive_at + PATIENCE - time.monotonic()
             if left <= 0:
-                self._hanging = future
+                self.hanging = future
                 raise TimeoutError(errno.ETIMEDOUT, "")
             await asyncio.wait({future}, timeout=left)
 
@@ -333,7 +333,7 @@ class IntentLog:
 
     def _everything(self) -> Iterator[str]:
         """All rows that are still to be known, as things are now; they are made when, and where, they are written."""
-        return _all_rows(tuple(self._kept), (*self._left.values(), *self._running.values()), tuple(self.lent.items()))
+        return _all_rows(tuple(self.kept), (*self._left.values(), *self.under_way.values()), tuple(self.lent.items()))
 
 
 def _all_rows(kept: Iterable[str], operations: Iterable[Unfinished], lent: Iterable[tuple[str, Loan]]) -> Iterator[str]:

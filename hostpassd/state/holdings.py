@@ -61,29 +61,29 @@ class Holdings:
         self._held_otherwise = held_otherwise
         self._copies_of: Multimap[str, MachineKey] = Multimap()
         self._keys: Multimap[Key, str] = Multimap()
-        self._nodes: dict[str, tuple[str, ...]] = {}
-        self._leading: Multimap[str, str] = Multimap()
+        self.nodes: dict[str, tuple[str, ...]] = {}
+        self.leading: Multimap[str, str] = Multimap()
         self._interest: Multimap[Key, MachineKey] = Multimap()
-        self._in: dict[MachineKey, _Rows] = {}
-        self._missing_in: dict[MachineKey, tuple[Missing, ...]] = {}
-        self._told: dict[str, _Rows] = {}
-        self._on: Multimap[str, tuple[str, str]] = Multimap()
-        self._releasing: dict[MachineKey, set[str]] = {}  # the aliases that a guest was asked for
+        self.by_machine: dict[MachineKey, _Rows] = {}
+        self.missing_in: dict[MachineKey, tuple[Missing, ...]] = {}
+        self.told: dict[str, _Rows] = {}
+        self.by_device: Multimap[str, tuple[str, str]] = Multimap()
+        self.asked: dict[MachineKey, set[str]] = {}  # the aliases that a guest was asked for
         self._places: dict[MachineKey, dict[str, tuple[str, int]]] = {}  # where each claim of a machine stood last
 
     # --- reading ---
 
     def on(self, device: str) -> list[Hold]:
         """What is told of DEVICE."""
-        return [self._told[uuid][(device, kind)] for uuid, kind in self._on[device]]
+        return [self.told[uuid][(device, kind)] for uuid, kind in self.by_device[device]]
 
     def of(self, uuid: str) -> Iterable[Hold]:
         """What is told of the machine with UUID."""
-        return self._told.get(uuid, {}).values()
+        return self.told.get(uuid, {}).values()
 
     def within(self, machine: MachineKey) -> Iterable[Hold]:
         """The holds of this very machine."""
-        return self._in.get(machine, {}).values()
+        return self.by_machine.get(machine, {}).values()
 
     def twins(self, machine: MachineKey) -> list[MachineKey]:
         """The copies of MACHINE on other hypervisors."""
@@ -91,7 +91,7 @@ class Holdings:
 
     def keyed(self, key: Key) -> list[str]:
         """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
-        return [*self._keys[key], *(self._nodes.get(key[1], ()) if key[0] in _BEHIND else ())]
+        return [*self._keys[key], *(self.nodes.get(key[1], ()) if key[0] in _BEHIND else ())]
 
     def find_claim(self, machine: MachineKey, claim: Claim, *, live: bool) -> str | None:
         """The device that a machine's CLAIM means now."""
@@ -113,28 +113,28 @@ class Holdings:
     def drop(self, name: str) -> None:
         """NAME is a device no more. What came of its partitions is not known before the next reading."""
         keys = self._keys.put(name, ())
-        nodes = list(self._leading[name])
+        nodes = list(self.leading[name])
         for node in nodes:
-            self._nodes[node] = tuple(other for other in self._nodes[node] if other != name)
-            self._leading.put(node, self._nodes[node])
-            if not self._nodes[node]:
-                del self._nodes[node]
+            self.nodes[node] = tuple(other for other in self.nodes[node] if other != name)
+            self.leading.put(node, self.nodes[node])
+            if not self.nodes[node]:
+                del self.nodes[node]
         self._resolve_interested([*keys, *((kind, node) for node in nodes for kind in _BEHIND)])
 
     def moved(self, names: Iterable[str]) -> None:
         """The devices NAMES lie below others than before: what stands for them in an operation may be another."""
         for name in names:
-            led = [(kind, node) for node in self._leading[name] for kind in _BEHIND]
+            led = [(kind, node) for node in self.leading[name] for kind in _BEHIND]
             self._resolve_interested([*self._keys.keys_of(name), *led])
 
     def read_nodes(self, nodes: Mapping[str, tuple[str, ...]]) -> None:
         """NODES, with the devices behind each, are all that there are now."""
         devices = self._tree.devices
         new = {node: tuple(name for name in names if name in devices) for node, names in nodes.items()}
-        changed = [node for node in {**self._nodes, **new} if self._nodes.get(node) != new.get(node)]
-        self._nodes = new
+        changed = [node for node in {**self.nodes, **new} if self.nodes.get(node) != new.get(node)]
+        self.nodes = new
         for node in changed:
-            self._leading.put(node, new.get(node, ()))
+            self.leading.put(node, new.get(node, ()))
         self._resolve_interested((kind, node) for node in changed for kind in _BEHIND)
 
     # --- machines ---
@@ -156,13 +156,13 @@ class Holdings:
             return
         self._copies_of.put(key, ())
         self._interest.put(key, ())
-        for index in (self._in, self._missing_in, self._places, self._releasing):
+        for index in (self.by_machine, self.missing_in, self._places, self.asked):
             index.pop(key, None)
         self._show(key.uuid)
 
     def releasing(self, key: MachineKey, alias: str, *, asked: bool) -> None:
         """The guest of KEY was asked to let the device with ALIAS go; or (not ASKED) has, or needs not any more."""
-        aliases = self._releasing.setdefault(key, set())
+        aliases = self.asked.setdefault(key, set())
         (aliases.add if asked else aliases.discard)(alias)
         self.resolve(key)
 
@@ -171,7 +171,7 @@ class Holdings:
         machine = self.copies.get(key)
         if not machine:
             return
-        self._releasing[key] = {c.alias for c in machine.live} & self._releasing.get(key, set())
+        self.asked[key] = {c.alias for c in machine.live} & self.asked.get(key, set())
         made = {claim.id for claim in (*machine.live, *machine.stored)}
         places = {claim: place for claim, place in self._places.get(key, {}).items() if claim in made}
         self._places[key] = places
@@ -189,7 +189,7 @@ class Holdings:
                 if not devices and not self._is_here(claim):
                     _merge_missing(missing, claim, live)
             own = frozenset(device for device, _ in rows)
-        self._in[key], self._missing_in[key] = rows, tuple(missing.values())
+        self.by_machine[key], self.missing_in[key] = rows, tuple(missing.values())
         self._show(key.uuid)
 
     def _resolve_interested(self, keys: Iterable[Key]) -> None:
@@ -213,7 +213,7 @@ class Holdings:
 
     def _is_here(self, claim: Claim) -> bool:
         """Whether CLAIM means something of this host that is on no device: a loop, a bridge without members."""
-        return any(key[0] in _BEHIND and key[1] in self._nodes for key in claim_keys(claim))
+        return any(key[0] in _BEHIND and key[1] in self.nodes for key in claim_keys(claim))
 
     def _candidates(self, claim: Claim) -> list[str]:
         keys = claim_keys(claim)
@@ -223,7 +223,7 @@ class Holdings:
         return [name for name in found if all(name in self._keys[key] for key in keys[1:])]
 
     def _hold(self, machine: Machine, claim: Claim, device: str, live: bool) -> Hold:
-        releasing = live and claim.alias in self._releasing[machine.key]
+        releasing = live and claim.alias in self.asked[machine.key]
         return Hold(machine.uuid, device, claim.kind, live, not live, claim.alias, releasing, machine.stale)
 
     # --- what is told ---
@@ -233,7 +233,7 @@ class Holdings:
         old, new = self.machines.get(uuid), self._foremost(uuid)
         if new is None:
             self._tell_holds(uuid, {})
-            for index in (self._told, self.machines, self.missing):
+            for index in (self.told, self.machines, self.missing):
                 index.pop(uuid, None)
             self._batches.current.remove(("machine", uuid))
             return
@@ -243,7 +243,7 @@ class Holdings:
         for hold in (hold for key in (new.key, *self.twins(new.key)) for hold in self.within(key)):
             _merge_hold(rows, hold)
         self._tell_holds(uuid, rows)
-        missing = self._missing_in.get(new.key, ())
+        missing = self.missing_in.get(new.key, ())
         if self.missing.get(uuid, ()) != missing:
             self.missing[uuid] = missing
             self._batches.current.change(("machine", uuid))
@@ -267,14 +267,14 @@ class Holdings:
         self._batches.add(entity)
 
     def _tell_holds(self, uuid: str, new: _Rows) -> None:
-        old = self._told.get(uuid, {})
+        old = self.told.get(uuid, {})
         if new == old:
             return
         self._batches.current.change(("machine", uuid))
-        self._told[uuid] = new
+        self.told[uuid] = new
         changed = [row for row in {**old, **new} if old.get(row) != new.get(row)]
         for kind in {kind for _, kind in changed}:
-            self._on.put((uuid, kind), (device for device, other in new if other == kind))
+            self.by_device.put((uuid, kind), (device for device, other in new if other == kind))
         for row in changed:
             self._tell_hold(old.get(row), new.get(row))
         for device in dict.fromkeys(device for device, _ in changed):

@@ -24,9 +24,9 @@ class Spread:
         self.uses: dict[str, tuple[HostUse, ...]] = {}
         self._tree = tree
         self._use_blockers = use_blockers
-        self._own: dict[str, tuple[Blocker, ...]] = {}
+        self.own: dict[str, tuple[Blocker, ...]] = {}
         self._below: dict[str, Counter[Blocker]] = {}
-        self._leaves: Counter[str] = Counter()
+        self.leaves: Counter[str] = Counter()
 
     def below(self, name: str) -> Mapping[Blocker, int]:
         """What spreads upward from all below NAME, and from how many."""
@@ -34,7 +34,7 @@ class Spread:
 
     def has_leaves(self, name: str) -> bool:
         """Whether anything below NAME could be assigned by itself."""
-        return self._leaves[name] > 0
+        return self.leaves[name] > 0
 
     def link(self, device: Device) -> None:
         """DEVICE, with what is below it, has come to lie where it does in the tree."""
@@ -46,19 +46,19 @@ class Spread:
 
     def forget(self, name: str) -> None:
         """NAME is a device no more."""
-        for index in (self._own, self._below, self.uses):
+        for index in (self.own, self._below, self.uses):
             index.pop(name, None)
-        del self._leaves[name]
+        del self.leaves[name]
 
     def again(self, name: str | None) -> None:
         """Has what NAME spreads upward be what it comes to now."""
         device = self._tree.devices.get(name or "")
         if not device:
             return
-        old, new = self._own.get(device.name, ()), self._use_blockers(device)
+        old, new = self.own.get(device.name, ()), self._use_blockers(device)
         if old == new:
             return
-        self._own[device.name] = new
+        self.own[device.name] = new
         self._tree.touch(device.name)
         for ancestor in self._tree.ancestors(device.name):
             counter = self._below.setdefault(ancestor.name, Counter())
@@ -85,16 +85,16 @@ class Spread:
 
     def _count(self, device: Device, line: Iterable[Device], by: int) -> None:
         """Adds what DEVICE spreads, and whether it is a leaf, to the devices of LINE, which are above it."""
-        own = self._own.get(device.name, ())
+        own = self.own.get(device.name, ())
         leaf = eligibility.is_leaf(device, any(d.kind == "usb" for d in self._tree.ancestors(device.name)))
         for ancestor in line:
             if own:
                 _add(self._below.setdefault(ancestor.name, Counter()), own, by)
                 self._tree.touch(ancestor.name)
             if leaf:
-                had = self._leaves[ancestor.name] > 0
-                self._leaves[ancestor.name] += by
-                if had != (self._leaves[ancestor.name] > 0):
+                had = self.leaves[ancestor.name] > 0
+                self.leaves[ancestor.name] += by
+                if had != (self.leaves[ancestor.name] > 0):
                     self._tree.touch(ancestor.name)
 
 

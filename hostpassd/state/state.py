@@ -68,55 +68,55 @@ class State:
         self.never = never
         self._next_instance = first_instance
         self._batches = Batches()
-        self._tree = Tree(self._batches)
-        self._spread = Spread(self._tree, lambda device: eligibility.use_blockers(self, device))
-        self._holdings = Holdings(self._tree, self._batches, self._held_otherwise)
+        self.tree = Tree(self._batches)
+        self.spread = Spread(self.tree, lambda device: eligibility.use_blockers(self, device))
+        self.holdings = Holdings(self.tree, self._batches, self._held_otherwise)
 
     # --- reading: devices ---
 
     @property
     def devices(self) -> Mapping[str, Device]:
         """All devices, by name."""
-        return self._tree.devices
+        return self.tree.devices
 
     def device(self, name: str) -> Device | None:
         """The device called NAME."""
-        return self._tree.devices.get(name)
+        return self.tree.devices.get(name)
 
     def at(self, sysfs_path: str) -> Device | None:
         """The device at SYSFS_PATH."""
-        return self._tree.at(sysfs_path)
+        return self.tree.at(sysfs_path)
 
     def children(self, name: str) -> list[str]:
         """The names of the devices directly below, sorted."""
-        return self._tree.children(name)
+        return self.tree.children(name)
 
     def ancestors(self, name: str) -> Iterator[Device]:
         """The devices above, nearest first."""
-        return self._tree.ancestors(name)
+        return self.tree.ancestors(name)
 
     def descendants(self, name: str) -> Iterator[str]:
         """The names of all devices below, parents first."""
-        return self._tree.descendants(name)
+        return self.tree.descendants(name)
 
     def group(self, number: int) -> Iterable[str]:
         """The members of an IOMMU group."""
-        return self._tree.groups[number]
+        return self.tree.groups[number]
 
     def virtual_functions(self, device: str) -> Iterable[str]:
         """The virtual functions of DEVICE."""
-        return self._tree.functions[device]
+        return self.tree.functions[device]
 
     def target(self, device: str) -> str | None:
         """The device that DEVICE stands for in an operation: the nearest of a kind that can be assigned."""
-        return self._tree.target(device)
+        return self.tree.target(device)
 
     # --- reading: what they are used for ---
 
     def uses_of(self, device: str) -> tuple[HostUse, ...]:
         """What the host uses DEVICE for, the console that it shows and the seat's only keyboard included."""
         here = self.device(device)
-        uses = self._spread.uses.get(device, ())
+        uses = self.spread.uses.get(device, ())
         if here and here.pci and here.pci.boot_display:
             uses += (HostUse("boot-display", "shows the host's console"),)
         if here and here.keyboard_of and self.only_keyboards_of(self.target(device) or device):
@@ -125,36 +125,36 @@ class State:
 
     def only_keyboards_of(self, device: str) -> str:
         """The seat all of whose keyboards are at or below DEVICE, '' if there is none."""
-        return self._tree.only_keyboards.get(device, "")
+        return self.tree.only_keyboards.get(device, "")
 
     def below(self, device: str) -> Mapping[Blocker, int]:
         """The blockers that spread upward from what is below DEVICE."""
-        return self._spread.below(device)
+        return self.spread.below(device)
 
     def has_leaves(self, device: str) -> bool:
         """Whether anything below DEVICE could be assigned by itself."""
-        return self._spread.has_leaves(device)
+        return self.spread.has_leaves(device)
 
     # --- reading: machines ---
 
     @property
     def copies(self) -> Mapping[MachineKey, Machine]:
         """All machines of all hypervisors."""
-        return self._holdings.copies
+        return self.holdings.copies
 
     @property
     def machines(self) -> Mapping[str, Machine]:
         """The machines that are told, by UUID: of copies on several hypervisors the one that runs."""
-        return self._holdings.machines
+        return self.holdings.machines
 
     @property
     def missing(self) -> Mapping[str, tuple[Missing, ...]]:
         """By UUID what a machine claims and is not here."""
-        return self._holdings.missing
+        return self.holdings.missing
 
     def twins(self, machine: MachineKey) -> list[MachineKey]:
         """The copies of MACHINE on other hypervisors."""
-        return self._holdings.twins(machine)
+        return self.holdings.twins(machine)
 
     def machine_name(self, uuid: str) -> str:
         """What a machine is called in messages and logs."""
@@ -163,27 +163,27 @@ class State:
 
     def holds_on(self, device: str) -> Iterable[Hold]:
         """What is told of DEVICE: of copies of a machine on several hypervisors all holds count, as one's."""
-        return self._holdings.on(device)
+        return self.holdings.on(device)
 
     def holds_of(self, uuid: str) -> Iterable[Hold]:
         """What is told of one machine, with the holds of its copies."""
-        return self._holdings.of(uuid)
+        return self.holdings.of(uuid)
 
     def holds_in(self, machine: MachineKey) -> Iterable[Hold]:
         """The holds of this very machine."""
-        return self._holdings.within(machine)
+        return self.holdings.within(machine)
 
     def keyed(self, key: Key) -> list[str]:
         """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
-        return self._holdings.keyed(key)
+        return self.holdings.keyed(key)
 
     def find_claim(self, machine: MachineKey, claim: Claim, *, live: bool) -> str | None:
         """The device that a machine's CLAIM means now."""
-        return self._holdings.find_claim(machine, claim, live=live)
+        return self.holdings.find_claim(machine, claim, live=live)
 
     def last_place(self, machine: MachineKey, claim_id: str) -> tuple[str, int]:
         """The name and the instance of the device on which a claim stood last; ('', 0): it never stood on any."""
-        return self._holdings.last_place(machine, claim_id)
+        return self.holdings.last_place(machine, claim_id)
 
     @property
     def degraded(self) -> bool:
@@ -205,20 +205,20 @@ class State:
                 self.hanging = files
                 self._batches.current.change(MANAGER)
             case HostUsesRead(uses, nodes):
-                self._spread.read_uses(uses)
-                self._holdings.read_nodes(nodes)
+                self.spread.read_uses(uses)
+                self.holdings.read_nodes(nodes)
             case MachineRead(machine):
-                self._holdings.read(machine)
+                self.holdings.read(machine)
             case MachineGone(key):
-                self._holdings.lose(key)
+                self.holdings.lose(key)
             case MachinesListed(uri, machines):
                 self._listed(uri, machines)
             case HypervisorChanged(uri, connected, error):
                 self._hypervisor(HypervisorState(uri, connected, error))
             case Releasing(key, alias, asked):
-                self._holdings.releasing(key, alias, asked=asked)
+                self.holdings.releasing(key, alias, asked=asked)
             case DeviceRemoved(key, alias):
-                self._holdings.releasing(key, alias, asked=False)
+                self.holdings.releasing(key, alias, asked=False)
             case JobChanged(job):
                 self._job(job)
             case JobForgotten(number):
@@ -226,7 +226,7 @@ class State:
                     self._batches.current.remove(("job", str(number)))
             case DeviceAdded() | RemovalFailed() | OperationRefused() | CancelAnswered() | OperationRecovered():
                 pass
-        self._tree.find_only_keyboards()
+        self.tree.find_only_keyboards()
         return self._batches.take()
 
     # --- devices ---
@@ -245,9 +245,9 @@ class State:
             return
         # What is below has uevents of its own: as long as none says that it is gone, it is there.
         below = [self.devices[name] for name in self.descendants(device.name)] if old else []
-        uses = {name: self._spread.uses[name] for name in (d.name for d in below) if name in self._spread.uses}
+        uses = {name: self.spread.uses[name] for name in (d.name for d in below) if name in self.spread.uses}
         self._lose(old)
-        self._spread.uses |= uses
+        self.spread.uses |= uses
         for fresh in (device, *below):
             self._insert(dataclasses.replace(fresh, instance=self._next_instance))
             self._next_instance += 1
@@ -256,20 +256,20 @@ class State:
         self._batches.add(("device", device.name))
         self._link(device)
         self._settle(device)
-        self._holdings.moved(self.descendants(device.name))  # a child can come first
+        self.holdings.moved(self.descendants(device.name))  # a child can come first
 
     def _update(self, old: Device, new: Device) -> None:
         if old == new:
             return
         if old.parent != new.parent or old.facts != new.facts:
-            self._tree.touch(old.name)  # and those of the group that it may leave
+            self.tree.touch(old.name)  # and those of the group that it may leave
             self._unlink(old)
             self._link(new)
         else:
-            self._tree.replace(new)
+            self.tree.replace(new)
         self._settle(new)
         if old.parent != new.parent:
-            self._holdings.moved((new.name, *self.descendants(new.name)))
+            self.holdings.moved((new.name, *self.descendants(new.name)))
 
     def _lose(self, device: Device | None) -> None:
         """DEVICE, with all that is below it, is no more."""
@@ -277,36 +277,36 @@ class State:
             return
         for child in self.children(device.name):
             self._lose(self.device(child))
-        self._tree.touch(device.name)
+        self.tree.touch(device.name)
         self._unlink(device)
-        self._tree.drop(device.name)
-        self._spread.forget(device.name)
+        self.tree.drop(device.name)
+        self.spread.forget(device.name)
         self._batches.current.remove(("device", device.name))
-        self._holdings.drop(device.name)
+        self.holdings.drop(device.name)
 
     def _link(self, device: Device) -> None:
-        self._tree.link(device)
-        self._spread.link(device)
-        self._spread.again(_physical(device))
+        self.tree.link(device)
+        self.spread.link(device)
+        self.spread.again(_physical(device))
 
     def _unlink(self, device: Device) -> None:
-        self._spread.unlink(device)
-        self._tree.unlink(device)
-        self._spread.again(_physical(device))
+        self.spread.unlink(device)
+        self.tree.unlink(device)
+        self.spread.again(_physical(device))
 
     def _settle(self, device: Device) -> None:
         """DEVICE lies where it does: finds what names it, and what it spreads."""
-        self._holdings.rename(device)
-        self._spread.again(device.name)
-        self._tree.touch(device.name)
+        self.holdings.rename(device)
+        self.spread.again(device.name)
+        self.tree.touch(device.name)
 
     def _held_otherwise(self, name: str) -> None:
         """Other holds are told of NAME than before: it, and whose virtual function it is, may spread otherwise."""
-        self._tree.touch(name)
-        self._spread.again(name)
+        self.tree.touch(name)
+        self.spread.again(name)
         device = self.device(name)
         if device:
-            self._spread.again(_physical(device))
+            self.spread.again(_physical(device))
 
     # --- machines ---
 
@@ -318,14 +318,14 @@ class State:
         self._batches.current.change(MANAGER)
         if not new.connected:
             for machine in [m for m in self.copies.values() if m.uri == new.uri]:
-                self._holdings.read(dataclasses.replace(machine, stale=True))
+                self.holdings.read(dataclasses.replace(machine, stale=True))
 
     def _listed(self, uri: str, machines: tuple[Machine, ...]) -> None:
         seen = {machine.key for machine in machines}
         for key in [key for key in self.copies if key.uri == uri and key not in seen]:
-            self._holdings.lose(key)
+            self.holdings.lose(key)
         for machine in machines:
-            self._holdings.read(machine)
+            self.holdings.read(machine)
         if uri in self.hypervisors:
             self.hypervisors[uri] = dataclasses.replace(self.hypervisors[uri], listed=True)
 

@@ -25,19 +25,19 @@ class Tree:
         self.functions: Multimap[str, str] = Multimap()
         self.only_keyboards: dict[str, str] = {}
         self._batches = batches
-        self._by_path: dict[str, str] = {}
-        self._children: Multimap[str, str] = Multimap()
-        self._keyboards: Multimap[str, str] = Multimap()
+        self.by_path: dict[str, str] = {}
+        self.by_parent: Multimap[str, str] = Multimap()
+        self.keyboards: Multimap[str, str] = Multimap()
 
     # --- reading ---
 
     def at(self, sysfs_path: str) -> Device | None:
         """The device at SYSFS_PATH."""
-        return self.devices.get(self._by_path.get(sysfs_path, ""))
+        return self.devices.get(self.by_path.get(sysfs_path, ""))
 
     def children(self, name: str) -> list[str]:
         """The names of the devices directly below, sorted."""
-        return sorted(self._children[name])
+        return sorted(self.by_parent[name])
 
     def ancestors(self, name: str) -> Iterator[Device]:
         """The devices above, nearest first."""
@@ -47,7 +47,7 @@ class Tree:
 
     def descendants(self, name: str) -> Iterator[str]:
         """The names of all devices below, parents first."""
-        for child in self._children[name]:
+        for child in self.by_parent[name]:
             yield child
             yield from self.descendants(child)
 
@@ -70,7 +70,7 @@ class Tree:
     def link(self, device: Device) -> None:
         """Enters DEVICE, with what is below it already."""
         self.devices[device.name] = device
-        self._by_path[device.sysfs_path] = device.name
+        self.by_path[device.sysfs_path] = device.name
         self._index(device, device)
         for name in self.descendants(device.name):
             self.touch(name)
@@ -81,7 +81,7 @@ class Tree:
 
     def unlink(self, device: Device) -> None:
         """Takes DEVICE out of how things lie; it stays among the devices until `drop` or the next `link`."""
-        self._by_path.pop(device.sysfs_path, None)
+        self.by_path.pop(device.sysfs_path, None)
         self._index(device, None)
 
     def drop(self, name: str) -> None:
@@ -91,10 +91,10 @@ class Tree:
     def _index(self, device: Device, linked: Device | None) -> None:
         """Has the multimaps tell how LINKED lies; None: that DEVICE does not any more."""
         name, pci = device.name, linked.pci if linked else None
-        self._children.put(name, [linked.parent] if linked and linked.parent else [])
+        self.by_parent.put(name, [linked.parent] if linked and linked.parent else [])
         self.groups.put(name, [pci.iommu_group] if pci and pci.iommu_group >= 0 else [])
         self.functions.put(name, [pci.physical_function] if pci and pci.physical_function else [])
-        self._keyboards.put(name, [linked.keyboard_of] if linked and linked.keyboard_of else [])
+        self.keyboards.put(name, [linked.keyboard_of] if linked and linked.keyboard_of else [])
         self.touch(device.parent)
         for other in _functions_of(device, self.functions[name]):
             self.touch(other)
@@ -112,14 +112,14 @@ class Tree:
     def find_only_keyboards(self) -> None:
         """What all keyboards of a seat are below, as each: a handful of names, whatever the size of the tree."""
         found: dict[str, str] = {}
-        for seat, keyboards in self._keyboards.groups():
+        for seat, keyboards in self.keyboards.groups():
             lines = [{name, *(above.name for above in self.ancestors(name))} for name in keyboards]
             found.update(dict.fromkeys(set.intersection(*lines), seat))
         if found == self.only_keyboards:
             return
         changed = found.items() ^ self.only_keyboards.items()
         self.only_keyboards = found
-        keyboards = {name for _, names in self._keyboards.groups() for name in names}
+        keyboards = {name for _, names in self.keyboards.groups() for name in names}
         for name in {name for name, _ in changed} | keyboards:
             self.touch(name)
 

@@ -180,8 +180,8 @@ async def test_a_caller_that_vanishes_cancels_its_prompt(
     assert cancelled.body == [cookie]
     with pytest.raises(Cancelled):
         await asyncio.wait_for(checks[0], PATIENCE)
-    assert not router.peers._waiting
-    assert not router.peers._asked
+    assert not router.peers.waiting
+    assert not router.peers.asked
 
 
 async def test_a_cancelled_check_cancels_its_prompt(
@@ -237,7 +237,7 @@ async def test_whoever_needs_no_prompt_waits_for_none_however_many_are_open(
         await open_prompts(*await new_prompting(uid), 1)
     late, agent = await new_prompting(7)
     [answer] = await open_prompts(late, agent, 1)
-    assert access._prompts.total() == access_module.PROMPTS
+    assert access.prompts.total() == access_module.PROMPTS
     # For a newcomer there is no place, and it is told so at once; and whoever needs none is answered as ever.
     assert (await refusal(assign(await new_client(8), interactive=True)))[0] == LIMIT_EXCEEDED
     allowed = await new_client(2)
@@ -260,16 +260,16 @@ async def test_nobody_has_many_prompts_and_the_last_places_are_for_whoever_has_n
         assert name == LIMIT_EXCEEDED and "You have 2 prompts open" in message
     second = await new_prompting(4)
     await open_prompts(*second, 1)
-    assert access._prompts == {"user 3": 2, "user 4": 1}
+    assert access.prompts == {"user 3": 2, "user 4": 1}
     assert (await refusal(assign(second[0], interactive=True)))[0] == LIMIT_EXCEEDED
     await open_prompts(*await new_prompting(5), 1)
-    assert access._prompts.total() == 4
+    assert access.prompts.total() == 4
     await first.stop()
     await agent.wait_for(CANCEL, 2)
-    while access._prompts["user 3"]:
+    while access.prompts["user 3"]:
         await asyncio.sleep(0)
     await open_prompts(*await new_prompting(3), 1)
-    assert access._prompts == {"user 3": 1, "user 4": 1, "user 5": 1}
+    assert access.prompts == {"user 3": 1, "user 4": 1, "user 5": 1}
 
 
 @pytest.mark.usefixtures("few")
@@ -287,10 +287,10 @@ async def test_a_range_of_user_ids_is_one_person(
     monkeypatch.setattr(access_module, "SUBUIDS", ranges)
     for uid in (3, 4):
         await open_prompts(*await new_prompting(uid), 1)
-    assert access._prompts == {"range of alice": 2}
+    assert access.prompts == {"range of alice": 2}
     assert (await refusal(assign(await new_client(4), interactive=True)))[0] == LIMIT_EXCEEDED
     await open_prompts(*await new_prompting(5), 1)
-    assert access._prompts == {"range of alice": 2, "range of bob": 1}
+    assert access.prompts == {"range of alice": 2, "range of bob": 1}
 
 
 async def test_a_prompt_that_nobody_answers_ends(
@@ -302,7 +302,7 @@ async def test_a_prompt_that_nobody_answers_ends(
     name, message = await refusal(answer)
     assert name == NOT_AUTHORIZED and "Nobody answered" in message
     [cancelled] = await agent.wait_for(CANCEL)
-    assert cancelled.body == [cookie] and not access._prompts
+    assert cancelled.body == [cookie] and not access.prompts
 
 
 async def test_several_devices_are_asked_for_in_one_prompt(
@@ -400,7 +400,7 @@ async def test_more_checks_than_places(checks: Checks, polkit: Polkit, client: C
 async def test_whoever_asks_for_much_keeps_nobody_waiting_and_is_told_so(
     checks: Checks, polkit: Polkit, client: Client, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy, held, asked = await new_client(DAEMON), asyncio.Semaphore(0), Access._ask
+    busy, held, asked = await new_client(DAEMON), asyncio.Semaphore(0), Access.ask
 
     async def ask(access: Access, call: Call, *about: Any, interactive: bool) -> Any:
         if call.sender == busy.name:
@@ -408,7 +408,7 @@ async def test_whoever_asks_for_much_keeps_nobody_waiting_and_is_told_so(
             await asyncio.Event().wait()
         return await asked(access, call, *about, interactive=interactive)
 
-    monkeypatch.setattr(Access, "_ask", ask)
+    monkeypatch.setattr(Access, "ask", ask)
     answers = [assign(busy) for _ in range(access_module.QUIET_PLACES)]
     for _ in range(access_module.QUIET_PLACES_PER_PERSON):
         await asyncio.wait_for(held.acquire(), PATIENCE)
@@ -454,7 +454,7 @@ async def test_a_frozen_polkit_is_a_no(
     name, message = await refusal(assign(client))
     assert name == NOT_AUTHORIZED
     assert "polkit does not answer" in message
-    assert not router.peers._asked
+    assert not router.peers.asked
 
 
 async def test_a_prompt_may_take_longer_than_an_answer_without_one(

@@ -80,7 +80,7 @@ def test_what_is_too_long_is_never_held_and_what_follows_is_in_step(piece: int) 
     for at in range(0, len(stream), piece):
         inbox.add(stream[at : at + piece])
         found += list(iter(inbox.next, None))
-        most = max(most, len(inbox._data))
+        most = max(most, len(inbox.data))
     assert [(incoming.serial, type(incoming.fault)) for incoming in found] == [
         (5, TooMuch),
         (7, type(None)),
@@ -363,7 +363,7 @@ def test_the_parts_of_the_library_that_it_does_not_promise_are_there() -> None:
 
 
 async def test_the_parts_of_a_connection_that_it_does_not_promise_are_there(served: Router) -> None:
-    line = served._connection
+    line = served.connection
     assert line is not None
     assert line._fd == line._sock.fileno() and not line._stream.closed
 

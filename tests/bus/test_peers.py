@@ -128,7 +128,7 @@ async def test_an_answer_that_cannot_be_read_is_an_error_at_once(
     with pytest.raises(BusCallError) as caught:
         await answer
     assert caught.value.name == peers.INCONSISTENT
-    assert not alone.peers._asked
+    assert not alone.peers.asked
 
 
 async def test_a_bus_that_does_not_answer_is_told_and_is_no_fault(
@@ -245,7 +245,7 @@ async def test_call_and_its_errors(router: Router, client: Client) -> None:
     async with asyncio.timeout(PATIENCE):
         with pytest.raises(TimeoutError):
             await router.call(client.name, "/agent", AGENT, "BeginAuthentication", timeout=0.05)
-    assert not router.peers._asked
+    assert not router.peers.asked
 
 
 async def test_uid_of(router: Router, client: Client) -> None:
@@ -266,7 +266,7 @@ async def test_vanished(router: Router, client: Client, new_client: NewClient) -
         assert not other_gone.is_set()
         async with router.vanished(client.name) as at_once:
             assert at_once.is_set()
-    assert not router.peers._waiting
+    assert not router.peers.waiting
 
 
 async def test_vanished_leaves_no_match_rule(router: Router, client: Client) -> None:
@@ -276,7 +276,7 @@ async def test_vanished_leaves_no_match_rule(router: Router, client: Client) -> 
 
 
 async def test_a_stranger_cannot_tell_that_a_caller_vanished(router: Router, client: Client) -> None:
-    line = router._connection
+    line = router.connection
     assert line
     fields = {PATH: DRIVER[1], INTERFACE: DRIVER[2], MEMBER: "NameOwnerChanged", DESTINATION: line.unique_name}
     async with router.vanished(client.name) as gone:

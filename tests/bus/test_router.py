@@ -164,7 +164,7 @@ async def test_an_answer_that_the_bus_would_not_carry_is_an_error(served: Router
 async def test_the_longest_answer_arrives(served: Router, client: Client) -> None:
     label = "x" * (router_module.BODY_LIMIT - 16)  # the variant's signature, the length, the NUL
     served.publish(Batch(changed={ONE: {DEVICE: {"Serial": "short"}}}))
-    served._table.objects[ONE].interfaces[DEVICE]["Label"] = label
+    served.table.objects[ONE].interfaces[DEVICE]["Label"] = label
     [value] = await client.call(ONE, PROPERTIES, "Get", "ss", DEVICE, "Label")
     assert len(value["v"][1]) == len(label)
 
@@ -205,21 +205,21 @@ async def test_who_asks_and_does_not_read_fills_no_memory(
     """Answers are made only as fast as they go out, however many calls there are."""
     monkeypatch.setattr(connection, "UNSENT_LIMIT", 1 << 20)
     served.publish(Batch(changed={ONE: {DEVICE: {"Label": "x" * (1 << 20)}}}))
-    line = served._connection
+    line = served.connection
     assert line
     queue, most = line.queue, 0
 
     def spy(data: bytes) -> None:
         nonlocal most
         queue(data)
-        most = max(most, line._unsent)
+        most = max(most, line.unsent)
 
     monkeypatch.setattr(line, "queue", spy)
     asking = [client.begin(ONE, PROPERTIES, "Get", "ss", DEVICE, "Label") for _ in range(60)]
     answers = await asyncio.gather(*asking)
     assert [len(value["v"][1]) for [value] in answers] == [1 << 20] * 60
     assert 1 << 20 <= most < 3 << 20
-    assert line._unsent == 0 and await client.call(ROOT, PEER, "Ping") == []
+    assert line.unsent == 0 and await client.call(ROOT, PEER, "Ping") == []
 
 
 # --- calls ---
@@ -344,7 +344,7 @@ async def test_a_fault_is_logged_and_told_in_one_sentence(
 async def test_no_reply_where_none_is_expected(served: Router, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
     done = asyncio.Event()
-    send = served._send
+    send = served.send
 
     async def rescan(_: Call) -> Sequence[Any]:
         done.set()
@@ -355,7 +355,7 @@ async def test_no_reply_where_none_is_expected(served: Router, client: Client, m
         return send(kind, **fields)
 
     served.handle(MANAGER, "Rescan", rescan, quick=True)
-    monkeypatch.setattr(served, "_send", spy)
+    monkeypatch.setattr(served, "send", spy)
     for interface, member in ((MANAGER, "Rescan"), (MANAGER, "Explode"), (PEER, "Ping")):
         await client.begin(ROOT, interface, member, no_reply=True)
     await asyncio.wait_for(done.wait(), PATIENCE)
@@ -417,7 +417,7 @@ async def test_calls_under_way_when_the_bus_goes_are_no_fault(
     bus.stop()
     async with asyncio.timeout(PATIENCE):
         await served.lost
-        while served._running:
+        while served.running:
             await asyncio.sleep(0)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -472,9 +472,9 @@ async def test_who_has_more_waiting_than_its_share_is_refused(monkeypatch: pytes
         queue.put(call_of("a", serial))
     queue.put(call_of("b", 0))
     assert [call.serial for call in refused] == list(range(count, count + 5))
-    while queue._lines:
+    while queue.lines:
         await turn()
-    assert len(served) == count + 1 and queue._weight == 0
+    assert len(served) == count + 1 and queue.weight == 0
 
 
 async def test_where_all_wait_the_newest_of_who_has_most_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,9 +488,9 @@ async def test_where_all_wait_the_newest_of_who_has_most_is_refused(monkeypatch:
     assert [(call.sender, call.serial) for call in refused] == [("a", 6), ("a", 5), ("a", 4)]
     queue.put(call_of("e", 0, size=6000))
     assert refused[-1].sender == "e"
-    while queue._lines:
+    while queue.lines:
         await turn()
-    assert len(served) == 10 and queue._weight == 0
+    assert len(served) == 10 and queue.weight == 0
 
 
 async def test_calls_wait_while_nothing_can_be_answered() -> None:
@@ -500,7 +500,7 @@ async def test_calls_wait_while_nothing_can_be_answered() -> None:
     queue.put(call_of("a", 1))
     await turn()
     await turn()
-    assert not served and not queue._awake  # nor does the loop spin for it
+    assert not served and not queue.awake  # nor does the loop spin for it
     ready = True
     queue.wake()
     await turn()
@@ -534,7 +534,7 @@ async def test_calls_of_one_sender_are_limited(served: Router, client: Client, n
     method.go.set()
     assert await asyncio.gather(*waiting) == [[]] * 33
     assert await client.call(ROOT, MANAGER, "Rescan") == []
-    assert not served._running and not served._waiting
+    assert not served.running and not served.waiting
 
 
 async def test_calls_of_one_user_are_limited_however_many_connections(
@@ -551,7 +551,7 @@ async def test_calls_of_one_user_are_limited_however_many_connections(
     await method.begun(1)
     method.go.set()
     await asyncio.gather(*waiting)
-    assert not served._waiting
+    assert not served.waiting
 
 
 async def test_a_quick_method_needs_no_place_and_asks_the_bus_nothing(
@@ -562,9 +562,9 @@ async def test_a_quick_method_needs_no_place_and_asks_the_bus_nothing(
 
     monkeypatch.setattr(router_module, "CALLS", 0)
     served.handle(MANAGER, "GetMachine", machine, quick=True)
-    sent = served._serial
+    sent = served.serial
     assert await client.call(ROOT, MANAGER, "GetMachine", "s", "m") == ["/m"]
-    assert served._serial == sent + 1
+    assert served.serial == sent + 1
 
 
 async def test_calls_of_all_are_limited(
@@ -585,32 +585,32 @@ async def test_a_flood_from_one_who_leaves_leaves_nothing(
 ) -> None:
     """Whatever kind of call it is, and although nobody takes the answers."""
     method = Waiting(served)
-    idle = len(served._tasks)
+    idle = len(served.tasks)
     for _ in range(200):
         client.begin(ROOT, MANAGER, "Rescan")
         client.begin(ROOT, OBJECT_MANAGER, "GetManagedObjects")
         client.begin(ONE, PROPERTIES, "Get", "ss", DEVICE, "Colour")
         client.begin(ROOT, MANAGER, "Sync")
     await method.begun(router_module.CALLS_PER_SENDER)
-    assert len(served._tasks) <= idle + router_module.CALLS_PER_SENDER
+    assert len(served.tasks) <= idle + router_module.CALLS_PER_SENDER
     client.process.kill()
     await client.stop()
     method.go.set()
     await asyncio.wait_for(_until_idle(served, idle), PATIENCE)
-    assert not served._running and not served._waiting and not served.peers._waiting and not served.peers._asked
+    assert not served.running and not served.waiting and not served.peers.waiting and not served.peers.asked
     assert await (await new_client(client.uid)).call(ROOT, PEER, "Ping") == []
 
 
 async def _until_idle(router: Router, tasks: int) -> None:
-    while len(router._tasks) > tasks:
-        await asyncio.wait(router._tasks - {asyncio.current_task()}, return_when=asyncio.FIRST_COMPLETED)
+    while len(router.tasks) > tasks:
+        await asyncio.wait(router.tasks - {asyncio.current_task()}, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def test_the_user_of_a_connection_is_asked_for_once(served: Router, client: Client) -> None:
     assert await served.uid_of(client.name) == client.uid
-    sent = served._serial
+    sent = served.serial
     assert await served.uid_of(client.name) == client.uid
-    assert served._serial == sent
+    assert served.serial == sent
 
 
 async def test_a_cancelled_handler_is_answered(served: Router, client: Client) -> None:

@@ -230,5 +230,5 @@ async def test_introspection_looks_at_no_other_objects(served: Router) -> None:
         def __iter__(self) -> Iterator[str]:
             raise AssertionError("all objects were gone through")
 
-    served._table.objects = Unlisted(served._table.objects)
-    assert 'name="net_one"' in served._introspect(names.DEVICES)
+    served.table.objects = Unlisted(served.table.objects)
+    assert 'name="net_one"' in served.introspect(names.DEVICES)

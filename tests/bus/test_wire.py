@@ -98,14 +98,14 @@ async def check_bytes(objects: dict[str, dict[str, dict[str, Any]]], data: st.Da
     router = Router(SPECIFICATION, log=logging.getLogger())
     router.publish(Batch(added={ROOT: {MANAGER: manager()}}))
     router.publish(Batch(added={path: {**found} for path, found in objects.items()}))
-    assert router._managed_objects() == library_bytes(objects)
+    assert router.managed_objects() == library_bytes(objects)
     for path, interfaces in objects.items():
         for interface, values in interfaces.items():
             key = data.draw(st.sampled_from(sorted(values)))
             declared = SPECIFICATION.interfaces[interface].properties[key].signature
             values[key] = data.draw(values_of(SignatureTree(declared).types[0]))
             router.publish(Batch(changed={path: {interface: {key: values[key]}}}))
-    assert router._managed_objects() == library_bytes(objects)
+    assert router.managed_objects() == library_bytes(objects)
 
 
 def library_bytes(objects: dict[str, dict[str, dict[str, Any]]]) -> bytes:

@@ -302,18 +302,18 @@ class Libvirt:
         self.asked.discard(alias)
         machine = self.machines[uuid]
         gone = [c for c in machine.live if c.alias == alias]
-        self._put(dataclasses.replace(machine, live=tuple(c for c in machine.live if c.alias != alias)))
+        self.put(dataclasses.replace(machine, live=tuple(c for c in machine.live if c.alias != alias)))
         for claim in gone:
             device = self._device(claim)
             if device.pci and device.name not in self.detached:
-                self._bind(device.name, "" if self._owned(device.name) else self.home[device.name])
+                self.bind(device.name, "" if self._owned(device.name) else self.home[device.name])
         self._tell(DeviceRemoved(MachineKey(self.uri, uuid), alias))
 
     def destroy(self, uuid: str) -> None:
         """The machine is powered off."""
         for claim in self.machines[uuid].live:
             self.guest_releases(uuid, claim.alias)
-        self._put(dataclasses.replace(self.machines[uuid], state="shut off", live=()))
+        self.put(dataclasses.replace(self.machines[uuid], state="shut off", live=()))
 
     # Effects.
 
@@ -323,8 +323,8 @@ class Libvirt:
             self._check_group(device)
             if sum(isinstance(c.source, PciSource) for c in machine.live) >= self.ports:
                 raise errors.NoFreePort("No more available PCI slots")
-            self._bind(device.name, "vfio-pci")
-        self._put(dataclasses.replace(machine, live=(*machine.live, claim)))
+            self.bind(device.name, "vfio-pci")
+        self.put(dataclasses.replace(machine, live=(*machine.live, claim)))
         if not self.withhold:
             self._tell(DeviceAdded(MachineKey(self.uri, uuid), claim.alias))
 
@@ -332,7 +332,7 @@ class Libvirt:
         machine = self.machines[uuid]
         if any(c.id == claim.id for c in machine.stored):
             raise errors.AlreadyAssigned("device is already in the domain configuration")
-        self._put(dataclasses.replace(machine, stored=(*machine.stored, claim)))
+        self.put(dataclasses.replace(machine, stored=(*machine.stored, claim)))
 
     def _detach_live(self, uuid: str, alias: str) -> None:
         if all(c.alias != alias for c in self.machines[uuid].live):
@@ -346,7 +346,7 @@ class Libvirt:
 
     def _detach_stored(self, uuid: str, claim: Claim) -> None:
         machine = self.machines[uuid]
-        self._put(
+        self.put(
             dataclasses.replace(
                 machine, stored=tuple(c for c in machine.stored if (c.id, c.alias) != (claim.id, claim.alias))
             )
@@ -354,11 +354,11 @@ class Libvirt:
 
     def _detach_host(self, name: str) -> None:
         self.detached.add(name)
-        self._bind(name, "vfio-pci")
+        self.bind(name, "vfio-pci")
 
     def _reattach_host(self, name: str) -> None:
         self.detached.discard(name)
-        self._bind(name, "" if self._owned(name) else self.home[name])
+        self.bind(name, "" if self._owned(name) else self.home[name])
 
     def _read(self, uuid: str) -> None:
         if uuid not in self.machines:
@@ -397,7 +397,7 @@ class Libvirt:
         if not self.connected:
             raise errors.HypervisorUnavailable("the connection to libvirt was lost")
 
-    def _put(self, machine: Machine) -> None:
+    def put(self, machine: Machine) -> None:
         self.machines[machine.uuid] = machine
         self._tell(MachineRead(machine))
 
@@ -424,5 +424,5 @@ class Libvirt:
             if other.driver not in ("", "vfio-pci", "pcieport"):
                 raise errors.HypervisorRefused(f"group {device.pci.iommu_group if device.pci else 0} is not viable")
 
-    def _bind(self, name: str, driver: str) -> None:
+    def bind(self, name: str, driver: str) -> None:
         self.emit(DeviceSeen(dataclasses.replace(self.state.devices[name], driver=driver)))

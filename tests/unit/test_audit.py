@@ -98,7 +98,7 @@ async def test_what_a_guest_lets_go_after_the_job_is_released_late(house: House)
     await control.ended.wait()
     house.records()
     alias = hostdev_alias(house)
-    house.libvirt._put(dataclasses.replace(house.libvirt.machines[UUID], stored=(hostdev(STICK),)))
+    house.libvirt.put(dataclasses.replace(house.libvirt.machines[UUID], stored=(hostdev(STICK),)))
     assert [row["MESSAGE"].partition(":")[0] for row in house.records()] == ["hold added by others in its stored half"]
     house.libvirt.guest_releases(UUID, alias)
     [record] = house.records()

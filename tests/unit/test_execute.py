@@ -314,12 +314,12 @@ async def test_a_guest_that_lets_go_late_ends_the_hold_and_the_drivers_come_back
 async def test_an_alias_that_another_device_has_at_the_moment_of_asking_is_not_asked_for(tmp_path: Path) -> None:
     world = World(tmp_path)
     held = hostdev(STICK, "hostdev0")
-    world.libvirt._put(machine(live=(held,), stored=(held,)))
+    world.libvirt.put(machine(live=(held,), stored=(held,)))
     others = (hostdev(LUN, "hostdev0"),)
 
     def exchange(call: str) -> None:
         if call == "detach_stored":
-            world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], live=others))
+            world.libvirt.put(dataclasses.replace(world.libvirt.machines[UUID], live=others))
 
     world.libvirt.after = exchange
     assert (await world.do("dismiss", STICK)).state == "done"
@@ -661,7 +661,7 @@ async def test_what_somebody_else_stores_meanwhile_is_not_undone(tmp_path: Path)
 
 async def test_the_undo_of_a_lone_device_ends_when_its_driver_is_back(tmp_path: Path) -> None:
     world = World(tmp_path)
-    bind, late = world.libvirt._bind, []
+    bind, late = world.libvirt.bind, []
 
     def bind_later(name: str, driver: str) -> None:
         late.append(driver)
@@ -669,7 +669,7 @@ async def test_the_undo_of_a_lone_device_ends_when_its_driver_is_back(tmp_path: 
         if driver != "vfio-pci":
             asyncio.get_running_loop().call_later(0.05, bind, name, driver)
 
-    world.libvirt._bind = bind_later  # type: ignore[method-assign]
+    world.libvirt.bind = bind_later  # type: ignore[method-assign]
     world.libvirt.withhold = True
     job = await world.do("assign", NIC, timeout=1)
     assert error_name(job) == "org.hostpassd1.Error.TimedOut" and late == ["vfio-pci", "e1000e"]

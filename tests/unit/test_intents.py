@@ -84,7 +84,7 @@ def fine(call: str) -> None:
 
 def known(log: IntentLog) -> tuple[list[Unfinished], dict[str, tuple[str, str]]]:
     """What LOG knows of unfinished operations, whatever their numbers and order."""
-    operations = [*log.unfinished, *log._running.values()]
+    operations = [*log.unfinished, *log.under_way.values()]
     return sorted((dataclasses.replace(operation, number=0) for operation in operations), key=repr), log.lent
 
 
@@ -96,7 +96,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 3), st.integ
 
 async def act(log: IntentLog, action: str, number: int, at: int) -> None:
     """Calls one method, if it makes sense now."""
-    running, left = number in log._running, log.left(number)
+    running, left = number in log.under_way, log.left(number)
     if action == "begin" and not running and not left:
         await log.begin(number, plan(f"device {at}"))
     elif action in (("step", "fail", "leave") if running else ()) + (("done", "undone") if running or left else ()):
@@ -387,8 +387,8 @@ async def test_a_disk_that_hangs_ends_the_job_in_words_and_is_made_up_for_when_i
     with pytest.raises(errors.StateFolderError, match="does not answer"):
         await world.start("assign", NIC)
     go_on.set()
-    assert world.intents._hanging
-    await asyncio.wait({world.intents._hanging})
+    assert world.intents.hanging
+    await asyncio.wait({world.intents.hanging})
     assert (await world.do("assign", STICK)).state == "done"
     assert known(log_in(tmp_path)) == ([], {})
 
@@ -553,7 +553,7 @@ async def test_of_two_sticks_below_one_controller_one_is_undone_though_the_other
 def store_by_others(world: World, *devices: Device) -> tuple[Claim, ...]:
     """An administrator puts DEVICES into the stored configuration, in the place of what is there."""
     claims = tuple(hostdev(device, alias="", stored=True) for device in devices)
-    world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], stored=claims))
+    world.libvirt.put(dataclasses.replace(world.libvirt.machines[UUID], stored=claims))
     return claims
 
 
@@ -605,13 +605,13 @@ async def test_a_step_that_was_taken_back_is_not_taken_back_again(tmp_path: Path
 
 async def test_an_alias_that_another_device_has_by_now_is_not_asked_for(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], live=(hostdev(STICK, "hostdev0"),)))
+    world.libvirt.put(dataclasses.replace(world.libvirt.machines[UUID], live=(hostdev(STICK, "hostdev0"),)))
     world.libvirt.after = lambda call: world.libvirt.lose() if call == "detach_live" else None
     job = await world.do("dismiss", STICK)
     assert "the rest is done when libvirt is back" in str(job.error)
     await world.quiet()
     others = (hostdev(LUN, "hostdev0"),)
-    world.libvirt._put(dataclasses.replace(world.libvirt.machines[UUID], live=others))
+    world.libvirt.put(dataclasses.replace(world.libvirt.machines[UUID], live=others))
     world = await reborn(world, tmp_path)
     assert world.libvirt.machines[UUID].live == others and world.intents.unfinished == ()
 
@@ -827,4 +827,4 @@ def test_no_file_keeps_the_daemon_from_starting(tmp_path: Path, parts: list[byte
 
     asyncio.run(written_and_read_again())
     again = log_in(tmp_path)
-    assert known(again) == known(log) and again._kept == log._kept
+    assert known(again) == known(log) and again.kept == log.kept

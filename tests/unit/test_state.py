@@ -503,12 +503,12 @@ class Readings:
 def _check_tree(tree: Tree) -> None:
     devices = tree.devices.values()
     pci_devices = [(d.name, d.pci) for d in devices if d.pci]
-    assert tree._by_path == {d.sysfs_path: d.name for d in devices}
-    assert _pairs(tree._children) == {(d.parent, d.name) for d in devices if d.parent}
+    assert tree.by_path == {d.sysfs_path: d.name for d in devices}
+    assert _pairs(tree.by_parent) == {(d.parent, d.name) for d in devices if d.parent}
     assert _pairs(tree.groups) == {(pci.iommu_group, name) for name, pci in pci_devices if pci.iommu_group >= 0}
     assert _pairs(tree.functions) == {(p.physical_function, name) for name, p in pci_devices if p.physical_function}
     keyboards = {(d.keyboard_of, d.name) for d in devices if d.keyboard_of}
-    assert _pairs(tree._keyboards) == keyboards
+    assert _pairs(tree.keyboards) == keyboards
     lines = [{name, *(above.name for above in tree.ancestors(name))} for _, name in keyboards]  # there is one seat
     assert tree.only_keyboards == dict.fromkeys(set.intersection(*lines) if lines else (), "seat0")
 
@@ -518,23 +518,23 @@ def _pairs(multimap: Multimap[Any, Any]) -> set[tuple[Any, Any]]:
 
 
 def _check_spread(state: State) -> None:
-    spread, tree = state._spread, state._tree
+    spread, tree = state.spread, state.tree
     assert set(spread.uses) <= set(tree.devices)
     for device in tree.devices.values():
-        assert spread._own.get(device.name, ()) == use_blockers(state, device)
+        assert spread.own.get(device.name, ()) == use_blockers(state, device)
         below = [tree.devices[name] for name in tree.descendants(device.name)]
         assert dict(spread.below(device.name)) == Counter(b for d in below for b in use_blockers(state, d))
         leaves = [d for d in below if is_leaf(d, any(a.kind == "usb" for a in tree.ancestors(d.name)))]
-        assert spread._leaves[device.name] == len(leaves)
+        assert spread.leaves[device.name] == len(leaves)
 
 
 def _check_holdings(holdings: Holdings) -> None:
-    told = {(device, uuid, kind) for uuid, rows in holdings._told.items() for device, kind in rows}
-    assert {(device, *row) for device, row in _pairs(holdings._on)} == told
-    leading = {(name, node) for node, names in holdings._nodes.items() for name in names}
-    assert _pairs(holdings._leading) == leading
+    told = {(device, uuid, kind) for uuid, rows in holdings.told.items() for device, kind in rows}
+    assert {(device, *row) for device, row in _pairs(holdings.by_device)} == told
+    leading = {(name, node) for node, names in holdings.nodes.items() for name in names}
+    assert _pairs(holdings.leading) == leading
     assert set(holdings.machines) == {key.uuid for key in holdings.copies}
-    assert set(holdings._in) == set(holdings._missing_in) == set(holdings.copies)
+    assert set(holdings.by_machine) == set(holdings.missing_in) == set(holdings.copies)
 
 
 @settings(max_examples=600, deadline=None)
@@ -549,15 +549,15 @@ def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[
         named = {key for b in batches for where in (b.added, b.changed, b.removed) for _, key in where}
         after = _told(state)
         assert {key for key in {**before, **after} if before.get(key) != after.get(key)} <= named
-        _check_tree(state._tree)
+        _check_tree(state.tree)
         _check_spread(state)
-        _check_holdings(state._holdings)
+        _check_holdings(state.holdings)
     fresh = State()
     fresh.apply(DevicesScanned(tuple(sorted(state.devices.values(), key=_depth))))
     fresh.apply(HostUsesRead(readings.uses, readings.nodes))
     for m in sorted(state.copies.values(), key=lambda m: m.key):
         fresh.apply(MachineRead(m))
-        for alias in state._holdings._releasing[m.key]:
+        for alias in state.holdings.asked[m.key]:
             fresh.apply(Releasing(m.key, alias))
     assert _told(state) == _told(fresh)
     for key in state.copies:
