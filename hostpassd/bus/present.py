@@ -8,7 +8,7 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
-from hostpassd.model.device import Block, Device, Facts, Input, Mdev, MdevParent, Net, Pci, Scsi, Usb, UsbInterface
+from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, Net, Pci, Scsi, Usb
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
 from hostpassd.passthrough.request import Plan
@@ -78,8 +78,7 @@ def _facts(state: State, device: Device, facts: Facts) -> tuple[str, Properties]
             return names.DEVICE_NET, {"Interface": interface, "MacAddress": mac_address}
         case Block(node, size):
             return names.DEVICE_BLOCK, {"Node": node, "Size": size}
-        case Input() | UsbInterface():
-            return None
+    return None
 
 
 def _pci(state: State, device: Device, pci: Pci) -> Properties:

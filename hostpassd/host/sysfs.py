@@ -435,7 +435,8 @@ def _scsi_words(source: Source) -> Words:
 
 
 def _mdev(source: Source) -> tuple[Facts, ...]:
-    return (Mdev(uuid=clean(source.kernel_name), type=clean(source.link("mdev_type"))),)
+    api = source.text("mdev_type/device_api")
+    return (Mdev(clean(source.kernel_name), clean(source.link("mdev_type")), *([api] if api else [])),)
 
 
 def _mdev_types(source: Source) -> tuple[Facts, ...]:

@@ -8,26 +8,27 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from lxml import etree
 
-from hostpassd.model.device import Device, Mdev, Scsi, Usb
+from hostpassd.model.device import Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.model.machine import (
     Claim,
+    ClaimSource,
     InterfaceSource,
     MdevSource,
     NodeSource,
     PciSource,
     Ports,
     ScsiSource,
-    Source,
     UsbSource,
 )
+from hostpassd.model.pci_address import PciAddress
 from hostpassd.model.text import clean
 
 # What strtoull takes at base 0, which is how libvirt reads an address (virXMLPropUInt): 010 is 8, 0x10 is 16.
 _NUMBER = re.compile(r"[ \t\n\r\f\v]*\+?(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))")
-_PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}):([01][0-9a-fA-F])\.([0-7])")
 
 # A generator of random numbers is the machine's own; these two are the host's for everybody.
 _SHARED_RANDOM = frozenset({"/dev/random", "/dev/urandom"})
@@ -91,8 +92,8 @@ def read_ports(xml: str) -> Ports:
             with contextlib.suppress(_Broken):
                 models[_number(element, "index")] = element.get("model", "")
         if address := _guest_address(element):
-            _, bus, place = address.split(":")
-            used.add((int(bus, 16), int(place.partition(".")[0], 16)))
+            place = PciAddress.parse(address)
+            used.add((place.bus, place.device))
     taken = {bus for bus, _ in used}
     express = (bus for bus, model in models.items() if model in _EXPRESS_PORTS and bus not in taken)
     slots = (
@@ -120,22 +121,9 @@ def hostdev_xml(
     GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. ValueError: DEVICE is of no kind that can be
     handed over, or GUEST_ADDRESS is no PCI address.
     """
+    facts, write = _writer(device)
     element = etree.Element("hostdev", mode="subsystem")
-    source = etree.SubElement(element, "source")
-    if pci := device.pci:
-        element.set("type", "pci")
-        element.set("managed", "yes")
-        etree.SubElement(source, "address", _pci_attributes(pci.address))
-    elif usb := device.usb:
-        element.set("type", "usb")
-        _write_usb(source, usb, stored, unique)
-    elif scsi := device.scsi:
-        element.set("type", "scsi")
-        _write_scsi(source, scsi)
-    else:
-        element.set("type", "mdev")
-        element.set("model", "vfio-pci")
-        etree.SubElement(source, "address", uuid=_mdev(device).uuid)
+    write(element, etree.SubElement(element, "source"), facts, stored, unique)
     if rom_bar is not None:
         etree.SubElement(element, "rom", bar="on" if rom_bar else "off")
     if alias:
@@ -216,7 +204,7 @@ def _claims_in(domain: etree._Element, warnings: list[str]) -> Iterator[tuple[et
             yield element, _claim(element, *read)
 
 
-def _claim(element: etree._Element, kind: str, source: Source) -> Claim:
+def _claim(element: etree._Element, kind: str, source: ClaimSource) -> Claim:
     alias = element.find("alias")
     written = element.find("source")
     return Claim(
@@ -224,8 +212,8 @@ def _claim(element: etree._Element, kind: str, source: Source) -> Claim:
         source=source,
         alias=clean(alias.get("name", "")) if alias is not None else "",
         xml=_text(element),
-        id=_fit(f"{kind}:{_key(source)}"),
-        text=clean(_for_people(source)),
+        id=_fit(f"{kind}:{source.id}"),
+        text=clean(source.text),
         missing=written is not None and written.get("missing") == "yes",
         guest_address=_guest_address(element),
     )
@@ -242,50 +230,9 @@ def _fit(text: str) -> str:
     return fit if fit == text else f"{fit}#{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
-def _key(source: Source) -> str:
-    match source:
-        case PciSource():
-            return f"pci:{source.address}"
-        case UsbSource():
-            return ":".join(["usb", *_usb_words(source, "{:04x}:{:04x}", "{}:{}", "bus{}:{}")])
-        case ScsiSource():
-            return f"scsi:{source.host}:{source.channel}:{source.target}:{source.lun}"
-        case MdevSource():
-            return f"mdev:{source.uuid}"
-        case NodeSource():
-            return f"node:{source.path}"
-        case InterfaceSource():
-            return f"net:{source.interface}"
-
-
-def _for_people(source: Source) -> str:
-    match source:
-        case PciSource():
-            return f"pci {source.address}"
-        case UsbSource():
-            return " ".join(["usb", *_usb_words(source, "{:04x}:{:04x}", "bus {} device {}", "bus {} device {}")])
-        case ScsiSource():
-            return f"scsi {source.host}:{source.channel}:{source.target}:{source.lun}"
-        case MdevSource():
-            return f"mdev {source.uuid}"
-        case NodeSource():
-            return source.path
-        case InterfaceSource():
-            return f"interface {source.interface}"
-
-
-def _usb_words(source: UsbSource, ids: str, place: str, place_alone: str) -> list[str]:
-    words = []
-    if source.vendor_id is not None:
-        words.append(ids.format(source.vendor_id, source.product_id))
-    if source.bus is not None:
-        words.append((place if words else place_alone).format(source.bus, source.number))
-    return words
-
-
 # Reading: one function for each element that can claim a device of the host. None: it claims none.
 
-_Read = tuple[str, Source] | None
+_Read = tuple[str, ClaimSource] | None
 
 
 def _read_hostdev(element: etree._Element) -> _Read:
@@ -421,7 +368,7 @@ _READERS: dict[str, Callable[[etree._Element], _Read]] = {
     "tpm": _read_tpm,
 }
 
-_SUBSYSTEMS: dict[str, Callable[[etree._Element], Source | None]] = {
+_SUBSYSTEMS: dict[str, Callable[[etree._Element], ClaimSource | None]] = {
     "pci": _read_pci,
     "usb": _read_usb,
     "scsi": _read_scsi,
@@ -470,7 +417,7 @@ def _pci_address(element: etree._Element) -> str:
     if not any(name in element.attrib for name in _PCI_PARTS):
         raise _Broken("its PCI address is empty")
     parts = [_number(element, name, limit) if name in element.attrib else 0 for name, limit in _PCI_PARTS.items()]
-    return "{:04x}:{:02x}:{:02x}.{:x}".format(*parts)
+    return str(PciAddress(*parts))
 
 
 def _guest_address(element: etree._Element) -> str:
@@ -486,15 +433,26 @@ def _guest_address(element: etree._Element) -> str:
 # Writing.
 
 
-def _mdev(device: Device) -> Mdev:
+# Facts, the element and its source, whether it is for the stored half, whether nothing else here has the same ids.
+_Write = Callable[[etree._Element, etree._Element, Any, bool, bool], None]
+
+
+def _writer(device: Device) -> tuple[Facts, _Write]:
     for facts in device.facts:
-        if isinstance(facts, Mdev):
-            return facts
+        if write := _WRITERS.get(type(facts)):
+            return facts, write
     raise ValueError(f"A device of the kind {device.kind} cannot be handed to a machine.")
 
 
-def _write_usb(source: etree._Element, usb: Usb, stored: bool, unique: bool) -> None:
+def _write_pci(element: etree._Element, source: etree._Element, pci: Pci, stored: bool, unique: bool) -> None:
+    element.set("type", "pci")
+    element.set("managed", "yes")
+    etree.SubElement(source, "address", _pci_attributes(pci.address))
+
+
+def _write_usb(element: etree._Element, source: etree._Element, usb: Usb, stored: bool, unique: bool) -> None:
     """Live always by bus and number, too: that is this very plug-in, and libvirt checks that the rest is so."""
+    element.set("type", "usb")
     if stored:
         source.set("startupPolicy", "optional")
     named = usb.vendor_id != 0  # libvirt refuses a vendor of 0
@@ -505,9 +463,19 @@ def _write_usb(source: etree._Element, usb: Usb, stored: bool, unique: bool) -> 
         etree.SubElement(source, "address", bus=str(usb.bus), device=str(usb.number))
 
 
-def _write_scsi(source: etree._Element, scsi: Scsi) -> None:
+def _write_scsi(element: etree._Element, source: etree._Element, scsi: Scsi, stored: bool, unique: bool) -> None:
+    element.set("type", "scsi")
     etree.SubElement(source, "adapter", name=f"scsi_host{scsi.host}")
     etree.SubElement(source, "address", bus=str(scsi.channel), target=str(scsi.target), unit=str(scsi.lun))
+
+
+def _write_mdev(element: etree._Element, source: etree._Element, mdev: Mdev, stored: bool, unique: bool) -> None:
+    element.set("type", "mdev")
+    element.set("model", mdev.api)
+    etree.SubElement(source, "address", uuid=mdev.uuid)
+
+
+_WRITERS: dict[type[Facts], _Write] = {Pci: _write_pci, Usb: _write_usb, Scsi: _write_scsi, Mdev: _write_mdev}
 
 
 def _write_guest_address(element: etree._Element, guest_address: str, multifunction: bool) -> None:
@@ -519,7 +487,5 @@ def _write_guest_address(element: etree._Element, guest_address: str, multifunct
 
 
 def _pci_attributes(address: str) -> dict[str, str]:
-    match = _PCI_ADDRESS.fullmatch(address)
-    if match is None:
-        raise ValueError(f"{clean(address)} is no PCI address.")
-    return {name: f"0x{part}" for name, part in zip(_PCI_PARTS, match.groups(), strict=True)}
+    domain, bus, slot, function = PciAddress.parse(clean(address))
+    return {"domain": f"0x{domain:04x}", "bus": f"0x{bus:02x}", "slot": f"0x{slot:02x}", "function": f"0x{function:x}"}

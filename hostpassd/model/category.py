@@ -120,11 +120,6 @@ def category(device: Device, below: Iterable[Device] = (), parent: Device | None
     return tell(device) if tell else OTHER
 
 
-def is_hub(usb: Usb) -> bool:
-    """Whether it is a USB hub, root hubs included."""
-    return usb.device_class == 0x09 or usb.port.startswith("usb")
-
-
 def without_driver(usb: Usb) -> Usb:
     """What of USB is the same whoever drives the device."""
     return dataclasses.replace(usb, marks=tuple(mark for mark in usb.marks if mark not in _MARKS_OF_DRIVERS))
@@ -152,7 +147,7 @@ def interface_category(triple: str) -> str:
 
 
 def _usb(usb: Usb, below: tuple[Device, ...], before: str) -> str:
-    if is_hub(usb):
+    if usb.is_hub:
         return "hub"
     if any(is_wireless(device) for device in below):
         return "wifi"

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Iterator
+
+from hostpassd.model.pci_address import PciAddress
+
+# What a claim can name a device by: its first part says what sort of name it is.
+Key = tuple[str | int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Pci:
+class Facts:
+    """What is known of a device because of what it is: one class for each kind that has some."""
+
+    @property
+    def ids(self) -> tuple[int, int] | None:
+        """The vendor's and the product's number."""
+        return None
+
+    def keys(self) -> Iterator[Key]:
+        """What a claim can name the device by."""
+        yield from ()
+
+    def identity(self) -> Key:
+        """What is another one where another device is plugged in; () tells nothing."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pci(Facts):
     """Facts of a PCI function, as lspci and sysfs tell them."""
 
     address: str  # 0000:01:00.0
@@ -35,9 +58,24 @@ class Pci:
         """The PCI base class, 0x02 for a network controller."""
         return self.class_code >> 16
 
+    @property
+    def place(self) -> PciAddress:
+        """Its address in parts."""
+        return PciAddress.parse(self.address)
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        return (self.vendor_id, self.device_id)
+
+    def keys(self) -> Iterator[Key]:
+        yield ("pci", self.address)
+
+    def identity(self) -> Key:
+        return self.ids
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Usb:
+class Usb(Facts):
     """Facts of a USB device, as lsusb and sysfs tell them."""
 
     bus: int
@@ -52,16 +90,33 @@ class Usb:
     marks: tuple[str, ...] = ()  # what else it shows: fido mtp scanner
     socket: str = ""  # the port by which its physical socket goes, '' for a root hub
 
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is a hub, root hubs included."""
+        return self.device_class == 0x09 or self.port.startswith("usb")
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        return (self.vendor_id, self.product_id)
+
+    def keys(self) -> Iterator[Key]:
+        if not self.is_hub:
+            yield ("usb", self.bus, self.number)
+            yield ("usb-id", *self.ids)
+
+    def identity(self) -> Key:
+        return (self.bus, self.number, *self.ids)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UsbInterface:
+class UsbInterface(Facts):
     """Facts of an interface of a USB device."""
 
     triple: str  # class, subclass and protocol: 08:06:50
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Scsi:
+class Scsi(Facts):
     """Facts of a SCSI logical unit, as lsscsi and sysfs tell them."""
 
     host: int
@@ -71,24 +126,34 @@ class Scsi:
     type: str  # disk, cd/dvd, tape ... (lsscsi's words)
     wwid: str
 
+    def keys(self) -> Iterator[Key]:
+        yield ("scsi", self.host, self.channel, self.target, self.lun)
+
+    def identity(self) -> Key:
+        return (self.wwid,) if self.wwid else ()  # one that could not be read tells nothing
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Mdev:
+class Mdev(Facts):
     """Facts of a mediated device."""
 
     uuid: str
     type: str
+    api: str = "vfio-pci"  # the kernel's device_api: vfio-ap, vfio-ccw ...
+
+    def keys(self) -> Iterator[Key]:
+        yield ("mdev", self.uuid.lower())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class MdevParent:
+class MdevParent(Facts):
     """What a device offers in mediated device types: (id, name, how many more can be made)."""
 
     types: tuple[tuple[str, str, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Net:
+class Net(Facts):
     """Facts of a network interface."""
 
     interface: str
@@ -96,9 +161,12 @@ class Net:
     ifindex: int = 0
     type: str = ""  # the kernel's DEVTYPE: wlan, wwan ...; '' for Ethernet
 
+    def keys(self) -> Iterator[Key]:
+        yield ("net", self.interface)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Block:
+class Block(Facts):
     """Facts of a whole disk."""
 
     node: str  # /dev/sda
@@ -107,14 +175,11 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Input:
+class Input(Facts):
     """Facts of an input device."""
 
     keyboard_of: str  # the seat whose keyboard it is: seat0; '' if it is none
     category: str = ""  # keyboard, mouse, game-controller; '' for another or none
-
-
-Facts = Pci | Usb | UsbInterface | Scsi | Mdev | MdevParent | Net | Block | Input
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,6 +213,17 @@ class Device:
     def scsi(self) -> Scsi | None:
         """The SCSI facts, if it is a logical unit."""
         return next((facts for facts in self.facts if isinstance(facts, Scsi)), None)
+
+    @property
+    def ids(self) -> tuple[int, int] | None:
+        """The vendor's and the product's number, if it has some."""
+        return next((facts.ids for facts in self.facts if facts.ids), None)
+
+    def keys(self) -> Iterator[Key]:
+        """What a claim can name it by."""
+        for facts in self.facts:
+            yield from facts.keys()
+        yield from (("node", node) for node in self.device_nodes)
 
     @property
     def keyboard_of(self) -> str:
@@ -192,18 +268,7 @@ def device_name(kind: str, kernel_name: str, parent_kernel_name: str = "") -> st
 
 def same_thing(old: Device, new: Device) -> bool:
     """Whether NEW, found where OLD was, is the same plugged-in thing with other values, and not another one."""
-    if old.scsi and new.scsi and not (old.scsi.wwid and new.scsi.wwid):
-        return old.sysfs_path == new.sysfs_path  # a WWID that could not be read tells nothing
-    return _identity(old) == _identity(new)
-
-
-def _identity(device: Device) -> tuple[Any, ...]:
-    usb, pci, scsi = device.usb, device.pci, device.scsi
-    facts: tuple[Any, ...] = ()
-    if usb:
-        facts = (usb.bus, usb.number, usb.vendor_id, usb.product_id)
-    elif pci:
-        facts = (pci.vendor_id, pci.device_id)
-    elif scsi:
-        facts = (scsi.wwid,)
-    return (device.kind, device.sysfs_path, *facts)
+    if (old.kind, old.sysfs_path) != (new.kind, new.sysfs_path):
+        return False
+    before = {type(facts): facts.identity() for facts in old.facts}
+    return all(before.get(type(facts), ()) in ((), facts.identity()) or not facts.identity() for facts in new.facts)

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import NamedTuple
 
+from hostpassd.model.device import Key
 from hostpassd.model.text import clean
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PciSource:
+class ClaimSource(abc.ABC):
+    """What a claim names, as it is written: one class for each way of naming."""
+
+    @abc.abstractmethod
+    def keys(self) -> list[Key]:
+        """What a device must be named by, all of them, to be what is meant."""
+
+    @property
+    @abc.abstractmethod
+    def id(self) -> str:
+        """It in one word, the same for the same words."""
+
+    @property
+    @abc.abstractmethod
+    def text(self) -> str:
+        """It for people."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PciSource(ClaimSource):
     """A PCI function of the host by address, 0000:01:00.0."""
 
     address: str
 
+    def keys(self) -> list[Key]:
+        return [("pci", self.address)]
+
+    @property
+    def id(self) -> str:
+        return f"pci:{self.address}"
+
+    @property
+    def text(self) -> str:
+        return f"pci {self.address}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class UsbSource:
+class UsbSource(ClaimSource):
     """A USB device of the host: by bus and number, by vendor and product, or all four. None: not said."""
 
     vendor_id: int | None = None
@@ -24,9 +56,32 @@ class UsbSource:
     bus: int | None = None
     number: int | None = None
 
+    @property
+    def _has_place(self) -> bool:
+        return self.bus is not None and self.number is not None
+
+    @property
+    def _ids(self) -> list[str]:
+        return [f"{self.vendor_id:04x}:{self.product_id:04x}"] if self.vendor_id is not None else []
+
+    def keys(self) -> list[Key]:
+        place: list[Key] = [("usb", self.bus, self.number)] if self._has_place else []
+        named = self.vendor_id is not None and self.product_id is not None
+        return [*place, ("usb-id", self.vendor_id, self.product_id)] if named else place
+
+    @property
+    def id(self) -> str:
+        place = [f"{'' if self._ids else 'bus'}{self.bus}:{self.number}"] if self._has_place else []
+        return ":".join(["usb", *self._ids, *place])
+
+    @property
+    def text(self) -> str:
+        place = [f"bus {self.bus} device {self.number}"] if self._has_place else []
+        return " ".join(["usb", *self._ids, *place])
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ScsiSource:
+class ScsiSource(ClaimSource):
     """A SCSI logical unit of the host by adapter (scsi_host0) and address."""
 
     host: int
@@ -34,29 +89,70 @@ class ScsiSource:
     target: int
     lun: int
 
+    def keys(self) -> list[Key]:
+        return [("scsi", self.host, self.channel, self.target, self.lun)]
+
+    @property
+    def id(self) -> str:
+        return f"scsi:{self.host}:{self.channel}:{self.target}:{self.lun}"
+
+    @property
+    def text(self) -> str:
+        return f"scsi {self.host}:{self.channel}:{self.target}:{self.lun}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class MdevSource:
+class MdevSource(ClaimSource):
     """A mediated device by UUID."""
 
     uuid: str
 
+    def keys(self) -> list[Key]:
+        return [("mdev", self.uuid.lower())]
+
+    @property
+    def id(self) -> str:
+        return f"mdev:{self.uuid}"
+
+    @property
+    def text(self) -> str:
+        return f"mdev {self.uuid}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class NodeSource:
+class NodeSource(ClaimSource):
     """A device node of the host, /dev/disk/by-id/... or /dev/ttyUSB0, as written; links are for host/ to resolve."""
 
     path: str
 
+    def keys(self) -> list[Key]:
+        return [("node", self.path)]
+
+    @property
+    def id(self) -> str:
+        return f"node:{self.path}"
+
+    @property
+    def text(self) -> str:
+        return self.path
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class InterfaceSource:
+class InterfaceSource(ClaimSource):
     """A network interface of the host by name (macvtap)."""
 
     interface: str
 
+    def keys(self) -> list[Key]:
+        return [("net", self.interface)]
 
-Source = PciSource | UsbSource | ScsiSource | MdevSource | NodeSource | InterfaceSource
+    @property
+    def id(self) -> str:
+        return f"net:{self.interface}"
+
+    @property
+    def text(self) -> str:
+        return f"interface {self.interface}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +160,7 @@ class Claim:
     """One device element of one half (live or stored) of a machine's XML."""
 
     kind: str  # hostdev, interface, disk ...
-    source: Source
+    source: ClaimSource
     alias: str  # '' where libvirt gives none
     xml: str  # the element as libvirt wrote it; what a detach of the stored half is asked with
     id: str  # stable for this claim as written, to dismiss it by when its device is not here

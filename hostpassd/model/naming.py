@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from hostpassd.model.category import category, interface_category, is_hub, is_optical, is_wireless, without_driver
+from hostpassd.model.category import category, interface_category, is_optical, is_wireless, without_driver
 from hostpassd.model.device import Block, Device, Mdev, Pci, UsbInterface, escape
 from hostpassd.model.text import clean
 
@@ -28,7 +28,7 @@ _BRIDGES = frozenset({0x0600, 0x0601, 0x0602, 0x0604, 0x0607, 0x0608})
 
 def role(device: Device, above: Iterable[Device] = ()) -> str:
     """The Role of DEVICE below the devices ABOVE: what hangs below a USB device is a function of that, LUNs too."""
-    if device.kind in _STRUCTURES or (device.usb and is_hub(device.usb)) or (device.pci and is_bridge(device.pci)):
+    if device.kind in _STRUCTURES or (device.usb and device.usb.is_hub) or (device.pci and is_bridge(device.pci)):
         return STRUCTURE
     if device.kind in ("pci", "usb", "mdev"):
         return SUBJECT

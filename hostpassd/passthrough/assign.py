@@ -9,6 +9,7 @@ from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.codes import Blocker, blocker
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device
+from hostpassd.model.drivers import VFIO_PCI
 from hostpassd.model.machine import Hold, Machine
 from hostpassd.passthrough.cards import card_places, functions_beside
 from hostpassd.passthrough.plan import DETACHABLE_KINDS, check_instance, check_reachable, hold_of, locks_of
@@ -73,7 +74,7 @@ class Assign(Request):
     def _attach(self, state: State, moving: list[Device], devices: list[Device]) -> Iterable[Step]:
         if len(moving) > 1:
             # libvirt frees a managed device as it attaches it, but the group must be free before the first attach.
-            yield from (Detach(d.name, d.driver) for d in devices if d.pci and d.driver not in ("", "vfio-pci"))
+            yield from (Detach(d.name, d.driver) for d in devices if d.pci and d.driver not in ("", VFIO_PCI))
         for d in devices:
             of_card = len(functions_beside(d, devices)) > 1
             yield Attach(d.name, alias_of(d), _xml(state, d, self.options, moving[0], "", stored=False), of_card)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from hostpassd.model.device import Device
 from hostpassd.model.machine import Machine
+from hostpassd.model.pci_address import PciAddress
 
 
 def functions_beside(device: Device, devices: list[Device]) -> list[Device]:
     """Of DEVICES the functions of the host slot that DEVICE is in, in order; none for what is no PCI function."""
-    slot = slot_of(device.pci.address) if device.pci else None
-    found = [d for d in devices if d.pci and slot_of(d.pci.address) == slot]
-    return sorted(found, key=lambda d: d.pci.address if d.pci else "")
-
-
-def slot_of(address: str) -> str:
-    """0000:01:00 of 0000:01:00.0"""
-    return address[:-2]
+    if not device.pci:
+        return []
+    slot = device.pci.place.slot
+    found = {d.pci.place: d for d in devices if d.pci and d.pci.place.slot == slot}
+    return [found[place] for place in sorted(found)]
 
 
 def card_places(machine: Machine, asked: Device, to_store: list[Device], given_address: str) -> dict[str, str]:
@@ -25,22 +23,22 @@ def card_places(machine: Machine, asked: Device, to_store: list[Device], given_a
     the same. Without function 0 a guest sees no card, and where no slot is free libvirt adds one for each device by
     itself: then there is no address here.
     """
-    ports, given = machine.stored_ports, slot_of(given_address)
+    ports, given = machine.stored_ports, PciAddress.parse(given_address) if given_address else None
     free = {
-        True: [f"0000:{bus:02x}:00" for bus in ports.express],
-        False: [f"0000:{bus:02x}:{slot:02x}" for bus, slot in ports.conventional],
+        True: [PciAddress(0, bus, 0) for bus in ports.express],
+        False: [PciAddress(0, bus, slot) for bus, slot in ports.conventional],
     }
-    taken = {given}
+    taken = {given.slot} if given else set()
     places: dict[str, str] = {}
     for first in to_store:
         card = functions_beside(first, to_store)
-        if not first.pci or len(card) < 2 or first.pci.address[-1] != "0":
+        if not first.pci or len(card) < 2 or first.pci.place.function != 0:
             continue
         if given and asked in card:
-            slot = given if asked is first and given_address[-1] == "0" else ""
+            slot = given if asked is first and given.function == 0 else None
         else:
-            slot = next((slot for slot in free[first.pci.express] if slot not in taken), "")
+            slot = next((slot for slot in free[first.pci.express] if slot not in taken), None)
         if slot:
             taken.add(slot)
-            places |= {d.name: f"{slot}.{d.pci.address[-1]}" for d in card if d.pci}
+            places |= {d.name: str(slot._replace(function=d.pci.place.function)) for d in card if d.pci}
     return places

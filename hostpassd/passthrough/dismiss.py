@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from hostpassd import errors
 from hostpassd.model.device import Device
 from hostpassd.model.machine import Machine, Missing
-from hostpassd.passthrough.cards import slot_of
+from hostpassd.model.pci_address import PciAddress
 from hostpassd.passthrough.plan import check_instance, check_reachable, claim_on, hold_of, locks_of
 from hostpassd.passthrough.request import Options, Plan, Request
 from hostpassd.passthrough.steps import Reattach, Step, Unplug, Unstore
 from hostpassd.state import State
+from hostpassd.state.eligibility import mates
 from hostpassd.state.find import missing_at, missing_by_id, one_device, one_machine
 
 
@@ -113,17 +114,11 @@ def _refuse_other_kinds(state: State, machine: Machine, device: Device) -> None:
             raise errors.NotAssigned(text)
 
 
-def _group_of(state: State, device: Device) -> Iterable[Device]:
-    if not device.pci or device.pci.iommu_group < 0:
-        return []
-    return [state.devices[name] for name in sorted(state.group(device.pci.iommu_group)) if name != device.name]
-
-
 def _held_with(state: State, machine: Machine, device: Device, live: bool, config: bool) -> list[Device]:
     """DEVICE and what MACHINE gives up with it: the IOMMU group, and of a card what is in one guest slot with it."""
     found = [device]
     for d in found:  # which grows meanwhile: a function of the card can have a group of its own
-        for mate in (*_group_of(state, d), *_slot_mates(state, machine, d, live, config)):
+        for mate in (*mates(state, d), *_slot_mates(state, machine, d, live, config)):
             if mate not in found and hold_of(state, machine, mate.name):
                 found.append(mate)
     return found
@@ -135,8 +130,9 @@ def _slot_mates(state: State, machine: Machine, device: Device, live: bool, conf
         own = claim_on(state, machine, device.name, live=half)
         if not device.pci or not own or not own.guest_address:
             continue
+        slot = PciAddress.parse(own.guest_address).slot
         for claim in claims:
             mate = state.device(state.find_claim(machine.key, claim, live=half) or "")
-            same_guest_slot = slot_of(claim.guest_address) == slot_of(own.guest_address)
-            if same_guest_slot and mate and mate.pci and slot_of(mate.pci.address) == slot_of(device.pci.address):
+            in_slot = claim.guest_address and PciAddress.parse(claim.guest_address).slot == slot
+            if in_slot and mate and mate.pci and mate.pci.place.slot == device.pci.place.slot:
                 yield mate

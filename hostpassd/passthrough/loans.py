@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import NamedTuple
 
+from hostpassd.model import drivers
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.steps import Libvirt
 from hostpassd.passthrough.waiting import Patience, Waiting
 from hostpassd.state import State
-
-# Drivers that a device has for somebody else: where one of these was before, nothing is owed.
-STUBS = frozenset({"vfio-pci", "pci-stub"})
+from hostpassd.state.eligibility import mates
 
 # Seconds. VFIO lets go of a group, and libvirt of a managed device, a moment after libvirt's event.
 _MOMENT = 2.0
@@ -89,7 +88,7 @@ class Loans:
         await patience.made(libvirt.reattach_host(device))
         await self._settle()
         here = self._state.device(device)
-        if here and here.driver in STUBS:
+        if here and here.driver in drivers.STUBS:
             return  # where the administrator has it (driverctl, vfio-pci.ids)
         if not self.has_host_driver(device):
             await self._waiting.until(lambda: self.has_host_driver(device), Patience("", _MOMENT))
@@ -107,12 +106,10 @@ class Loans:
     def has_host_driver(self, device: str) -> bool:
         """Whether a driver of the host's has DEVICE, or it is not here any more."""
         here = self._state.device(device)
-        return here is None or (here.driver != "" and here.driver not in STUBS)
+        return here is None or drivers.is_hosts(here.driver)
 
     def is_group_free(self, device: str) -> bool:
         """Whether no machine has a member of DEVICE's IOMMU group."""
         here = self._state.device(device)
-        group: Iterable[str] = (device,)
-        if here and here.pci and here.pci.iommu_group >= 0:
-            group = self._state.group(here.pci.iommu_group)
+        group = [device, *(mate.name for mate in (mates(self._state, here) if here else ()))]
         return not any(hold.live for name in group for hold in self._state.holds_on(name))

@@ -76,14 +76,13 @@ def details(state: State, plan: Plan, name: str, overridden: Sequence[Blocker]) 
     device = state.device(name)
     if device and (name, device.instance) not in zip(plan.devices, plan.instances, strict=True):
         device = None  # another one, where something that is missing was last
-    facts = (device.usb or device.pci) if device else None
-    product = getattr(facts, "product_id", getattr(facts, "device_id", None))
+    ids = [f"{number:04x}" for number in (device and device.ids) or ()] or ["", ""]
     return {
         "device.name": _one_word(name),
         "device.kind": device.kind if device else "",
         "device.label": device.label if device else name,
-        "device.vendor-id": f"{facts.vendor_id:04x}" if facts else "",
-        "device.product-id": f"{product:04x}" if product is not None else "",
+        "device.vendor-id": ids[0],
+        "device.product-id": ids[1],
         "device.serial": device.serial if device else "",
         "device.driver": device.driver if device else "",
         "device.companions": " ".join(d for d in plan.devices if d != name),

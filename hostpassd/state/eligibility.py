@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from hostpassd.model import category
+from hostpassd.model import drivers
 from hostpassd.model.codes import Blocker, blocker
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Pci
 from hostpassd.model.events import HostUse
@@ -14,9 +14,6 @@ from hostpassd.model.naming import is_bridge
 
 # 05 memory, 07 communication (serial ports: the original's own rule), 08 system peripherals, 0c05 SMBus.
 EXCLUDED_CLASSES = ("05", "07", "08", "0c05")
-
-# Drivers that leave DMA to whoever owns the group (since Linux 5.18 they set driver_managed_dma).
-_GROUP_SAFE_DRIVERS = frozenset({"vfio-pci", "pci-stub", "pcieport"})
 
 _USE_CODES = {
     "mount": "mounted",
@@ -52,7 +49,7 @@ class View(Protocol):
 
 def is_hub(device: Device) -> bool:
     """Whether it is a USB hub, root hubs included."""
-    return device.usb is not None and category.is_hub(device.usb)
+    return device.usb is not None and device.usb.is_hub
 
 
 def is_leaf(device: Device, under_usb: bool) -> bool:
@@ -68,7 +65,7 @@ def companions(view: View, device: Device) -> tuple[str, ...]:
     """Of an endpoint: the other members of its IOMMU group with header type 0 that a driver binds, by name."""
     if device.pci and device.pci.header_type in (1, 2):
         return ()
-    return tuple(sorted(d.name for d in _mates(view, device) if d.pci and d.pci.header_type == 0 and d.driver))
+    return tuple(sorted(d.name for d in mates(view, device) if d.pci and d.pci.header_type == 0 and d.driver))
 
 
 def blockers(view: View, device: Device) -> tuple[Blocker, ...]:
@@ -132,18 +129,18 @@ def _pci_blockers(view: View, device: Device, pci: Pci) -> list[Blocker]:
     return found
 
 
-def _mates(view: View, device: Device) -> Iterable[Device]:
-    """The other devices of its IOMMU group."""
+def mates(view: View, device: Device) -> list[Device]:
+    """The other devices of its IOMMU group, in the order of their names."""
     if not device.pci or device.pci.iommu_group < 0:
         return []
-    found = (view.device(name) for name in view.group(device.pci.iommu_group) if name != device.name)
+    found = (view.device(name) for name in sorted(view.group(device.pci.iommu_group)) if name != device.name)
     return [mate for mate in found if mate]
 
 
 def _culprits(view: View, device: Device) -> Iterable[str]:
     """The group members that keep it from ever being viable, as "0000:00:1f.0 (lpc_ich)"."""
-    for mate in _mates(view, device):
-        if mate.pci and mate.driver and mate.driver not in _GROUP_SAFE_DRIVERS and is_bridge(mate.pci):
+    for mate in mates(view, device):
+        if mate.pci and mate.driver and mate.driver not in drivers.GROUP_SAFE and is_bridge(mate.pci):
             yield f"{mate.pci.address} ({mate.driver})"
 
 

@@ -55,7 +55,7 @@ def find_devices(state: State, text: str) -> list[str]:
         return [text]
     if ids := _IDS.fullmatch(text):
         wanted = (int(ids[1], 16), int(ids[2], 16))
-        return sorted(device.name for device in _of_kinds(state, "pci", "usb") if _ids(device) == wanted)
+        return sorted(device.name for device in state.devices.values() if device.ids == wanted)
     if _MAC.fullmatch(text):
         return sorted(device.name for device in _of_kinds(state, "net") if _mac(device) == text.lower())
     return sorted(_called(state, text))
@@ -98,12 +98,6 @@ def _is_called(device: Device | None, kernel_name: str) -> bool:
 
 def _of_kinds(state: State, *kinds: str) -> Iterable[Device]:
     return (device for device in state.devices.values() if device.kind in kinds)
-
-
-def _ids(device: Device) -> tuple[int, int] | None:
-    if device.pci:
-        return (device.pci.vendor_id, device.pci.device_id)
-    return (device.usb.vendor_id, device.usb.product_id) if device.usb else None
 
 
 def _mac(device: Device) -> str:

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-from hostpassd.model.device import Device, Net
+from hostpassd.model.device import Device, Key
 from hostpassd.model.machine import (
     Claim,
     Hold,
-    InterfaceSource,
     Machine,
     MachineKey,
-    MdevSource,
     Missing,
-    NodeSource,
-    PciSource,
-    ScsiSource,
     UsbSource,
 )
-from hostpassd.state import eligibility
 from hostpassd.state.changes import Batches, Entity
 from hostpassd.state.multimap import Multimap
 from hostpassd.state.tree import Tree
 
 # By what a claim can name a device: ("pci", address), ("usb", bus, number), ("usb-id", vendor, product) ...
-Key = tuple[Any, ...]
 
 # What a reading of the host's uses can lead on to the devices behind: a device node, an interface.
 _BEHIND = ("node", "net")
@@ -91,7 +83,7 @@ class Holdings:
 
     def keyed(self, key: Key) -> list[str]:
         """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
-        return [*self._keys[key], *(self.nodes.get(key[1], ()) if key[0] in _BEHIND else ())]
+        return [*self._keys[key], *(self.nodes.get(str(key[1]), ()) if key[0] in _BEHIND else ())]
 
     def find_claim(self, machine: MachineKey, claim: Claim, *, live: bool) -> str | None:
         """The device that a machine's CLAIM means now."""
@@ -108,7 +100,7 @@ class Holdings:
 
     def rename(self, device: Device) -> None:
         """Updates by what claims can name DEVICE."""
-        self._resolve_interested(self._keys.put(device.name, _device_keys(device)))
+        self._resolve_interested(self._keys.put(device.name, device.keys()))
 
     def drop(self, name: str) -> None:
         """NAME is a device no more. What came of its partitions is not known before the next reading."""
@@ -146,7 +138,7 @@ class Holdings:
         self.copies[machine.key] = machine
         self._copies_of.put(machine.key, [machine.uuid])
         self._interest.put(
-            machine.key, (key for claim in (*machine.live, *machine.stored) for key in claim_keys(claim))
+            machine.key, (key for claim in (*machine.live, *machine.stored) for key in claim.source.keys())
         )
         self.resolve(machine.key)
 
@@ -213,10 +205,10 @@ class Holdings:
 
     def _is_here(self, claim: Claim) -> bool:
         """Whether CLAIM means something of this host that is on no device: a loop, a bridge without members."""
-        return any(key[0] in _BEHIND and key[1] in self.nodes for key in claim_keys(claim))
+        return any(key[0] in _BEHIND and key[1] in self.nodes for key in claim.source.keys())
 
     def _candidates(self, claim: Claim) -> list[str]:
-        keys = claim_keys(claim)
+        keys = claim.source.keys()
         if not keys:
             return []
         found = self.keyed(keys[0])
@@ -289,44 +281,6 @@ class Holdings:
             changes.add_hold(after)
         elif before:
             changes.remove_hold(before)
-
-
-def _device_keys(device: Device) -> Iterator[Key]:
-    """By what claims can name DEVICE."""
-    if device.pci:
-        yield ("pci", device.pci.address)
-    if device.usb and not eligibility.is_hub(device):
-        yield ("usb", device.usb.bus, device.usb.number)
-        yield ("usb-id", device.usb.vendor_id, device.usb.product_id)
-    if device.scsi:
-        yield ("scsi", device.scsi.host, device.scsi.channel, device.scsi.target, device.scsi.lun)
-    if device.kind == "mdev":
-        for facts in device.facts:
-            yield ("mdev", getattr(facts, "uuid", "").lower())
-    for facts in device.facts:
-        if isinstance(facts, Net):
-            yield ("net", facts.interface)
-    for node in device.device_nodes:
-        yield ("node", node)
-
-
-def claim_keys(claim: Claim) -> list[Key]:
-    """The keys that a device must have, all of them, to be what CLAIM means."""
-    match claim.source:
-        case PciSource(address):
-            return [("pci", address)]
-        case UsbSource(vendor, product, bus, number):
-            place: list[Key] = [("usb", bus, number)] if bus is not None and number is not None else []
-            named: list[Key] = [("usb-id", vendor, product)] if vendor is not None and product is not None else []
-            return place + named
-        case ScsiSource(host, channel, target, lun):
-            return [("scsi", host, channel, target, lun)]
-        case MdevSource(uuid):
-            return [("mdev", uuid.lower())]
-        case NodeSource(path):
-            return [("node", path)]
-        case InterfaceSource(interface):
-            return [("net", interface)]
 
 
 def _merge_hold(rows: _Rows, hold: Hold) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 from hostpassd.model.codes import Blocker
-from hostpassd.model.device import Device, same_thing
+from hostpassd.model.device import Device, Key, same_thing
 from hostpassd.model.events import (
     CancelAnswered,
     DeviceAdded,
@@ -33,7 +33,7 @@ from hostpassd.model.job import Job
 from hostpassd.model.machine import Claim, Hold, Machine, MachineKey, Missing
 from hostpassd.state import eligibility
 from hostpassd.state.changes import MANAGER, Batches, Changes
-from hostpassd.state.holdings import Holdings, Key
+from hostpassd.state.holdings import Holdings
 from hostpassd.state.spread import Spread
 from hostpassd.state.tree import Tree
 

@@ -406,9 +406,7 @@ class Libvirt:
             self.emit(event)
 
     def _device(self, claim: Claim) -> Device:
-        from hostpassd.state.holdings import claim_keys
-
-        return self.state.devices[self.state.keyed(claim_keys(claim)[0])[0]]
+        return self.state.devices[self.state.keyed(claim.source.keys()[0])[0]]
 
     def _mates(self, name: str) -> list[str]:
         device = self.state.devices[name]

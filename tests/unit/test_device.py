@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostpassd.model.device import Device, Scsi, Usb, device_name, escape, same_thing
+from hostpassd.model.device import Device, Facts, Mdev, Scsi, Usb, device_name, escape, same_thing
 from hostpassd.model.text import clean
 
 # (kind, kernel name, parent's kernel name) -> name, as the design has them.
@@ -113,3 +113,18 @@ def test_another_thing_in_the_same_place() -> None:
 def _usb(device: Device) -> Usb:
     assert device.usb is not None
     return device.usb
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        (Scsi(0, 0, 1, 0, "disk", "naa.5"), Scsi(0, 0, 1, 0, "disk", "naa.6"), False),
+        (Scsi(0, 0, 1, 0, "disk", "naa.5"), Scsi(0, 0, 1, 0, "disk", ""), True),
+        (Mdev("a", "one"), Mdev("a", "other"), True),
+    ],
+)
+def test_what_has_another_identity_is_another_thing_and_what_tells_nothing_is_not(
+    before: Facts, after: Facts, same: bool
+) -> None:
+    old, new = (Device("x", "scsi", "/sys/devices/x", None, facts=(facts,)) for facts in (before, after))
+    assert same_thing(old, new) == same and not same_thing(old, dataclasses.replace(new, sysfs_path="/sys/devices/y"))

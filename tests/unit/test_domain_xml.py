@@ -18,13 +18,13 @@ from hostpassd.machines.domain_xml import hostdev_xml, read_claims, read_ports, 
 from hostpassd.model.device import Block, Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.model.machine import (
     Claim,
+    ClaimSource,
     InterfaceSource,
     MdevSource,
     NodeSource,
     PciSource,
     Ports,
     ScsiSource,
-    Source,
     UsbSource,
 )
 
@@ -57,7 +57,7 @@ def only(*elements: str) -> Claim:
 IDS = "<vendor id='0x0951'/><product id='0x1666'/>"
 LUN = "<adapter name='scsi_host2'/><address bus='0' target='3' unit='17'/>"
 
-CLAIMS: list[tuple[str, str, Source, str]] = [
+CLAIMS: list[tuple[str, str, ClaimSource, str]] = [
     (pci("0x01"), "hostdev", PciSource("0000:01:00.0"), "hostdev:pci:0000:01:00.0"),
     (
         hostdev("pci", "<address bus='0x0a' slot='0x1f' function='0x7'/>"),
@@ -170,7 +170,7 @@ CLAIMS: list[tuple[str, str, Source, str]] = [
 
 
 @pytest.mark.parametrize(("element", "kind", "source", "key"), CLAIMS)
-def test_each_way_to_hold_a_device_is_read(element: str, kind: str, source: Source, key: str) -> None:
+def test_each_way_to_hold_a_device_is_read(element: str, kind: str, source: ClaimSource, key: str) -> None:
     claim = only(element)
     assert (claim.kind, claim.source, claim.id) == (kind, source, key)
     assert claim.text
@@ -378,7 +378,7 @@ DEVICES = [
 
 @pytest.mark.parametrize(("given_device", "source"), DEVICES)
 @pytest.mark.parametrize("stored", [False, True])
-def test_what_is_written_is_read_again(given_device: Device, source: Source, stored: bool) -> None:
+def test_what_is_written_is_read_again(given_device: Device, source: ClaimSource, stored: bool) -> None:
     written = hostdev_xml(given_device, alias="ua-hostpassd-1", stored=stored, unique=False)
     claim = only(written)
     assert (claim.source, claim.alias, claim.kind) == (source, "ua-hostpassd-1", "hostdev")
@@ -567,3 +567,10 @@ def test_reading_never_fails_on_any_element(element: etree._Element) -> None:
     claims, warnings = read_claims(domain(etree.tostring(element, encoding="unicode"), pci("0x77")))
     assert claims[-1].id == "hostdev:pci:0000:77:00.0"
     assert len(claims) + len(warnings) <= 2
+
+
+def test_a_mediated_device_is_of_the_model_that_its_parent_makes() -> None:
+    """libvirt takes vfio-ap and vfio-ccw on s390x, and nothing else for these."""
+    for api in ("vfio-pci", "vfio-ap", "vfio-ccw"):
+        given = Device("m", "mdev", "/sys/devices/m", None, facts=(Mdev(MDEV_UUID, "x", api),))
+        assert f'model="{api}"' in hostdev_xml(given, alias="", stored=True, unique=True)
