@@ -7,13 +7,12 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Coroutine
 from typing import Any
 
 from hostpassd import errors, names
 from hostpassd.audit import AuditLog, Records
 from hostpassd.base.systemd import feed_watchdog, notify
-from hostpassd.base.tasks import end_daemon_on_error
+from hostpassd.base.tasks import Tasks, first
 from hostpassd.bus.access import Access
 from hostpassd.bus.manager import ManagerMethods
 from hostpassd.bus.publisher import Publisher
@@ -53,7 +52,7 @@ class Daemon:
         access = Access(self.router, log=logging.getLogger("hostpassd.access"))
         options = Options(timeout=config.timeout)
         ManagerMethods(self.state, self.router, access, self.operations, self.publisher, sync, ends.inlet.emit, options)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()  # what nothing works without: if one fails, the daemon ends, to be started afresh
         self._told = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ends.inlet.open(self._take)
@@ -77,7 +76,7 @@ class Daemon:
         await self.router.connect(self._ends.bus_address)
         await self._ends.host.start()
         for uri, hypervisor in self._ends.hypervisors.items():
-            self._keep(hypervisor.run())
+            self._tasks.start(hypervisor.run())
             self._ends.watch(uri)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._told.wait(), START_LIMIT)
@@ -86,9 +85,9 @@ class Daemon:
         self.announce_running()
         self.publisher.flush()
         notify("READY=1\n" + self.status())
-        self._keep(feed_watchdog(self.status))
-        self._keep(self.router.warm())
-        self._keep(self.operations.upkeep.keep_log())
+        self._tasks.start(feed_watchdog(self.status))
+        self._tasks.start(self.router.warm())
+        self._tasks.start(self.operations.upkeep.keep_log())
 
     def announce_running(self) -> None:
         """The start is over: what changes from here on is somebody's change."""
@@ -96,10 +95,7 @@ class Daemon:
         self._audit.tells_foreign = True
 
     async def _until_over(self, stop: asyncio.Event) -> None:
-        stopping = asyncio.ensure_future(stop.wait())
-        over: set[asyncio.Future[Any]] = {stopping, self.router.lost, self._failed}
-        await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await first(self.router.lost, self._failed, over=stop)
         if self._failed.done():
             raise errors.Failed("hostpassd made a mistake (see above) and ends, to be started afresh.")
         if self.router.lost.done():
@@ -108,9 +104,7 @@ class Daemon:
     async def stop(self) -> None:
         """Ends all that was begun: soon, whatever libvirt does."""
         await self.operations.stop()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         if not self._failed.done():
             self.publisher.flush()
         await self.router.close()
@@ -155,10 +149,3 @@ class Daemon:
     def _end(self) -> None:
         if not self._failed.done():
             self._failed.set_result(None)
-
-    def _keep(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Runs what nothing works without: if it fails, the daemon ends, to be started afresh."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(end_daemon_on_error)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hostpassd import names
+from hostpassd.base.tasks import first
 from hostpassd.bus.router import BusCallError, Call, Router, Variant
 from hostpassd.errors import Cancelled, InteractiveAuthorizationRequired, LimitExceeded, NotAuthorized
 from hostpassd.passthrough.permission import Check
@@ -206,13 +207,12 @@ class Access:
 
 async def _unless(gone: asyncio.Event, checking: Coroutine[Any, Any, None]) -> None:
     """Does CHECKING, but no longer than the caller is there: raises Cancelled once it is GONE."""
-    work, leaving = asyncio.create_task(checking), asyncio.create_task(gone.wait())
+    work = asyncio.create_task(checking)
     try:
-        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await first(work, over=gone)
     finally:
-        leaving.cancel()
         work.cancel()
-        await asyncio.wait({work, leaving})
+        await asyncio.wait({work})
     if gone.is_set():
         raise Cancelled("The caller is gone.")
     work.result()
@@ -238,8 +238,8 @@ def _owner_of_range(uid: int) -> str:
         lines = SUBUIDS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    for owner, first, count in (line.split(":") for line in lines if line.count(":") == 2):
-        if first.isdecimal() and count.isdecimal() and int(first) <= uid < int(first) + int(count):
+    for owner, start, count in (line.split(":") for line in lines if line.count(":") == 2):
+        if start.isdecimal() and count.isdecimal() and int(start) <= uid < int(start) + int(count):
             return owner
     return ""
 

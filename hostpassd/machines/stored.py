@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
-from hostpassd.base.tasks import end_daemon_on_error
+from hostpassd.base.tasks import Tasks
 from hostpassd.errors import HostpassError
 from hostpassd.machines.inotify import Watch
 
@@ -46,7 +46,7 @@ class StoredWatch:
         self._names: set[str] = set()
         self._everything = False
         self._timer: asyncio.TimerHandle | None = None
-        self._reading: set[asyncio.Task[None]] = set()
+        self._reading = Tasks()
         self._watch = Watch(folder, self._changed)
 
     def close(self) -> None:
@@ -54,8 +54,7 @@ class StoredWatch:
         self._watch.close()
         if self._timer:
             self._timer.cancel()
-        for task in self._reading:
-            task.cancel()
+        self._reading.cancel()
 
     def _changed(self, files: set[str]) -> None:
         names = {name.removesuffix(".xml") for name in files if name.endswith(".xml")}
@@ -69,10 +68,7 @@ class StoredWatch:
         self._timer = None
         names, self._names = self._names, set()
         everything, self._everything = self._everything, False
-        task = asyncio.create_task(self._read_again(names, everything))
-        self._reading.add(task)
-        task.add_done_callback(self._reading.discard)
-        task.add_done_callback(end_daemon_on_error)
+        self._reading.start(self._read_again(names, everything))
 
     async def _read_again(self, names: set[str], everything: bool) -> None:
         if everything:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from hostpassd import errors
-from hostpassd.base.tasks import end_daemon_on_error
+from hostpassd.base.tasks import Tasks, first
 from hostpassd.model.events import Event, JobForgotten, OperationRefused
 from hostpassd.model.job import Job
 from hostpassd.passthrough.execute import Executor
@@ -58,7 +58,7 @@ class Operations:
         self._intents = intents
         self.upkeep = Upkeep(executor, intents, emit)
         self._running: dict[int, RunningJob] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._stopping = False
         self._last = 0
 
@@ -122,7 +122,7 @@ class Operations:
         for job in jobs:
             job.hurried.set()
         await self._wait_for_jobs()
-        rest = self._tasks | self.upkeep.tasks
+        rest = {*self._tasks, *self.upkeep.tasks}
         for task in rest:
             task.cancel()
         if rest:
@@ -130,7 +130,7 @@ class Operations:
 
     async def _wait_for_jobs(self) -> None:
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=STOP_PATIENCE)
+            await asyncio.wait(set(self._tasks), timeout=STOP_PATIENCE)
 
     def _allowed_plan(self, request: Request) -> Plan:
         """The plan of REQUEST as it may be executed. Errors: those of its `plan`, Blocked, StalePlan."""
@@ -158,10 +158,7 @@ class Operations:
         told = details(self._state, plan, plan.device, plan.overridden)
         job = RunningJob(row, self._emit, plan.request.options.timeout, told)
         self._running[job.number] = job
-        task = asyncio.get_running_loop().create_task(self._run(plan, permitted, job))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(end_daemon_on_error)
+        self._tasks.start(self._run(plan, permitted, job))
         return job
 
     async def _run(self, plan: Plan, permitted: Permission, job: RunningJob) -> None:
@@ -185,9 +182,8 @@ class Operations:
         """Waits for its turn; plans afresh then, because the job before may have changed everything."""
         alone = contextlib.AsyncExitStack()
         turn = asyncio.ensure_future(self._turn(alone, plan.locks))
-        cancel = asyncio.ensure_future(job.cancelled.wait())
         try:
-            await asyncio.wait({turn, cancel}, timeout=job.left, return_when=asyncio.FIRST_COMPLETED)
+            await first(turn, over=job.cancelled, timeout=job.left)
             if not turn.done() and not job.cancelled.is_set():
                 who = "libvirt is still at" if self.upkeep.left_on(plan.locks) else "there was no end in time of"
                 raise errors.TimedOut(f"The turn did not come: {who} an earlier job on the same device or group.")
@@ -198,9 +194,8 @@ class Operations:
                 raise errors.StalePlan("The device or the machine changed before the job's turn came: look again.")
             await self._executor.run(again, job)
         finally:
-            for waiting in (turn, cancel):
-                waiting.cancel()
-            await asyncio.wait({turn, cancel})
+            turn.cancel()
+            await asyncio.wait({turn})
             left = self._intents.left(job.number)
             if job.still_at_it and left:
                 self.upkeep.take_over(left, alone.pop_all())

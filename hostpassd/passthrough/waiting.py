@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from hostpassd import errors
+from hostpassd.base.tasks import first
 from hostpassd.model.events import DeviceAdded, DeviceRemoved, Event, MachinesListed, RemovalFailed
 from hostpassd.model.machine import MachineKey
 from hostpassd.state import State
@@ -37,13 +38,7 @@ class Patience:
 
     async def wait(self, future: asyncio.Future[Any]) -> None:
         """Returns when FUTURE is done, or when the patience is at its end."""
-        over = asyncio.ensure_future(self._over.wait()) if self._over else None
-        waited: set[asyncio.Future[Any]] = {future, over} if over else {future}
-        try:
-            await asyncio.wait(waited, timeout=self._left, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if over:
-                over.cancel()
+        await first(future, over=self._over, timeout=self._left)
 
     async def made(self, call: Coroutine[Any, Any, None]) -> None:
         """Waits for a CALL of libvirt. One that does not return in time is given up: raises StillAtIt.
