@@ -13,7 +13,7 @@ from hostpassd.model.text import clean
 _STDERR = 2
 
 # Lines that wait to be written; past it they are counted.
-_WAITING_LIMIT = 1024
+WAITING_LIMIT = 1024
 
 # Characters of a message, which can quote devices, machines and callers.
 _MESSAGE_LIMIT = 8192
@@ -27,7 +27,7 @@ class Lines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting: queue.Queue[str | None] = queue.Queue(_WAITING_LIMIT)
+        self._waiting: queue.Queue[str | None] = queue.Queue(WAITING_LIMIT)
         self._lost = 0
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
         self._writer.start()

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PCI_IDS = ("/usr/share/misc/pci.ids", "/usr/share/hwdata/pci.ids")
 USB_IDS = ("/usr/share/misc/usb.ids", "/usr/share/hwdata/usb.ids")
 
-_ANSWERS = 4096  # whoever plugs in devices can make up ids without end
+ANSWERS = 4096  # whoever plugs in devices can make up ids without end
 
 # Below its first line an entry has lines that begin with a tab; comments can stand anywhere.
 _NEXT_ENTRY = re.compile(rb"\n[^\t#\r\n]")
@@ -46,24 +46,24 @@ class Names:
         self._udev = udev or udev_properties
         self._pci_ids = pci_ids
         self._usb_ids = usb_ids
-        self._cached = functools.lru_cache(_ANSWERS)(self._look_up)
+        self.cached = functools.lru_cache(ANSWERS)(self._look_up)
 
     def pci(self, vendor: int, device: int, modalias: str = "") -> tuple[str, str]:
         """The names of a PCI vendor and of its device; MODALIAS, the device's own, tells the board that it is on."""
-        return self._cached("pci", vendor, device, modalias)
+        return self.cached("pci", vendor, device, modalias)
 
     def pci_class(self, class_code: int) -> str:
         """The name of a PCI subclass, or of the base class where only that has one; CLASS_CODE has 24 bits."""
-        base, sub = self._cached("class", class_code >> 16, class_code >> 8 & 0xFF)
+        base, sub = self.cached("class", class_code >> 16, class_code >> 8 & 0xFF)
         return sub or base
 
     def usb(self, vendor: int, product: int, modalias: str = "") -> tuple[str, str]:
         """The names of a USB vendor and of its product; MODALIAS: the device's own."""
-        return self._cached("usb", vendor, product, modalias)
+        return self.cached("usb", vendor, product, modalias)
 
     def forget(self) -> None:
         """Ask anew from now on: the files may be others."""
-        self._cached.cache_clear()
+        self.cached.cache_clear()
 
     def _look_up(self, kind: str, upper: int, lower: int, modalias: str = "") -> tuple[str, str]:
         """The names of an entry and of one below it, each from the first source that has it."""
@@ -84,7 +84,7 @@ class Names:
         names = ("", "")
         for path in files:
             if not all(names):
-                found = _in_file(path, *(key.encode() for key in keys))
+                found = in_file(path, *(key.encode() for key in keys))
                 names = (names[0] or found[0], names[1] or found[1])
         return names
 
@@ -101,7 +101,7 @@ _UDEV = {
 }
 
 
-def _in_file(path: str, upper: bytes, lower: bytes) -> tuple[str, str]:
+def in_file(path: str, upper: bytes, lower: bytes) -> tuple[str, str]:
     """The names of the entry UPPER and of LOWER below it in a file of lspci's and lsusb's format."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -132,7 +132,7 @@ def udev_properties(modalias: str) -> Properties:
 
     udev sets these on devices by itself where it runs. It need not run here, and need not have in a container.
     """
-    library = _libudev()
+    library = libudev()
     database = library.udev_hwdb_new(None) if library else None
     if not library or not database:
         return {}
@@ -149,7 +149,7 @@ def udev_properties(modalias: str) -> Properties:
 
 
 @functools.cache
-def _libudev() -> ctypes.CDLL | None:
+def libudev() -> ctypes.CDLL | None:
     """libudev with the types of the calls above; pyudev declares them too, but offers no way to make them."""
     try:
         library = ctypes.CDLL("libudev.so.1")

@@ -104,12 +104,12 @@ class Settling:
     def __init__(self, kernel: socket.socket, queue: str) -> None:
         self._kernel = kernel
         self._queue = queue
-        self._outstanding = Outstanding()
+        self.outstanding = Outstanding()
         self._lost = self._udevd_is_busy()  # uevents not known here may still be in udevd's queue
 
     def passed(self, number: int) -> None:
         """udevd has passed this uevent on, and it has been dealt with."""
-        self._outstanding.passed(number)
+        self.outstanding.passed(number)
 
     def lose(self) -> None:
         """Some uevents were not heard."""
@@ -129,10 +129,10 @@ class Settling:
                 continue
             number = 0 if port else _number_in(message)  # of the kernel's own port; others can send to the group, too
             if number:
-                self._outstanding.sent(number)
-        self._outstanding.caught_up()
-        if len(self._outstanding) > _KNOWN_LIMIT:
-            self._outstanding.forget(self._outstanding.newest)
+                self.outstanding.sent(number)
+        self.outstanding.caught_up()
+        if len(self.outstanding) > _KNOWN_LIMIT:
+            self.outstanding.forget(self.outstanding.newest)
             self._lost = True
 
     async def passed_on(self) -> None:
@@ -141,16 +141,16 @@ class Settling:
         What was lost on the way (an overflow, a restart of udevd) never comes: it is given up when udevd has no
         queue and has sent nothing since the last look, at which it had none either.
         """
-        with self._outstanding.awaited() as awaited:
+        with self.outstanding.awaited() as awaited:
             last = None
             while awaited.numbers or self._lost:
                 if awaited.numbers:
                     await awaited.wait(_QUIET)
                 else:
                     await asyncio.sleep(_QUIET)
-                look = None if self._udevd_is_busy() else (self._outstanding.passed_on, self._outstanding.newest)
+                look = None if self._udevd_is_busy() else (self.outstanding.passed_on, self.outstanding.newest)
                 if look and last and look[0] == last[0]:
-                    self._outstanding.forget(last[1])
+                    self.outstanding.forget(last[1])
                     self._lost = False
                 last = look
 

@@ -96,9 +96,9 @@ class Udev:
         self._emit = emit
         self._uses_changed = uses_changed
         self._armed = armed
-        self._monitor: pyudev.Monitor | None = None
+        self.monitor: pyudev.Monitor | None = None
         self._listening = False
-        self._settling: Settling | None = None
+        self.settling: Settling | None = None
         self.blocks: dict[str, BlockNode] = {}
         self.nics: set[str] = set()
         self._names: dict[str, str] = {}
@@ -115,7 +115,7 @@ class Udev:
     def arm(self) -> None:
         """Take the sockets, opened by now: from here on no uevent is missed. Raises OSError."""
         self._armed = self._armed or arm()
-        self._monitor, self._settling = self._armed.monitor, self._armed.settling
+        self.monitor, self.settling = self._armed.monitor, self._armed.settling
         log.debug("listening to %s", self._armed.source)
 
     async def scan(self) -> DevicesScanned:
@@ -134,8 +134,8 @@ class Udev:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._drained()
-                if self._settling is not None:
-                    await self._settling.passed_on()
+                if self.settling is not None:
+                    await self.settling.passed_on()
                     await self._drained()
         except TimeoutError:
             raise TimedOut("udev did not finish its queue in time; try again when the host is calmer.") from None
@@ -149,38 +149,38 @@ class Udev:
         self._pause()
         if self._working is not None:
             self._working.cancel()
-        if self._settling is not None:
-            self._settling.close()
-        self._monitor = self._settling = None
+        if self.settling is not None:
+            self.settling.close()
+        self.monitor = self.settling = None
 
     # --- reading sockets ---
 
     def _pause(self) -> None:
-        if self._monitor is not None and self._listening:
+        if self.monitor is not None and self._listening:
             self._listening = False
-            asyncio.get_running_loop().remove_reader(self._monitor.fileno())
+            asyncio.get_running_loop().remove_reader(self.monitor.fileno())
 
     def _resume(self) -> None:
-        if self._monitor is not None and not self._listening:
+        if self.monitor is not None and not self._listening:
             self._listening = True
-            asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._read)
+            asyncio.get_running_loop().add_reader(self.monitor.fileno(), self._read)
 
     def _read(self) -> bool:
         """Take a batch of uevents; whether there may be more."""
         more = self._read_monitor()
-        if self._settling is not None:
-            self._settling.read()  # along with the monitor, so that a uevent wakes the daemon once, not twice
+        if self.settling is not None:
+            self.settling.read()  # along with the monitor, so that a uevent wakes the daemon once, not twice
         return more
 
     def _read_monitor(self) -> bool:
         """`Monitor.poll` would not do: after an overflow it raises for ever and never reads on."""
-        assert self._monitor is not None
+        assert self.monitor is not None
         try:
             for _ in range(_BATCH):
                 if len(self._queue) >= _QUEUE:
                     self._pause()
                     return True
-                device = self._monitor._receive_device()
+                device = self.monitor._receive_device()
                 if device is None:
                     return False
                 self._queue.append(device)
@@ -194,8 +194,8 @@ class Udev:
 
     def _overflowed(self) -> None:
         """uevents were lost: read everything and let the state make the difference."""
-        if self._settling is not None:
-            self._settling.lose()
+        if self.settling is not None:
+            self.settling.lose()
         if self._wanted is None:
             log.warning("uevents came faster than they could be read and some were lost: reading all devices again")
             self._want_scan()
@@ -204,7 +204,7 @@ class Udev:
         """All that is in the sockets now has been emitted, and no scan is under way."""
         more = True
         while more:
-            more = self._monitor is not None and self._read()
+            more = self.monitor is not None and self._read()
             received = self._received
             while self._handled < received or self._wanted is not None or self._scanning:
                 await self._next_step()
@@ -242,7 +242,7 @@ class Udev:
     async def _scan(self, wanted: asyncio.Future[DevicesScanned]) -> None:
         self._scanning = True
         try:
-            found = await self._read_all()
+            found = await self._read_everything()
             event = DevicesScanned(tuple(found.devices), tuple(found.unread))
             self._note(found)
             self._emit(event)
@@ -264,10 +264,10 @@ class Udev:
         self.blocks.update(found.blocks)
         self.nics |= found.nics
 
-    async def _read_all(self) -> _Everything:
+    async def _read_everything(self) -> _Everything:
         while True:
             with contextlib.suppress(Hung):  # then once more, without the file that it hung at
-                return await self._reader.run(functools.partial(_read_all, self._memory))
+                return await self._reader.run(functools.partial(read_all, self._memory))
 
     async def _take(self) -> None:
         devices = list(itertools.islice(self._queue, _BATCH))
@@ -278,8 +278,8 @@ class Udev:
             return  # then once more, without the file that it hung at
         for device in devices:
             self._queue.popleft()
-            if self._settling is not None:
-                self._settling.passed(device.sequence_number)
+            if self.settling is not None:
+                self.settling.passed(device.sequence_number)
         self._handled += len(devices)
         self._apply(batch)
         self._resume()
@@ -410,7 +410,7 @@ class _Everything:
     nics: set[str] = dataclasses.field(default_factory=set)
 
 
-def _read_all(memory: Memory, files: Files) -> _Everything:
+def read_all(memory: Memory, files: Files) -> _Everything:
     """Everything there is. In a thread: with a libudev context of its own."""
     context = pyudev.Context()
     NAMES.forget()

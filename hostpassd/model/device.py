@@ -21,7 +21,7 @@ class Facts:
         """The vendor's and the product's number."""
         return None
 
-    def keys(self) -> Iterator[Key]:
+    def lookup_keys(self) -> Iterator[Key]:
         """What a claim can name the device by."""
         yield from ()
 
@@ -67,7 +67,7 @@ class Pci(Facts):
     def ids(self) -> tuple[int, int]:
         return (self.vendor_id, self.device_id)
 
-    def keys(self) -> Iterator[Key]:
+    def lookup_keys(self) -> Iterator[Key]:
         yield ("pci", self.address)
 
     def identity(self) -> Key:
@@ -99,7 +99,7 @@ class Usb(Facts):
     def ids(self) -> tuple[int, int]:
         return (self.vendor_id, self.product_id)
 
-    def keys(self) -> Iterator[Key]:
+    def lookup_keys(self) -> Iterator[Key]:
         if not self.is_hub:
             yield ("usb", self.bus, self.number)
             yield ("usb-id", *self.ids)
@@ -126,7 +126,7 @@ class Scsi(Facts):
     type: str  # disk, cd/dvd, tape ... (lsscsi's words)
     wwid: str
 
-    def keys(self) -> Iterator[Key]:
+    def lookup_keys(self) -> Iterator[Key]:
         yield ("scsi", self.host, self.channel, self.target, self.lun)
 
     def identity(self) -> Key:
@@ -141,7 +141,7 @@ class Mdev(Facts):
     type: str
     api: str = "vfio-pci"  # the kernel's device_api: vfio-ap, vfio-ccw ...
 
-    def keys(self) -> Iterator[Key]:
+    def lookup_keys(self) -> Iterator[Key]:
         yield ("mdev", self.uuid.lower())
 
 
@@ -161,7 +161,7 @@ class Net(Facts):
     ifindex: int = 0
     type: str = ""  # the kernel's DEVTYPE: wlan, wwan ...; '' for Ethernet
 
-    def keys(self) -> Iterator[Key]:
+    def lookup_keys(self) -> Iterator[Key]:
         yield ("net", self.interface)
 
 
@@ -219,10 +219,10 @@ class Device:
         """The vendor's and the product's number, if it has some."""
         return next((facts.ids for facts in self.facts if facts.ids), None)
 
-    def keys(self) -> Iterator[Key]:
+    def lookup_keys(self) -> Iterator[Key]:
         """What a claim can name it by."""
         for facts in self.facts:
-            yield from facts.keys()
+            yield from facts.lookup_keys()
         yield from (("node", node) for node in self.device_nodes)
 
     @property

@@ -15,7 +15,7 @@ class ClaimSource(abc.ABC):
     """What a claim names, as it is written: one class for each way of naming."""
 
     @abc.abstractmethod
-    def keys(self) -> list[Key]:
+    def lookup_keys(self) -> list[Key]:
         """What a device must be named by, all of them, to be what is meant."""
 
     @property
@@ -35,7 +35,7 @@ class PciSource(ClaimSource):
 
     address: str
 
-    def keys(self) -> list[Key]:
+    def lookup_keys(self) -> list[Key]:
         return [("pci", self.address)]
 
     @property
@@ -64,7 +64,7 @@ class UsbSource(ClaimSource):
     def _ids(self) -> list[str]:
         return [f"{self.vendor_id:04x}:{self.product_id:04x}"] if self.vendor_id is not None else []
 
-    def keys(self) -> list[Key]:
+    def lookup_keys(self) -> list[Key]:
         place: list[Key] = [("usb", self.bus, self.number)] if self._has_place else []
         named = self.vendor_id is not None and self.product_id is not None
         return [*place, ("usb-id", self.vendor_id, self.product_id)] if named else place
@@ -89,7 +89,7 @@ class ScsiSource(ClaimSource):
     target: int
     lun: int
 
-    def keys(self) -> list[Key]:
+    def lookup_keys(self) -> list[Key]:
         return [("scsi", self.host, self.channel, self.target, self.lun)]
 
     @property
@@ -107,7 +107,7 @@ class MdevSource(ClaimSource):
 
     uuid: str
 
-    def keys(self) -> list[Key]:
+    def lookup_keys(self) -> list[Key]:
         return [("mdev", self.uuid.lower())]
 
     @property
@@ -125,7 +125,7 @@ class NodeSource(ClaimSource):
 
     path: str
 
-    def keys(self) -> list[Key]:
+    def lookup_keys(self) -> list[Key]:
         return [("node", self.path)]
 
     @property
@@ -143,7 +143,7 @@ class InterfaceSource(ClaimSource):
 
     interface: str
 
-    def keys(self) -> list[Key]:
+    def lookup_keys(self) -> list[Key]:
         return [("net", self.interface)]
 
     @property

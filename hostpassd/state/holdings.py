@@ -100,7 +100,7 @@ class Holdings:
 
     def rename(self, device: Device) -> None:
         """Updates by what claims can name DEVICE."""
-        self._resolve_interested(self._keys.put(device.name, device.keys()))
+        self._resolve_interested(self._keys.put(device.name, device.lookup_keys()))
 
     def drop(self, name: str) -> None:
         """NAME is a device no more. What came of its partitions is not known before the next reading."""
@@ -138,7 +138,7 @@ class Holdings:
         self.copies[machine.key] = machine
         self._copies_of.put(machine.key, [machine.uuid])
         self._interest.put(
-            machine.key, (key for claim in (*machine.live, *machine.stored) for key in claim.source.keys())
+            machine.key, (key for claim in (*machine.live, *machine.stored) for key in claim.source.lookup_keys())
         )
         self.resolve(machine.key)
 
@@ -205,10 +205,10 @@ class Holdings:
 
     def _is_here(self, claim: Claim) -> bool:
         """Whether CLAIM means something of this host that is on no device: a loop, a bridge without members."""
-        return any(key[0] in _BEHIND and key[1] in self.nodes for key in claim.source.keys())
+        return any(key[0] in _BEHIND and key[1] in self.nodes for key in claim.source.lookup_keys())
 
     def _candidates(self, claim: Claim) -> list[str]:
-        keys = claim.source.keys()
+        keys = claim.source.lookup_keys()
         if not keys:
             return []
         found = self.keyed(keys[0])

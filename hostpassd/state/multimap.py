@@ -17,39 +17,39 @@ class Multimap(Generic[_K, _V]):
     """
 
     def __init__(self) -> None:
-        self._values: dict[_K, dict[_V, None]] = {}
-        self._keys: dict[_V, tuple[_K, ...]] = {}
+        self.by_key: dict[_K, dict[_V, None]] = {}
+        self.by_value: dict[_V, tuple[_K, ...]] = {}
 
     def __getitem__(self, key: _K) -> Collection[_V]:
         """The values of KEY, none if there are none."""
-        return self._values.get(key, {}).keys()
+        return self.by_key.get(key, {}).keys()
 
     def keys_of(self, value: _V) -> tuple[_K, ...]:
         """The keys of VALUE, none if there are none."""
-        return self._keys.get(value, ())
+        return self.by_value.get(value, ())
 
     def groups(self) -> Iterable[tuple[_K, Collection[_V]]]:
         """Each key that has values, and these."""
-        return ((key, values.keys()) for key, values in self._values.items())
+        return ((key, values.keys()) for key, values in self.by_key.items())
 
     def put(self, value: _V, keys: Iterable[_K]) -> set[_K]:
         """Has VALUE go with KEYS and no others; the keys that it goes with now and did not, or did and does not."""
-        before, after = self._keys.get(value, ()), tuple(dict.fromkeys(keys))
+        before, after = self.by_value.get(value, ()), tuple(dict.fromkeys(keys))
         if before == after:
             return set()
         for key in before:
             if key not in after:
                 self._take_out(key, value)
         for key in after:
-            self._values.setdefault(key, {})[value] = None
+            self.by_key.setdefault(key, {})[value] = None
         if after:
-            self._keys[value] = after
+            self.by_value[value] = after
         else:
-            del self._keys[value]
+            del self.by_value[value]
         return {*before} ^ {*after}
 
     def _take_out(self, key: _K, value: _V) -> None:
-        values = self._values[key]
+        values = self.by_key[key]
         del values[value]
         if not values:
-            del self._values[key]
+            del self.by_key[key]

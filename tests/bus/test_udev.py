@@ -484,7 +484,7 @@ async def _real() -> None:
     events: list[Event] = []
     udev = Udev(events.append)
     udev.arm()
-    assert udev._settling is not None
+    assert udev.settling is not None
     scanned = await udev.scan()
     path = next(device.sysfs_path for device in scanned.devices if device.kind == "pci")
     for count in (1, 10, 500):
@@ -494,8 +494,8 @@ async def _real() -> None:
         assert len(seen(events)) == count, (count, len(events))
     # An overflow: one scan, and the count goes on.
     events.clear()
-    assert udev._monitor is not None
-    with socket.socket(fileno=os.dup(udev._monitor.fileno())) as handle:
+    assert udev.monitor is not None
+    with socket.socket(fileno=os.dup(udev.monitor.fileno())) as handle:
         handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     _poke(path, 2000)
     await asyncio.to_thread(_drain_udevd)

@@ -274,7 +274,7 @@ class Libvirt:
         await self._call("attach_live", uuid, lambda: self._attach_live(uuid, claim_of(xml)))
 
     async def attach_stored(self, uuid: str, xml: str) -> None:
-        await self._call("attach_stored", uuid, lambda: self._attach_stored(uuid, claim_of(xml)))
+        await self._call("attach_stored", uuid, lambda: self.store(uuid, claim_of(xml)))
 
     async def detach_live(self, uuid: str, alias: str) -> None:
         await self._call("detach_live", uuid, lambda: self._detach_live(uuid, alias))
@@ -328,7 +328,7 @@ class Libvirt:
         if not self.withhold:
             self._tell(DeviceAdded(MachineKey(self.uri, uuid), claim.alias))
 
-    def _attach_stored(self, uuid: str, claim: Claim) -> None:
+    def store(self, uuid: str, claim: Claim) -> None:
         machine = self.machines[uuid]
         if any(c.id == claim.id for c in machine.stored):
             raise errors.AlreadyAssigned("device is already in the domain configuration")
@@ -406,7 +406,7 @@ class Libvirt:
             self.emit(event)
 
     def _device(self, claim: Claim) -> Device:
-        return self.state.devices[self.state.keyed(claim.source.keys()[0])[0]]
+        return self.state.devices[self.state.keyed(claim.source.lookup_keys()[0])[0]]
 
     def _mates(self, name: str) -> list[str]:
         device = self.state.devices[name]

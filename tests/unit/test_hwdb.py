@@ -227,13 +227,13 @@ def test_the_classes_of_the_package() -> None:
 
 def test_each_id_is_looked_up_once(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[str, bytes, bytes]] = []
-    real = hwdb._in_file
+    real = hwdb.in_file
 
     def counted(path: str, upper: bytes, lower: bytes) -> tuple[str, str]:
         opened.append((path, upper, lower))
         return real(path, upper, lower)
 
-    monkeypatch.setattr(hwdb, "_in_file", counted)
+    monkeypatch.setattr(hwdb, "in_file", counted)
     for _ in range(1000):
         names.pci(0x8086, 0x10CA)
         names.pci(0xABCD, 0x0001)
@@ -251,14 +251,14 @@ def test_a_scan_asks_anew(names: Names, tmp_path: Path, monkeypatch: pytest.Monk
     assert names.pci(0xABCD, 0x0001) == NONE
     (tmp_path / "pci.ids").write_text("abcd  New\n\t0001  Card\n")
     assert names.pci(0xABCD, 0x0001) == NONE
-    udev._read_all(Memory(), Files())
+    udev.read_all(Memory(), Files())
     assert names.pci(0xABCD, 0x0001) == ("New", "Card")
 
 
 def test_made_up_ids_do_not_pile_up(names: Names) -> None:
-    for device in range(3 * hwdb._ANSWERS):
-        names._cached("usb", 0xFFFF, device)
-    assert names._cached.cache_info().currsize == hwdb._ANSWERS
+    for device in range(3 * hwdb.ANSWERS):
+        names.cached("usb", 0xFFFF, device)
+    assert names.cached.cache_info().currsize == hwdb.ANSWERS
 
 
 # udev's own database.
@@ -298,7 +298,7 @@ class Library:
 
 def test_udev_properties(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Library([(b"ID_VENDOR_FROM_DATABASE", b"Linux \xff"), (b"ID_AUTOSUSPEND", None)])
-    monkeypatch.setattr(hwdb, "_libudev", lambda: library)
+    monkeypatch.setattr(hwdb, "libudev", lambda: library)
     found = hwdb.udev_properties("usb:v1D6Bp0002")
     assert found == {"ID_VENDOR_FROM_DATABASE": "Linux \ufffd", "ID_AUTOSUSPEND": ""}
     assert hwdb.udev_properties("usb:v1D6Bp0003") == {}
@@ -307,12 +307,12 @@ def test_udev_properties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("library", [None, Library(None)])
 def test_no_library_and_no_database(monkeypatch: pytest.MonkeyPatch, library: Library | None) -> None:
-    monkeypatch.setattr(hwdb, "_libudev", lambda: library)
+    monkeypatch.setattr(hwdb, "libudev", lambda: library)
     assert hwdb.udev_properties("usb:v1D6Bp0002") == {}
 
 
 def test_libudev_has_these_calls() -> None:
-    library = hwdb._libudev()
+    library = hwdb.libudev()
     assert library is not None
     database = library.udev_hwdb_new(None)
     if database:

@@ -326,7 +326,7 @@ async def test_what_hostpassd_1_0_left_is_taken_over(tmp_path: Path) -> None:
     left = [ended, begin, {"step": -1, "begun": 1}, lend, {"end": 1}]
     (tmp_path / "journal").write_text("".join(json.dumps(row) + "\n" for row in left) + '{"end": -')
     world = World(tmp_path)
-    world.libvirt._attach_stored(UUID, hostdev(NIC, alias="ua-hostpassd-old"))
+    world.libvirt.store(UUID, hostdev(NIC, alias="ua-hostpassd-old"))
     assert [(left.number, left.begun) for left in world.intents.unfinished] == [(-1, 1)]
     assert world.intents.lent == {PAIR[0].name: (URI, "e1000e")}
     await world.intents.catch_up()

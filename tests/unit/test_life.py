@@ -68,12 +68,12 @@ class Place:
 
 
 def scan_again(place: Place) -> None:
-    place.monkeypatch.setattr("hostpassd.host.udev._read_all", plain_fault)
+    place.monkeypatch.setattr("hostpassd.host.udev.read_all", plain_fault)
     Udev(place.ends.inlet.emit).scan_soon()
 
 
 def scan_what_moved(place: Place) -> None:
-    place.monkeypatch.setattr("hostpassd.host.udev._read_all", plain_fault)
+    place.monkeypatch.setattr("hostpassd.host.udev.read_all", plain_fault)
     moved = types.SimpleNamespace(
         names={}, blocks={}, nics=set(), gone=set(), events=[], uses_changed=False, moved=True
     )

@@ -77,11 +77,11 @@ def test_nobody_waits_for_a_reader_that_stopped(
     reader: Reader, log: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "_END_LIMIT", 0.05)
-    for _ in range(logs._WAITING_LIMIT * 4):
+    for _ in range(logs.WAITING_LIMIT * 4):
         log.info("x" * 200)
     log.handlers[0].close()
     lines = [reader.start_reading()]
     while "lines are lost" not in "".join(lines):
         lines.append(reader.start_reading())
     count = int("".join(lines).rpartition("hostpassd.base.logs: ")[2].partition(" ")[0])
-    assert logs._WAITING_LIMIT < count < logs._WAITING_LIMIT * 3
+    assert logs.WAITING_LIMIT < count < logs.WAITING_LIMIT * 3

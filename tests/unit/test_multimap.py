@@ -35,4 +35,4 @@ def test_nothing_is_kept_of_what_went() -> None:
     pairs: Multimap[str, int] = Multimap()
     pairs.put(1, ["x", "y"])
     assert pairs.put(1, ()) == {"x", "y"} and pairs.put(2, ()) == set()
-    assert not pairs._values and not pairs._keys
+    assert not pairs.by_key and not pairs.by_value

@@ -66,7 +66,7 @@ def settling(folder: Path, *said: tuple[bytes, int] | OSError) -> Settling:
 async def test_who_is_not_the_kernel_sends_no_uevents_to_wait_for(tmp_path: Path) -> None:
     made = settling(tmp_path, (b"add@/x\0SEQNUM=7\0", 4711), (b"add@/y\0SEQNUM=8\0", 0), (b"add@/z\0", 0))
     made.read()
-    assert (len(made._outstanding), made._outstanding.newest) == (1, 8)
+    assert (len(made.outstanding), made.outstanding.newest) == (1, 8)
     made.passed(8)
     await asyncio.wait_for(made.passed_on(), 5)
 
@@ -83,4 +83,4 @@ async def test_what_was_lost_is_given_up_once_udevd_has_no_queue(
     assert not waiting.done()  # udevd is busy
     (tmp_path / "queue").unlink()
     await asyncio.wait_for(waiting, 5)
-    assert len(made._outstanding) == 0
+    assert len(made.outstanding) == 0
