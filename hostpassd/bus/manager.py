@@ -92,8 +92,9 @@ class ManagerMethods:
         return [plan_row(plan, answer)]
 
     async def _operate(self, call: Call, kind: type[Request], known: Mapping[str, str]) -> Sequence[Any]:
-        request = await self._request(call, kind, known, await self._router.uid_of(call.sender))
+        return await self._run(call, await self._request(call, kind, known, await self._router.uid_of(call.sender)))
 
+    async def _run(self, call: Call, request: Request) -> Sequence[Any]:
         async def authorise(asked: Sequence[Check]) -> None:
             await self._access.check(call, asked)
 

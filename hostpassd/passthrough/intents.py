@@ -107,7 +107,7 @@ class IntentLog:
                 raise errors.Failed(
                     f"{self._file.path} tells of something unfinished with {thing}, in rows that are damaged or that "
                     "another version of hostpassd wrote: start that version; or put things in order by hand, stop "
-                    "hostpassd, take these rows out of that file, and start hostpassd again"
+                    "hostpassd, take these rows out of that file, and start hostpassd again."
                 )
 
     async def begin(self, number: int, plan: Plan) -> None:
@@ -238,11 +238,11 @@ class IntentLog:
             log.error("%s has rows of another version, or damaged ones: operations on what they name are refused", path)
         for left in self._left.values():
             if left.uri and left.uri not in self._hypervisors:
-                text = "an earlier %s on %s was not finished, and stays so: the configuration names %s no more"
+                text = "An earlier %s on %s was not finished, and stays so: the configuration names %s no more."
                 log.warning(text, left.operation, ", ".join(left.devices), left.uri)
         for device, (uri, _) in self.lent.items():
             if uri not in self._hypervisors:
-                text = "%s stays without its host driver: it is lent to %s, which the configuration names no more"
+                text = "%s stays without its host driver: it is lent to %s, which the configuration names no more."
                 log.warning(text, device, uri)
 
     # --- writing ---
@@ -385,14 +385,14 @@ def _words(path: Path, error: OSError) -> str:
     folder = path.parent
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return f"the state folder {folder} is full: free some room and try again"
+            return f"The state folder {folder} is full: free some room and try again."
         case errno.EROFS:
-            return f"the state folder {folder} is on a file system that is read-only: make it writable and try again"
+            return f"The state folder {folder} is on a file system that is read-only: make it writable and try again."
         case errno.EACCES | errno.EPERM:
-            user = f"the user of hostpassd (uid {os.geteuid()})"
-            return f"the state folder {folder} is not open to {user}: give it to that user and try again"
+            user = f"The user of hostpassd (uid {os.geteuid()})"
+            return f"The state folder {folder} is not open to {user}: give it to that user and try again."
         case errno.ETIMEDOUT:
-            return f"the disk of the state folder {folder} does not answer: see the kernel's log, and try again"
+            return f"The disk of the state folder {folder} does not answer: see the kernel's log, and try again."
         case errno.EIO:
-            return f"the disk of the state folder {folder} has an error: see the kernel's log, mend it and try again"
-    return f"the intent log {path} cannot be read or written ({error.strerror}): mend that and try again"
+            return f"The disk of the state folder {folder} has an error: see the kernel's log, mend it and try again."
+    return f"The intent log {path} cannot be read or written ({error.strerror}): mend that and try again."

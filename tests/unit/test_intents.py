@@ -155,7 +155,7 @@ async def test_a_write_that_failed_half_way_does_not_swallow_the_next(tmp_path: 
     log = log_in(tmp_path)
     await log.lend("other", URI, "e1000e")
     disk.at = lambda call: no_room(call) if call == "write" else None
-    with pytest.raises(errors.StateFolderError, match=f"the state folder {tmp_path} is full: free some room"):
+    with pytest.raises(errors.StateFolderError, match=f"The state folder {tmp_path} is full: free some room"):
         await log.begin(1, plan())
     disk.at = fine
     await log.begin(2, plan())
