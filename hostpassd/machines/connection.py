@@ -190,9 +190,9 @@ class Connection:
             state=_STATES.get(state, "no state"),
             persistent=persistent,
             live=self._claims(name, live),
-            stored=self._claims(name, stored),
+            config=self._claims(name, stored),
             ports=read_ports(live) if live is not None else Ports(),
-            stored_ports=read_ports(stored) if stored is not None else Ports(),
+            config_ports=read_ports(stored) if stored is not None else Ports(),
         )
 
     def _claims(self, name: str, xml: str | None) -> tuple[Claim, ...]:
@@ -224,7 +224,7 @@ class Connection:
         with self._translated():
             self._domain(uuid).attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
-    def attach_stored(self, uuid: str, xml: str) -> None:
+    def attach_config(self, uuid: str, xml: str) -> None:
         domain = self._domain(uuid)
         with self._translated():
             if self._has_claim(domain, xml):
@@ -250,7 +250,7 @@ class Connection:
                     raise
                 raise NotAssigned(f"The running {clean(domain.name())} has no device {clean(alias)}.") from None
 
-    def detach_stored(self, uuid: str, claim: Claim) -> None:
+    def detach_config(self, uuid: str, claim: Claim) -> None:
         domain = self._domain(uuid)
         with self._translated():
             stored = self._stored_claims(domain)

@@ -109,7 +109,7 @@ def hostdev_xml(
     device: Device,
     *,
     alias: str,
-    stored: bool,
+    config: bool,
     unique: bool,
     guest_address: str = "",
     multifunction: bool = False,
@@ -117,13 +117,13 @@ def hostdev_xml(
 ) -> str:
     """The <hostdev> element that hands DEVICE to a machine.
 
-    STORED: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
+    CONFIG: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
     GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. ValueError: DEVICE is of no kind that can be
     handed over, or GUEST_ADDRESS is no PCI address.
     """
     facts, write = _writer(device)
     element = etree.Element("hostdev", mode="subsystem")
-    write(element, etree.SubElement(element, "source"), facts, stored, unique)
+    write(element, etree.SubElement(element, "source"), facts, config, unique)
     if rom_bar is not None:
         etree.SubElement(element, "rom", bar="on" if rom_bar else "off")
     if alias:
@@ -444,32 +444,32 @@ def _writer(device: Device) -> tuple[Facts, _Write]:
     raise ValueError(f"A device of the kind {device.kind} cannot be handed to a machine.")
 
 
-def _write_pci(element: etree._Element, source: etree._Element, pci: Pci, stored: bool, unique: bool) -> None:
+def _write_pci(element: etree._Element, source: etree._Element, pci: Pci, config: bool, unique: bool) -> None:
     element.set("type", "pci")
     element.set("managed", "yes")
     etree.SubElement(source, "address", _pci_attributes(pci.address))
 
 
-def _write_usb(element: etree._Element, source: etree._Element, usb: Usb, stored: bool, unique: bool) -> None:
+def _write_usb(element: etree._Element, source: etree._Element, usb: Usb, config: bool, unique: bool) -> None:
     """Live always by bus and number, too: that is this very plug-in, and libvirt checks that the rest is so."""
     element.set("type", "usb")
-    if stored:
+    if config:
         source.set("startupPolicy", "optional")
     named = usb.vendor_id != 0  # libvirt refuses a vendor of 0
     if named:
         etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
         etree.SubElement(source, "product", id=f"{usb.product_id:#06x}")
-    if not (stored and unique and named):
+    if not (config and unique and named):
         etree.SubElement(source, "address", bus=str(usb.bus), device=str(usb.number))
 
 
-def _write_scsi(element: etree._Element, source: etree._Element, scsi: Scsi, stored: bool, unique: bool) -> None:
+def _write_scsi(element: etree._Element, source: etree._Element, scsi: Scsi, config: bool, unique: bool) -> None:
     element.set("type", "scsi")
     etree.SubElement(source, "adapter", name=f"scsi_host{scsi.host}")
     etree.SubElement(source, "address", bus=str(scsi.channel), target=str(scsi.target), unit=str(scsi.lun))
 
 
-def _write_mdev(element: etree._Element, source: etree._Element, mdev: Mdev, stored: bool, unique: bool) -> None:
+def _write_mdev(element: etree._Element, source: etree._Element, mdev: Mdev, config: bool, unique: bool) -> None:
     element.set("type", "mdev")
     element.set("model", mdev.api)
     etree.SubElement(source, "address", uuid=mdev.uuid)

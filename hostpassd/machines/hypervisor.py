@@ -103,9 +103,9 @@ class Hypervisor:
         """Attach the element XML to the running machine. Where that takes libvirt seconds, so does this."""
         await self._change(uuid, lambda connection: connection.attach_live(uuid, xml))
 
-    async def attach_stored(self, uuid: str, xml: str) -> None:
+    async def attach_config(self, uuid: str, xml: str) -> None:
         """Add the element XML to the machine's stored configuration. AlreadyAssigned: it has that device."""
-        await self._change(uuid, lambda connection: connection.attach_stored(uuid, xml))
+        await self._change(uuid, lambda connection: connection.attach_config(uuid, xml))
 
     async def detach_live(self, uuid: str, alias: str) -> None:
         """Ask the guest to let the device with ALIAS go; whether it did, DeviceRemoved or RemovalFailed says.
@@ -114,9 +114,9 @@ class Hypervisor:
         """
         await self._change(uuid, lambda connection: connection.detach_live(uuid, alias))
 
-    async def detach_stored(self, uuid: str, claim: Claim) -> None:
+    async def detach_config(self, uuid: str, claim: Claim) -> None:
         """Take what makes CLAIM out of the machine's stored configuration; if it is not in it, all is well."""
-        await self._change(uuid, lambda connection: connection.detach_stored(uuid, claim))
+        await self._change(uuid, lambda connection: connection.detach_config(uuid, claim))
 
     async def detach_host(self, name: str) -> None:
         """Free the PCI function with libvirt's node device NAME from its host driver. NoSuchDevice after 5 s."""

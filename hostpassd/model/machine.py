@@ -194,10 +194,10 @@ class Machine:
     state: str  # libvirt's words: running, idle, paused, in shutdown, shut off, crashed, pmsuspended
     persistent: bool
     live: tuple[Claim, ...] = ()
-    stored: tuple[Claim, ...] = ()
+    config: tuple[Claim, ...] = ()
     stale: bool = False  # as last known: its hypervisor cannot be reached
     ports: Ports = Ports()  # of the live half
-    stored_ports: Ports = Ports()
+    config_ports: Ports = Ports()
 
     @property
     def key(self) -> MachineKey:

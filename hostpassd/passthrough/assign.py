@@ -68,7 +68,7 @@ class Assign(Request):
         places = card_places(machine, asked, devices, self.options.guest_address)
         # Those with a place first: for the others libvirt takes what is free.
         for d in sorted(devices, key=lambda d: (d.name not in places, places.get(d.name, ""))):
-            xml = _xml(state, d, self.options, asked, places.get(d.name, ""), stored=True)
+            xml = _xml(state, d, self.options, asked, places.get(d.name, ""), config=True)
             yield Store(d.name, claim_of(xml))
 
     def _attach(self, state: State, moving: list[Device], devices: list[Device]) -> Iterable[Step]:
@@ -77,7 +77,7 @@ class Assign(Request):
             yield from (Detach(d.name, d.driver) for d in devices if d.pci and d.driver not in ("", VFIO_PCI))
         for d in devices:
             of_card = len(functions_beside(d, devices)) > 1
-            yield Attach(d.name, alias_of(d), _xml(state, d, self.options, moving[0], "", stored=False), of_card)
+            yield Attach(d.name, alias_of(d), _xml(state, d, self.options, moving[0], "", config=False), of_card)
 
 
 def blockers_for(state: State, device: Device, machine: Machine) -> tuple[Blocker, ...]:
@@ -170,13 +170,13 @@ def _half(hold: Hold | None, *, live: bool) -> bool:
     return hold is not None and (hold.live if live else hold.config)
 
 
-def _xml(state: State, device: Device, options: Options, asked: Device, place: str, *, stored: bool) -> str:
+def _xml(state: State, device: Device, options: Options, asked: Device, place: str, *, config: bool) -> str:
     """PLACE: the guest address as a function of a card, '' for none."""
     unique = not device.usb or len(state.keyed(("usb-id", device.usb.vendor_id, device.usb.product_id))) == 1
     return hostdev_xml(
         device,
         alias=alias_of(device),
-        stored=stored,
+        config=config,
         unique=unique,
         guest_address=place or (options.guest_address if device is asked else ""),
         multifunction=place.endswith(".0"),

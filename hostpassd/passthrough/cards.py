@@ -23,7 +23,7 @@ def card_places(machine: Machine, asked: Device, to_store: list[Device], given_a
     the same. Without function 0 a guest sees no card, and where no slot is free libvirt adds one for each device by
     itself: then there is no address here.
     """
-    ports, given = machine.stored_ports, PciAddress.parse(given_address) if given_address else None
+    ports, given = machine.config_ports, PciAddress.parse(given_address) if given_address else None
     free = {
         True: [PciAddress(0, bus, 0) for bus in ports.express],
         False: [PciAddress(0, bus, slot) for bus, slot in ports.conventional],

@@ -79,7 +79,7 @@ class Dismiss(Request):
         check_reachable(machine)
         ids = {row.id for row in rows}
         name = place or rows[0].id
-        unstore = [Unstore(name, claim) for claim in machine.stored if claim.id in ids]
+        unstore = [Unstore(name, claim) for claim in machine.config if claim.id in ids]
         live_claims = [claim for claim in machine.live if claim.id in ids and claim.alias and not claim.missing]
         unplug = [Unplug(name, claim.alias, claim.id) for claim in live_claims]
         live, config = _halves_held(self.options, machine, name, live=bool(unplug), config=bool(unstore))
@@ -126,7 +126,7 @@ def _held_with(state: State, machine: Machine, device: Device, live: bool, confi
 
 def _slot_mates(state: State, machine: Machine, device: Device, live: bool, config: bool) -> Iterable[Device]:
     """The functions of DEVICE's host slot that are in its guest slot too, in one of the halves asked for."""
-    for half, claims in ((True, machine.live if live else ()), (False, machine.stored if config else ())):
+    for half, claims in ((True, machine.live if live else ()), (False, machine.config if config else ())):
         own = claim_on(state, machine, device.name, live=half)
         if not device.pci or not own or not own.guest_address:
             continue

@@ -57,7 +57,7 @@ def hold_of(state: State, machine: Machine, name: str) -> Hold | None:
 
 def claim_on(state: State, machine: Machine, device: str, *, live: bool) -> Claim | None:
     """The claim, in one half of MACHINE, that is the handing over of DEVICE."""
-    for claim in machine.live if live else machine.stored:
+    for claim in machine.live if live else machine.config:
         if claim.kind in DETACHABLE_KINDS and state.find_claim(machine.key, claim, live=live) == device:
             return claim
     return None

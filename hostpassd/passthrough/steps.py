@@ -28,9 +28,9 @@ class Libvirt(Protocol):
     """
 
     async def attach_live(self, uuid: str, xml: str) -> None: ...
-    async def attach_stored(self, uuid: str, xml: str) -> None: ...
+    async def attach_config(self, uuid: str, xml: str) -> None: ...
     async def detach_live(self, uuid: str, alias: str) -> None: ...
-    async def detach_stored(self, uuid: str, claim: Claim) -> None: ...
+    async def detach_config(self, uuid: str, claim: Claim) -> None: ...
     async def detach_host(self, name: str) -> None: ...
     async def reattach_host(self, name: str) -> None: ...
     async def wait_until_returned(self, names: Collection[str]) -> None: ...
@@ -101,9 +101,9 @@ class Seen:
         return self.machine.live if self.machine else ()
 
     @property
-    def stored(self) -> tuple[Claim, ...]:
+    def config(self) -> tuple[Claim, ...]:
         """The claims of the stored half."""
-        return self.machine.stored if self.machine else ()
+        return self.machine.config if self.machine else ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,10 +163,10 @@ class Store(Step):
         return f"store {self.device} in the machine's configuration"
 
     async def do(self, hands: Hands) -> None:
-        await hands.made(hands.libvirt.attach_stored(hands.key.uuid, self.claim.xml))
+        await hands.made(hands.libvirt.attach_config(hands.key.uuid, self.claim.xml))
 
     def shows(self, seen: Seen) -> bool:
-        return any(c.id == self.claim.id and c.alias == self.claim.alias for c in seen.stored)
+        return any(c.id == self.claim.id and c.alias == self.claim.alias for c in seen.config)
 
     def undo(self) -> Step:
         return Unstore(self.device, self.claim)
@@ -192,14 +192,14 @@ class Unstore(Step):
         return f"remove {self.device} from the machine's stored configuration"
 
     async def do(self, hands: Hands) -> None:
-        await hands.made(hands.libvirt.detach_stored(hands.key.uuid, self.claim))
+        await hands.made(hands.libvirt.detach_config(hands.key.uuid, self.claim))
 
     def shows(self, seen: Seen) -> bool:
-        return seen.machine is not None and not any(_same(c, self.claim) for c in seen.stored)
+        return seen.machine is not None and not any(_same(c, self.claim) for c in seen.config)
 
     def is_to_be_undone(self, seen: Seen) -> bool:
         """What somebody else has stored meanwhile stands in for ours."""
-        return seen.machine is not None and all(c.id != self.claim.id for c in seen.stored)
+        return seen.machine is not None and all(c.id != self.claim.id for c in seen.config)
 
     def undo(self) -> Step:
         return Store(self.device, self.claim)

@@ -138,7 +138,7 @@ class Holdings:
         self.copies[machine.key] = machine
         self._copies_of.put(machine.key, [machine.uuid])
         self._interest.put(
-            machine.key, (key for claim in (*machine.live, *machine.stored) for key in claim.source.lookup_keys())
+            machine.key, (key for claim in (*machine.live, *machine.config) for key in claim.source.lookup_keys())
         )
         self.resolve(machine.key)
 
@@ -164,13 +164,13 @@ class Holdings:
         if not machine:
             return
         self.asked[key] = {c.alias for c in machine.live} & self.asked.get(key, set())
-        made = {claim.id for claim in (*machine.live, *machine.stored)}
+        made = {claim.id for claim in (*machine.live, *machine.config)}
         places = {claim: place for claim, place in self._places.get(key, {}).items() if claim in made}
         self._places[key] = places
         rows: _Rows = {}
         missing: dict[str, Missing] = {}
         own: frozenset[str] = frozenset()
-        for live, claims in ((True, machine.live), (False, machine.stored)):
+        for live, claims in ((True, machine.live), (False, machine.config)):
             for claim in claims:
                 if live and claim.missing:
                     continue

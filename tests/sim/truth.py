@@ -192,17 +192,17 @@ class Libvirt:
         """Attaches to a running machine."""
         await self._call("attach_live", uuid, lambda: self._attach(uuid, claim_of(xml)))
 
-    async def attach_stored(self, uuid: str, xml: str) -> None:
+    async def attach_config(self, uuid: str, xml: str) -> None:
         """Adds to a stored configuration."""
-        await self._call("attach_stored", uuid, lambda: self._store(uuid, claim_of(xml)))
+        await self._call("attach_config", uuid, lambda: self._store(uuid, claim_of(xml)))
 
     async def detach_live(self, uuid: str, alias: str) -> None:
         """Asks a guest to let go."""
         await self._call("detach_live", uuid, lambda: self._ask(uuid, alias))
 
-    async def detach_stored(self, uuid: str, claim: Claim) -> None:
+    async def detach_config(self, uuid: str, claim: Claim) -> None:
         """Takes out of a stored configuration."""
-        await self._call("detach_stored", uuid, lambda: self._unstore(uuid, claim))
+        await self._call("detach_config", uuid, lambda: self._unstore(uuid, claim))
 
     async def detach_host(self, name: str) -> None:
         """Frees a PCI function from its driver."""
@@ -372,7 +372,7 @@ class Libvirt:
         machine = self.machines[uuid]
         live: list[Claim] = []
         devices: list[tuple[Device, str]] = []
-        for number, claim in enumerate(machine.stored):
+        for number, claim in enumerate(machine.config):
             claim = dataclasses.replace(claim, alias=claim.alias or f"hostdev{number}")
             if claim.kind not in ("hostdev", "interface"):
                 live.append(claim)
@@ -470,17 +470,17 @@ class Libvirt:
 
     def _store(self, uuid: str, claim: Claim) -> None:
         machine = self._persistent(uuid)
-        if any(c.id == claim.id for c in machine.stored):
+        if any(c.id == claim.id for c in machine.config):
             raise errors.AlreadyAssigned("device is already in the domain configuration")
-        self.put(dataclasses.replace(machine, stored=(*machine.stored, claim)))
+        self.put(dataclasses.replace(machine, config=(*machine.config, claim)))
 
     def _unstore(self, uuid: str, claim: Claim) -> None:
         machine = self._persistent(uuid)
-        stored = list(machine.stored)
+        stored = list(machine.config)
         written = next((c for c in stored if (c.id, c.alias) == (claim.id, claim.alias)), None)
         if written:
             stored.remove(written)
-            self.put(dataclasses.replace(machine, stored=tuple(stored)))
+            self.put(dataclasses.replace(machine, config=tuple(stored)))
 
     def _persistent(self, uuid: str) -> Machine:
         machine = self._machine(uuid)
@@ -604,7 +604,7 @@ class Elsewhere:
     async def _refuse(self, *_: object) -> None:
         raise errors.HypervisorRefused("this hypervisor only watches")
 
-    attach_live = attach_stored = detach_live = detach_stored = detach_host = reattach_host = _refuse
+    attach_live = attach_config = detach_live = detach_config = detach_host = reattach_host = _refuse
 
 
 class Ear:
@@ -618,7 +618,7 @@ def _exact(claim: Claim, device: Device) -> Claim:
     """CLAIM as libvirt writes it in a live half: a USB device by its number, too."""
     if not device.usb:
         return claim
-    return claim_of(hostdev_xml(device, alias=claim.alias, stored=False, unique=False))
+    return claim_of(hostdev_xml(device, alias=claim.alias, config=False, unique=False))
 
 
 def _means(claim: Claim, device: Device) -> bool:

@@ -147,11 +147,11 @@ def state_of(*devices: Device) -> State:
     return state
 
 
-def hostdev(device: Device, alias: str = "hostdev0", *, stored: bool = False) -> Claim:
+def hostdev(device: Device, alias: str = "hostdev0", *, config: bool = False) -> Claim:
     """The claim that a <hostdev> of DEVICE makes in the live half, or in the stored one."""
     from hostpassd.machines.domain_xml import hostdev_xml
 
-    return claim_of(hostdev_xml(device, alias=alias, stored=stored, unique=True))
+    return claim_of(hostdev_xml(device, alias=alias, config=config, unique=True))
 
 
 _PORTS = Ports((1, 2, 3, 4, 5), tuple((6, slot) for slot in range(1, 32)))
@@ -164,13 +164,13 @@ def machine(
     running: bool = True,
     persistent: bool = True,
     live: tuple[Claim, ...] = (),
-    stored: tuple[Claim, ...] = (),
+    config: tuple[Claim, ...] = (),
     uri: str = URI,
 ) -> Machine:
     """A machine of the hypervisor URI."""
     state = "running" if running else "shut off"
     return Machine(
-        uuid, name, uri, state, persistent, live, stored, ports=_PORTS if running else Ports(), stored_ports=_PORTS
+        uuid, name, uri, state, persistent, live, config, ports=_PORTS if running else Ports(), config_ports=_PORTS
     )
 
 
@@ -273,14 +273,14 @@ class Libvirt:
     async def attach_live(self, uuid: str, xml: str) -> None:
         await self._call("attach_live", uuid, lambda: self._attach_live(uuid, claim_of(xml)))
 
-    async def attach_stored(self, uuid: str, xml: str) -> None:
-        await self._call("attach_stored", uuid, lambda: self.store(uuid, claim_of(xml)))
+    async def attach_config(self, uuid: str, xml: str) -> None:
+        await self._call("attach_config", uuid, lambda: self.store(uuid, claim_of(xml)))
 
     async def detach_live(self, uuid: str, alias: str) -> None:
         await self._call("detach_live", uuid, lambda: self._detach_live(uuid, alias))
 
-    async def detach_stored(self, uuid: str, claim: Claim) -> None:
-        await self._call("detach_stored", uuid, lambda: self._detach_stored(uuid, claim))
+    async def detach_config(self, uuid: str, claim: Claim) -> None:
+        await self._call("detach_config", uuid, lambda: self._detach_config(uuid, claim))
 
     async def detach_host(self, name: str) -> None:
         await self._call("detach_host", "host", lambda: self._detach_host(name), name)
@@ -330,9 +330,9 @@ class Libvirt:
 
     def store(self, uuid: str, claim: Claim) -> None:
         machine = self.machines[uuid]
-        if any(c.id == claim.id for c in machine.stored):
+        if any(c.id == claim.id for c in machine.config):
             raise errors.AlreadyAssigned("device is already in the domain configuration")
-        self.put(dataclasses.replace(machine, stored=(*machine.stored, claim)))
+        self.put(dataclasses.replace(machine, config=(*machine.config, claim)))
 
     def _detach_live(self, uuid: str, alias: str) -> None:
         if all(c.alias != alias for c in self.machines[uuid].live):
@@ -344,11 +344,11 @@ class Libvirt:
         else:
             self.guest_releases(uuid, alias)
 
-    def _detach_stored(self, uuid: str, claim: Claim) -> None:
+    def _detach_config(self, uuid: str, claim: Claim) -> None:
         machine = self.machines[uuid]
         self.put(
             dataclasses.replace(
-                machine, stored=tuple(c for c in machine.stored if (c.id, c.alias) != (claim.id, claim.alias))
+                machine, config=tuple(c for c in machine.config if (c.id, c.alias) != (claim.id, claim.alias))
             )
         )
 

@@ -76,9 +76,9 @@ async def test_each_half_that_others_give_or_take_has_a_record(house: House) -> 
     claim = hostdev(STICK)
     for given, said in (
         (machine(live=(claim,)), ["added by others"]),
-        (machine(live=(claim,), stored=(claim,)), ["added by others in its stored half"]),
+        (machine(live=(claim,), config=(claim,)), ["added by others in its stored half"]),
         (machine(live=(claim,)), ["removed by others in its stored half"]),
-        (machine(stored=(claim,)), ["removed by others in its live half", "added by others in its stored half"]),
+        (machine(config=(claim,)), ["removed by others in its live half", "added by others in its stored half"]),
         (machine(), ["removed by others"]),
     ):
         house.emit(MachineRead(given))
@@ -98,7 +98,7 @@ async def test_what_a_guest_lets_go_after_the_job_is_released_late(house: House)
     await control.ended.wait()
     house.records()
     alias = hostdev_alias(house)
-    house.libvirt.put(dataclasses.replace(house.libvirt.machines[UUID], stored=(hostdev(STICK),)))
+    house.libvirt.put(dataclasses.replace(house.libvirt.machines[UUID], config=(hostdev(STICK),)))
     assert [row["MESSAGE"].partition(":")[0] for row in house.records()] == ["hold added by others in its stored half"]
     house.libvirt.guest_releases(UUID, alias)
     [record] = house.records()
@@ -153,13 +153,13 @@ async def _yes(checks: Sequence[Check]) -> None:
 
 
 async def test_what_was_left_and_put_in_order_is_ours_and_has_a_record(house: House) -> None:
-    house.libvirt.after = lambda call: house.libvirt.lose() if call == "attach_stored" else None
+    house.libvirt.after = lambda call: house.libvirt.lose() if call == "attach_config" else None
     assert (await house.do("assign", STICK)).job.state == "failed"
     assert stories(house.records()) == [("operation", STICK.name, "org.hostpassd1.Error.HypervisorUnavailable")]
     house.libvirt.calm()
     house.libvirt.come_back()
     await house.put_in_order()
-    assert not house.libvirt.machines[UUID].stored
+    assert not house.libvirt.machines[UUID].config
     [record] = house.records()
     assert (record["KIND"], record["RESULT"], record["JOB"]) == ("operation", "recovered", "1")
     assert "put in order" in record["MESSAGE"]

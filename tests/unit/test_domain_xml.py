@@ -379,7 +379,7 @@ DEVICES = [
 @pytest.mark.parametrize(("given_device", "source"), DEVICES)
 @pytest.mark.parametrize("stored", [False, True])
 def test_what_is_written_is_read_again(given_device: Device, source: ClaimSource, stored: bool) -> None:
-    written = hostdev_xml(given_device, alias="ua-hostpassd-1", stored=stored, unique=False)
+    written = hostdev_xml(given_device, alias="ua-hostpassd-1", config=stored, unique=False)
     claim = only(written)
     assert (claim.source, claim.alias, claim.kind) == (source, "ua-hostpassd-1", "hostdev")
 
@@ -398,7 +398,7 @@ def test_any_usb_device_written_is_read_again(
     usb = device("usb", Usb(bus, number, "1-4", vendor, product, 0, 480, ()))
     names = (vendor, product) if vendor else (None, None)
     place = (None, None) if stored and unique and vendor else (bus, number)
-    assert only(hostdev_xml(usb, alias="", stored=stored, unique=unique)).source == UsbSource(*names, *place)
+    assert only(hostdev_xml(usb, alias="", config=stored, unique=unique)).source == UsbSource(*names, *place)
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -406,7 +406,7 @@ def test_any_usb_device_written_is_read_again(
 @pytest.mark.parametrize("ids", [(0x0951, 0x16), (0x0951, 0), (0, 0x16), (0, 0)])
 def test_libvirt_takes_any_usb_device_as_it_is_written(ids: tuple[int, int], stored: bool, unique: bool) -> None:
     usb = device("usb", Usb(1, 5, "1-4", *ids, 0, 480, ()))
-    written = hostdev_xml(usb, alias="", stored=stored, unique=unique)
+    written = hostdev_xml(usb, alias="", config=stored, unique=unique)
     whole = f"""<domain type='test'><name>x</name><memory>1024</memory><os><type>hvm</type></os>
     <devices>{written}</devices></domain>"""
     connection = libvirt.open("test:///default")
@@ -419,10 +419,10 @@ def test_libvirt_takes_any_usb_device_as_it_is_written(ids: tuple[int, int], sto
 
 def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
     usb = DEVICES[1][0]
-    stored = etree.fromstring(hostdev_xml(usb, alias="", stored=True, unique=True))
+    stored = etree.fromstring(hostdev_xml(usb, alias="", config=True, unique=True))
     assert stored.find("source").get("startupPolicy") == "optional"
     assert stored.find("source/address") is None
-    live = etree.fromstring(hostdev_xml(usb, alias="", stored=False, unique=True))
+    live = etree.fromstring(hostdev_xml(usb, alias="", config=False, unique=True))
     assert live.find("source").get("startupPolicy") is None
     assert dict(live.find("source/address").attrib) == {"bus": "1", "device": "10"}
 
@@ -431,7 +431,7 @@ def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
     xml = hostdev_xml(
         DEVICES[0][0],
         alias="",
-        stored=True,
+        config=True,
         unique=True,
         guest_address="0000:04:00.0",
         multifunction=True,
@@ -448,15 +448,15 @@ def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
 
 def test_what_cannot_be_written_is_an_error() -> None:
     with pytest.raises(ValueError):
-        hostdev_xml(device("block", Block("/dev/sda", 1)), alias="", stored=False, unique=True)
+        hostdev_xml(device("block", Block("/dev/sda", 1)), alias="", config=False, unique=True)
     with pytest.raises(ValueError):
-        hostdev_xml(DEVICES[1][0], alias="", stored=True, unique=True, guest_address="0000:04:00.0")
+        hostdev_xml(DEVICES[1][0], alias="", config=True, unique=True, guest_address="0000:04:00.0")
     with pytest.raises(ValueError):
-        hostdev_xml(DEVICES[0][0], alias="", stored=True, unique=True, guest_address="4:0.0")
+        hostdev_xml(DEVICES[0][0], alias="", config=True, unique=True, guest_address="4:0.0")
 
 
 def test_an_alias_is_never_markup() -> None:
-    written = hostdev_xml(DEVICES[0][0], alias="ua-'/><x y='\"&", stored=False, unique=True)
+    written = hostdev_xml(DEVICES[0][0], alias="ua-'/><x y='\"&", config=False, unique=True)
     assert only(written).alias == "ua-'/><x y='\"&"
 
 
@@ -573,4 +573,4 @@ def test_a_mediated_device_is_of_the_model_that_its_parent_makes() -> None:
     """libvirt takes vfio-ap and vfio-ccw on s390x, and nothing else for these."""
     for api in ("vfio-pci", "vfio-ap", "vfio-ccw"):
         given = Device("m", "mdev", "/sys/devices/m", None, facts=(Mdev(MDEV_UUID, "x", api),))
-        assert f'model="{api}"' in hostdev_xml(given, alias="", stored=True, unique=True)
+        assert f'model="{api}"' in hostdev_xml(given, alias="", config=True, unique=True)

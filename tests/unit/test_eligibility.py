@@ -137,7 +137,7 @@ def test_holds_of_any_machine_block_the_device_its_companions_and_what_is_above(
     lun = scsi(0, 0, 1, 0, controller)
     state = state_of(controller, lun)
     state.apply(MachineRead(machine("a", live=(hostdev(lun),))))
-    state.apply(MachineRead(machine("b", OTHER, running=False, stored=(hostdev(lun),))))
+    state.apply(MachineRead(machine("b", OTHER, running=False, config=(hostdev(lun),))))
     assert codes(state, lun) == {("held-live", "never"), ("held-config", "override")}
     assert codes(state, controller) == {("held-live", "never"), ("held-config", "override"), ("not-leaf", "override")}
     assert {b.machine for b in blockers(state, lun)} == {machine().uuid, OTHER}
@@ -178,7 +178,7 @@ def test_a_virtual_function_in_a_running_machine_keeps_its_physical_one() -> Non
     state = state_of(physical, virtual)
     [batch] = state.apply(MachineRead(machine(live=(hostdev(virtual),))))
     assert ("held-live", "never") in codes(state, physical) and ("device", physical.name) in batch.changed
-    state.apply(MachineRead(machine(stored=(hostdev(virtual),))))
+    state.apply(MachineRead(machine(config=(hostdev(virtual),))))
     assert codes(state, physical) == {("has-virtual-functions", "override")}
 
 

@@ -119,7 +119,7 @@ class World:
         """Drivers, the two halves, what is kept as a detached node device, what the intent log says is lent."""
         m = self.libvirt.machines[UUID]
         drivers = tuple(sorted((d.name, d.driver) for d in self.state.devices.values()))
-        halves = tuple(tuple(sorted(c.id for c in half)) for half in (m.live, m.stored))
+        halves = tuple(tuple(sorted(c.id for c in half)) for half in (m.live, m.config))
         return drivers, halves, tuple(sorted(self.libvirt.detached)), tuple(sorted(self.intents.lent))
 
 
@@ -146,7 +146,7 @@ async def test_there_and_back(tmp_path: Path, given: str, device: Device) -> Non
     m = world.state.machines[UUID]
     moved = next((len(group) for group in (PAIR, GPU) if device in group), 1)
     assert len(m.live) == (moved if given != "stopped" else 0)
-    assert len(m.stored) == (moved if given != "transient" else 0)
+    assert len(m.config) == (moved if given != "transient" else 0)
     if device.pci and given != "stopped":
         assert world.state.devices[device.name].driver == "vfio-pci"
     assert (await world.do("dismiss", device)).state == "done"
@@ -157,14 +157,14 @@ async def test_a_graphics_card_goes_with_its_sound_as_one_card_and_both_drivers_
     world = World(tmp_path)
     assert (await world.do("assign", GPU[0])).state == "done"
     m = world.state.machines[UUID]
-    assert [c.guest_address for c in m.stored] == ["0000:01:00.0", "0000:01:00.1"]
-    assert ["multifunction" in c.xml for c in m.stored] == [True, False]
+    assert [c.guest_address for c in m.config] == ["0000:01:00.0", "0000:01:00.1"]
+    assert ["multifunction" in c.xml for c in m.config] == [True, False]
     assert [world.state.devices[d.name].driver for d in GPU] == ["vfio-pci", "vfio-pci"]
     job = await world.do("dismiss", GPU[1])
     assert job.state == "done"
     assert [world.state.devices[d.name].driver for d in GPU] == ["nouveau", "snd_hda_intel"]
     m = world.state.machines[UUID]
-    assert m.live == m.stored == ()
+    assert m.live == m.config == ()
 
 
 async def test_the_last_attach_of_a_group_fails_and_everything_is_as_before(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ async def test_a_job_stays_with_its_hypervisor_when_another_ones_machine_gets_th
     await control.ended.wait()
     assert control.job.state == "cancelled"
     # What is undone is undone here: the copy has the alias still.
-    assert world.libvirt.machines[UUID].stored == () and world.state.copies[away.key].live
+    assert world.libvirt.machines[UUID].config == () and world.state.copies[away.key].live
     assert world.intents.unfinished == ()
 
 
@@ -274,7 +274,7 @@ def held_by_others(world: World) -> None:
     held = tuple(hostdev(device, f"hostdev{n}") for n, device in enumerate(PAIR))
     for device in PAIR:
         world.emit(DeviceSeen(dataclasses.replace(device, driver="vfio-pci")))
-    world.libvirt.machines[UUID] = machine(live=held, stored=held)
+    world.libvirt.machines[UUID] = machine(live=held, config=held)
     world.libvirt.come_back()
 
 
@@ -314,11 +314,11 @@ async def test_a_guest_that_lets_go_late_ends_the_hold_and_the_drivers_come_back
 async def test_an_alias_that_another_device_has_at_the_moment_of_asking_is_not_asked_for(tmp_path: Path) -> None:
     world = World(tmp_path)
     held = hostdev(STICK, "hostdev0")
-    world.libvirt.put(machine(live=(held,), stored=(held,)))
+    world.libvirt.put(machine(live=(held,), config=(held,)))
     others = (hostdev(LUN, "hostdev0"),)
 
     def exchange(call: str) -> None:
-        if call == "detach_stored":
+        if call == "detach_config":
             world.libvirt.put(dataclasses.replace(world.libvirt.machines[UUID], live=others))
 
     world.libvirt.after = exchange
@@ -329,7 +329,7 @@ async def test_an_alias_that_another_device_has_at_the_moment_of_asking_is_not_a
 async def left_undone(folder: Path) -> World:
     """An assign of the stick has failed, and cannot be undone."""
     world = World(folder)
-    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
     await world.do("assign", STICK)
     await world.quiet()
     world.libvirt.calls.clear()
@@ -344,7 +344,7 @@ async def test_a_list_that_anybody_asks_for_has_nothing_tried_again(tmp_path: Pa
     world.libvirt.lose()
     world.libvirt.come_back()
     await world.quiet()
-    assert "detach_stored" in world.libvirt.calls
+    assert "detach_config" in world.libvirt.calls
 
 
 async def test_what_was_left_is_tried_again_after_pauses_that_grow(
@@ -362,7 +362,7 @@ async def test_what_was_left_is_tried_again_after_pauses_that_grow(
 
     world = World(tmp_path)
     monkeypatch.setattr(loop, "call_later", soon)
-    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
     await world.do("assign", STICK)
     while len(asked) < 9:
         await asyncio.sleep(0)
@@ -370,7 +370,7 @@ async def test_what_was_left_is_tried_again_after_pauses_that_grow(
     world.libvirt.calm()
     world.operations.upkeep.retry_now()
     await world.quiet()
-    assert world.intents.unfinished == () and world.libvirt.machines[UUID].stored == ()
+    assert world.intents.unfinished == () and world.libvirt.machines[UUID].config == ()
 
 
 async def test_a_device_that_cannot_be_given_back_is_tried_after_pauses_that_grow(
@@ -409,7 +409,7 @@ async def test_a_failure_that_stays_the_same_is_logged_once(tmp_path: Path, capl
         "An earlier assign was not finished",
         "Of the earlier assign this could not be done",
     ]
-    world.libvirt.refuse = {"detach_stored": "not now"}
+    world.libvirt.refuse = {"detach_config": "not now"}
     world.operations.upkeep.retry_now()
     await world.quiet()
     assert "not now" in caplog.messages[-1] and len(caplog.messages) == 3
@@ -516,11 +516,11 @@ async def test_a_dismissal_given_up_while_libvirt_is_away_is_not_gone_on_with(tm
 async def left_with_a_stored_half(folder: Path) -> World:
     """An assign whose attach was refused, and the undoing of what it had stored, too."""
     world = World(folder)
-    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
     job = await world.do("assign", NIC)
     assert "not undone: remove pci_0000_01_00_0" in str(job.error) and "never" in str(job.error)
     await world.quiet()
-    assert len(world.intents.unfinished) == 1 and world.libvirt.machines[UUID].stored
+    assert len(world.intents.unfinished) == 1 and world.libvirt.machines[UUID].config
     return world
 
 
@@ -529,11 +529,11 @@ async def test_the_next_job_on_the_device_tries_once_more_and_then_its_own_word_
     tmp_path: Path, undone: bool
 ) -> None:
     world = await left_with_a_stored_half(tmp_path)
-    world.libvirt.refuse = {} if undone else {"detach_stored": "never"}
+    world.libvirt.refuse = {} if undone else {"detach_config": "never"}
     world.libvirt.calls.clear()
     assert (await world.do("assign", NIC)).state == "done"
-    expected = ["attach_stored", "attach_live"] if undone else ["attach_live"]
-    assert world.libvirt.calls == ["wait_until_idle", "detach_stored", *expected]
+    expected = ["attach_config", "attach_live"] if undone else ["attach_live"]
+    assert world.libvirt.calls == ["wait_until_idle", "detach_config", *expected]
     assert world.intents.unfinished == ()
     assigned = world.truth()
     world.libvirt.calm()
@@ -545,7 +545,7 @@ async def test_the_next_job_on_the_device_tries_once_more_and_then_its_own_word_
 async def test_what_is_left_outlives_other_jobs_and_daemons_whose_jobs_have_the_same_numbers(tmp_path: Path) -> None:
     world = await left_with_a_stored_half(tmp_path)
     for _ in range(2):
-        world.libvirt.refuse = {"detach_stored": "never"}
+        world.libvirt.refuse = {"detach_config": "never"}
         world = World(tmp_path, libvirt=world.libvirt)
         world.libvirt.come_back()
         job = await world.do("assign" if not world.libvirt.machines[UUID].live else "dismiss", STICK)
@@ -554,7 +554,7 @@ async def test_what_is_left_outlives_other_jobs_and_daemons_whose_jobs_have_the_
         (left,) = world.intents.unfinished
         assert [step.device for step in left.steps] == [NIC.name, NIC.name]
     world = await reborn(world, tmp_path)
-    assert world.intents.unfinished == () and not [c for c in world.libvirt.machines[UUID].stored if "pci" in c.id]
+    assert world.intents.unfinished == () and not [c for c in world.libvirt.machines[UUID].config if "pci" in c.id]
 
 
 async def test_what_was_freed_and_then_pulled_out_is_owed_to_nobody(tmp_path: Path) -> None:
@@ -648,15 +648,15 @@ async def test_what_somebody_else_stores_meanwhile_is_not_undone(tmp_path: Path)
     foreign = hostdev(NIC, alias="")
 
     def store(call: str) -> None:
-        if call == "attach_stored":
+        if call == "attach_config":
             m = world.libvirt.machines[UUID]
-            world.libvirt.machines[UUID] = dataclasses.replace(m, stored=(foreign,))
+            world.libvirt.machines[UUID] = dataclasses.replace(m, config=(foreign,))
             world.emit(MachineRead(world.libvirt.machines[UUID]))
 
     world.libvirt.before = store
     job = await world.do("assign", NIC)
     assert error_name(job) == "org.hostpassd1.Error.AlreadyAssigned"
-    assert world.libvirt.machines[UUID].stored == (foreign,) and "detach_stored" not in world.libvirt.calls
+    assert world.libvirt.machines[UUID].config == (foreign,) and "detach_config" not in world.libvirt.calls
 
 
 async def test_the_undo_of_a_lone_device_ends_when_its_driver_is_back(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_machine_is_not_found_by_what_another_one_is() -> None:
 
 def by_ids(device: Device, live: bool) -> Claim:
     """By bus and number as well, as the live half has it, or by the ids alone."""
-    return claim_of(hostdev_xml(device, alias="hostdev0" if live else "", stored=not live, unique=not live))
+    return claim_of(hostdev_xml(device, alias="hostdev0" if live else "", config=not live, unique=not live))
 
 
 def unplug(state: State, device: Device) -> None:
@@ -172,7 +172,7 @@ def unplug(state: State, device: Device) -> None:
 
 def test_an_id_is_that_claim_and_no_place() -> None:
     state = state_of(HUB, STICK)
-    state.apply(MachineRead(machine(stored=(by_ids(STICK, live=False),))))
+    state.apply(MachineRead(machine(config=(by_ids(STICK, live=False),))))
     unplug(state, STICK)
     [row] = state.missing[UUID]
     here = state.machines[UUID]
@@ -186,7 +186,7 @@ def test_an_id_is_that_claim_and_no_place() -> None:
 
 def test_a_place_means_both_halves_of_the_one_thing_that_was_last_there() -> None:
     state = state_of(HUB, STICK)
-    state.apply(MachineRead(machine(live=(by_ids(STICK, live=True),), stored=(by_ids(STICK, live=False),))))
+    state.apply(MachineRead(machine(live=(by_ids(STICK, live=True),), config=(by_ids(STICK, live=False),))))
     instance = state.devices[STICK.name].instance
     unplug(state, STICK)
     rows = find.missing_at(state, state.machines[UUID], STICK.name)
@@ -199,7 +199,7 @@ def test_a_place_means_both_halves_of_the_one_thing_that_was_last_there() -> Non
 def test_a_place_where_two_things_were_is_ambiguous_and_never_one_of_them_by_chance(order: tuple[int, int]) -> None:
     sticks = [usb("1-1.2", HUB, number=number, vendor=vendor) for number, vendor in enumerate(order, 3)]
     state = state_of(HUB)
-    state.apply(MachineRead(machine(stored=tuple(by_ids(stick, live=False) for stick in sticks))))
+    state.apply(MachineRead(machine(config=tuple(by_ids(stick, live=False) for stick in sticks))))
     instances = []
     for stick in sticks:
         state.apply(DeviceSeen(stick))
@@ -215,5 +215,5 @@ def test_a_place_where_two_things_were_is_ambiguous_and_never_one_of_them_by_cha
 
 def test_what_never_stood_anywhere_is_at_no_place() -> None:
     state = state_of(NIC)
-    state.apply(MachineRead(machine(stored=(by_ids(STICK, live=False), hostdev(NIC)))))
+    state.apply(MachineRead(machine(config=(by_ids(STICK, live=False), hostdev(NIC)))))
     assert len(state.missing[UUID]) == 1 and find.missing_at(state, state.machines[UUID], "") == ()

@@ -173,7 +173,7 @@ def test_a_stop_does_not_wait_for_an_undoing_that_hangs_either(tmp_path: Path, l
     _, clean = clean_states(tmp_path, loop, "assign", NIC)
     rig = prepared(tmp_path / "undoing", loop, "assign", NIC)
     rig.libvirt.refuse = {"attach_live": "no room"}
-    rig.libvirt.stick = lambda call: call == "detach_stored"
+    rig.libvirt.stick = lambda call: call == "detach_config"
     control = rig.start("assign", NIC)
     assert control.job.state == "undoing"
     stopping = rig.begin(rig.world.operations.stop())
@@ -216,12 +216,12 @@ def test_who_waits_for_its_turn_can_stop_waiting_and_the_recovery_keeps_its_lock
 ) -> None:
     _, clean = clean_states(tmp_path, loop, "assign", PAIR[0])
     rig = prepared(tmp_path / "recovery", loop, "assign", PAIR[0])
-    rig.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    rig.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
     control = rig.start("assign", PAIR[0])
     loop.advance(10)
     assert control.job.state == "failed" and rig.world.intents.unfinished
     rig.libvirt.calm()
-    rig.libvirt.stick = lambda call: call == "detach_stored"
+    rig.libvirt.stick = lambda call: call == "detach_config"
     waiting = rig.start("assign", PAIR[0])
     assert rig.libvirt.stuck and waiting.job.state == "queued"
     loop.do(waiting.cancelled.set)
@@ -230,7 +230,7 @@ def test_who_waits_for_its_turn_can_stop_waiting_and_the_recovery_keeps_its_lock
     loop.advance(TIMEOUT)
     assert error_name(late.job) == "org.hostpassd1.Error.TimedOut"
     assert "libvirt is still at an earlier job" in str(late.job.error)
-    assert rig.locked and rig.libvirt.calls[-1] == "detach_stored"
+    assert rig.locked and rig.libvirt.calls[-1] == "detach_config"
     rig.let_go("done")
     assert rig.world.truth() == clean[0] and rig.is_quiet()
 
@@ -247,7 +247,7 @@ def test_the_next_job_has_its_turn_when_libvirt_has_returned_and_others_need_not
     rig.let_go("done")
     assert second.job.state == "done"
     m = rig.libvirt.machines[UUID]
-    assert len(m.live) == len(m.stored) == 3 and rig.is_quiet()
+    assert len(m.live) == len(m.config) == 3 and rig.is_quiet()
 
 
 def test_a_dismissal_that_libvirt_refuses_after_all_puts_back_what_it_had_stored(

@@ -122,7 +122,7 @@ _CLAIMS = (
 CLAIMS = {claim.id: claim for claim in _CLAIMS}
 UUIDS = ("11111111-2222-3333-4444-555555555555", "77777777-2222-3333-4444-555555555555")
 NAMES = ("vm", "other", "renamed")
-CALLS = ("attach_live", "attach_stored", "detach_live", "detach_stored", "detach_host", "reattach_host")
+CALLS = ("attach_live", "attach_config", "detach_live", "detach_config", "detach_host", "reattach_host")
 
 OPTIONS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"wait": st.booleans()},
@@ -413,7 +413,7 @@ class Operations(RuleBasedStateMachine):
 
     def _note_whole(self, unfinished: Unfinished) -> None:
         machine = self.libvirt.machines.get(unfinished.machine)
-        live, stored = ({c.alias for c in half} for half in (machine.live, machine.stored)) if machine else ((), ())
+        live, stored = ({c.alias for c in half} for half in (machine.live, machine.config)) if machine else ((), ())
         attached = {step.alias for step in unfinished.steps if isinstance(step, Attach)}
         written = {step.claim.alias for step in unfinished.steps if isinstance(step, Store)}
         # By the time that the new daemon looks at it the machine can be off, and the live half gone with it.
@@ -480,7 +480,7 @@ class Operations(RuleBasedStateMachine):
             if machine and job.operation == "assign" and stays:
                 moved = [d.name for d in THINGS.values() if d.name == job.device or _mates(d, job.device)]
                 starts = tuple(f"ua-hostpassd-{name.replace('_', '-')}-" for name in moved)
-                self.ours |= {c.alias for c in (*machine.live, *machine.stored) if c.alias.startswith(starts)}
+                self.ours |= {c.alias for c in (*machine.live, *machine.config) if c.alias.startswith(starts)}
 
     # --- what must be so when all has come to rest ---
 
@@ -537,7 +537,7 @@ class Operations(RuleBasedStateMachine):
 
     def _aliases_are_somebodys(self) -> None:
         for machine in self.libvirt.machines.values():
-            for claim in (*machine.live, *machine.stored):
+            for claim in (*machine.live, *machine.config):
                 assert not claim.alias.startswith("ua-hostpassd-") or claim.alias in self.ours, claim
 
     def teardown(self) -> None:
@@ -626,20 +626,20 @@ class Histories(Operations):
     @rule(
         uuid=st.sampled_from(UUIDS),
         name=st.sampled_from(NAMES),
-        stored=st.lists(st.sampled_from(tuple(CLAIMS)), max_size=3, unique=True),
+        config=st.lists(st.sampled_from(tuple(CLAIMS)), max_size=3, unique=True),
     )
     def define(self, uuid: str, name: str, stored: list[str]) -> None:
         """A machine is made, renamed, made persistent, its stored half written anew."""
         old = self.libvirt.machines.get(uuid) or Machine(uuid, name, URI, "shut off", persistent=True)
         name = old.name if old.active else name
-        self.libvirt.put(dataclasses.replace(old, name=name, persistent=True, stored=tuple(CLAIMS[c] for c in stored)))
+        self.libvirt.put(dataclasses.replace(old, name=name, persistent=True, config=tuple(CLAIMS[c] for c in stored)))
 
     @rule(uuid=st.sampled_from(UUIDS))
     def undefine(self, uuid: str) -> None:
         """A machine loses its stored half, and itself if it does not run."""
         machine = self.libvirt.machines.get(uuid)
         if machine and machine.active:
-            self.libvirt.put(dataclasses.replace(machine, persistent=False, stored=()))
+            self.libvirt.put(dataclasses.replace(machine, persistent=False, config=()))
         elif machine:
             self.libvirt.forget(uuid)
 
@@ -647,7 +647,7 @@ class Histories(Operations):
         uuid=st.sampled_from(UUIDS),
         name=st.sampled_from(NAMES),
         live=st.none() | st.sets(st.sampled_from(("STICK", "TWIN", "LUN")), max_size=2),
-        stored=st.none() | st.sets(st.sampled_from(tuple(CLAIMS)), max_size=2),
+        config=st.none() | st.sets(st.sampled_from(tuple(CLAIMS)), max_size=2),
     )
     def copy_elsewhere(self, uuid: str, name: str, live: set[str] | None, stored: set[str] | None) -> None:
         """Another hypervisor has a machine with the same UUID, running or not; or has it no more."""
@@ -658,7 +658,7 @@ class Histories(Operations):
             "shut off" if live is None else "running",
             persistent=stored is not None,
             live=tuple(hostdev(THINGS[thing], f"far-{thing}") for thing in sorted(live or ())),
-            stored=tuple(CLAIMS[claim] for claim in sorted(stored or ())),
+            config=tuple(CLAIMS[claim] for claim in sorted(stored or ())),
         )
         there = live is not None or stored is not None
         self.life.loop.do(lambda: self.elsewhere.put(uuid, machine if there else None))

@@ -190,9 +190,9 @@ async def test_all_machines_are_listed_with_both_halves(uri: str) -> None:
     gaming = machines["gaming"]
     assert (gaming.uuid, gaming.uri, gaming.state, gaming.persistent) == (GAMING, uri, "running", True)
     both = [PciSource("0000:06:00.0"), UsbSource(0x046D, 0xC52B)]
-    assert [claim.source for claim in gaming.live] == [claim.source for claim in gaming.stored] == both
-    assert (machines["off"].state, machines["off"].live, machines["off"].stored) == ("shut off", (), ())
-    assert (machines["trans"].persistent, machines["trans"].stored, len(machines["trans"].live)) == (False, (), 1)
+    assert [claim.source for claim in gaming.live] == [claim.source for claim in gaming.config] == both
+    assert (machines["off"].state, machines["off"].live, machines["off"].config) == ("shut off", (), ())
+    assert (machines["trans"].persistent, machines["trans"].config, len(machines["trans"].live)) == (False, (), 1)
 
 
 async def test_what_others_do_to_a_machine_is_told(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ async def test_what_others_do_to_a_machine_is_told(tmp_path: Path) -> None:
         machine = await asyncio.to_thread(other.defineXML, domain("theirs", uuid, USB))
         read = await tape.until(lambda events: [e for e in events if isinstance(e, MachineRead)])
         assert read[0].machine.name == "theirs"
-        assert len(read[0].machine.stored) == 1
+        assert len(read[0].machine.config) == 1
         await asyncio.to_thread(machine.create)
         await tape.until(lambda _: len(tape.last(uuid).live) == 1)
         assert tape.last(uuid).active
@@ -286,38 +286,38 @@ async def test_a_machine_that_cannot_be_read_is_shown_as_it_was(uri: str, monkey
 
 
 def stored(tape: Tape, uuid: str) -> dict[str, Claim]:
-    return {claim.id: claim for claim in tape.last(uuid).stored}
+    return {claim.id: claim for claim in tape.last(uuid).config}
 
 
 async def test_a_driver_that_cannot_attach_is_given_the_whole_machine_again(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        await hypervisor.attach_stored(OFF, USB)
-        await hypervisor.attach_stored(OFF, PCI)
+        await hypervisor.attach_config(OFF, USB)
+        await hypervisor.attach_config(OFF, PCI)
         assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b", "hostdev:pci:0000:06:00.0"}
         with pytest.raises(AlreadyAssigned):
-            await hypervisor.attach_stored(OFF, PCI)
+            await hypervisor.attach_config(OFF, PCI)
         claim = stored(tape, OFF)["hostdev:pci:0000:06:00.0"]
-        await hypervisor.detach_stored(OFF, claim)
+        await hypervisor.detach_config(OFF, claim)
         assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
-        await hypervisor.detach_stored(OFF, claim)  # already gone
+        await hypervisor.detach_config(OFF, claim)  # already gone
         assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
 
 
 async def test_the_same_device_stored_again_by_somebody_else_stays(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        await hypervisor.attach_stored(OFF, PCI)
+        await hypervisor.attach_config(OFF, PCI)
         ours = dataclasses.replace(stored(tape, OFF)["hostdev:pci:0000:06:00.0"], alias="ua-hostpassd-ours")
-        await hypervisor.detach_stored(OFF, ours)
+        await hypervisor.detach_config(OFF, ours)
         assert stored(tape, OFF).keys() == {ours.id}
 
 
 async def test_the_live_half_stays_when_the_stored_half_changes(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        await hypervisor.detach_stored(GAMING, stored(tape, GAMING)["hostdev:usb:046d:c52b"])
-        assert len(tape.last(GAMING).stored) == 1
+        await hypervisor.detach_config(GAMING, stored(tape, GAMING)["hostdev:usb:046d:c52b"])
+        assert len(tape.last(GAMING).config) == 1
         assert len(tape.last(GAMING).live) == 2
 
 
@@ -327,13 +327,13 @@ async def test_of_twins_the_one_meant_goes(uri: str, monkeypatch: pytest.MonkeyP
     placed = USB.replace("</source>", "<address bus='1' device='11'/></source>")
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        await hypervisor.attach_stored(OFF, placed)
-        await hypervisor.attach_stored(OFF, USB)
+        await hypervisor.attach_config(OFF, placed)
+        await hypervisor.attach_config(OFF, USB)
         by_ids, by_place = (stored(tape, OFF)[f"hostdev:usb:046d:c52b{place}"] for place in ("", ":1:11"))
-        await hypervisor.detach_stored(OFF, by_ids)
+        await hypervisor.detach_config(OFF, by_ids)
         assert stored(tape, OFF).keys() == {by_place.id}
         assert asked == []  # libvirt would have taken the other one
-        await hypervisor.detach_stored(OFF, by_place)
+        await hypervisor.detach_config(OFF, by_place)
         assert asked == [by_place.xml]
 
 
@@ -341,7 +341,7 @@ async def test_a_transient_machine_is_not_made_persistent(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         with pytest.raises(HypervisorRefused):
-            await hypervisor.attach_stored(TRANSIENT, PCI)
+            await hypervisor.attach_config(TRANSIENT, PCI)
         await hypervisor.refresh()
         assert not tape.last(TRANSIENT).persistent
 
@@ -351,14 +351,14 @@ async def test_errors_say_what_is_wrong_in_libvirts_words(uri: str, monkeypatch:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         with pytest.raises(NoSuchMachine):
-            await hypervisor.attach_stored("aaaaaaaa-2222-3333-4444-00000000000f", USB)
+            await hypervisor.attach_config("aaaaaaaa-2222-3333-4444-00000000000f", USB)
         with pytest.raises((NotSupported, NotAssigned)):  # libvirt 9 cannot; libvirt 11 can, and there is none
             await hypervisor.detach_live(GAMING, "ua-1")
         with pytest.raises(NoSuchDevice, match="pci_0000_99_00_0"):
             await hypervisor.detach_host("pci_0000_99_00_0")
         broken = USB.replace("0x046d", "x")
         with pytest.raises(HypervisorRefused, match=r"libvirt refused: .*vendor") as refused:
-            await hypervisor.attach_stored(OFF, broken)
+            await hypervisor.attach_config(OFF, broken)
         assert "\n" not in str(refused.value)
 
 
@@ -595,7 +595,7 @@ async def given_up(*calls: asyncio.Task[None]) -> None:
 
 
 async def hanging(hypervisor: Hypervisor, hang: Hang, count: int) -> list[asyncio.Task[None]]:
-    calls = [asyncio.create_task(hypervisor.attach_stored(OFF, USB)) for _ in range(count)]
+    calls = [asyncio.create_task(hypervisor.attach_config(OFF, USB)) for _ in range(count)]
     await hang.began(count)
     return calls
 
@@ -617,7 +617,7 @@ async def test_a_call_that_hangs_can_be_given_up_and_is_waited_out_later(
         hang.let_go()
         await returned
         await hypervisor.wait_until_idle(OFF)
-        assert len(tape.last(OFF).stored) == (1 if outcome == "done" else 0)
+        assert len(tape.last(OFF).config) == (1 if outcome == "done" else 0)
     assert ("no room" if outcome == "refused" else "has ended: done") in caplog.text
 
 
@@ -641,7 +641,7 @@ async def test_what_waits_for_a_place_and_is_given_up_is_never_begun(uri: str, h
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         calls = await hanging(hypervisor, hang, 3)
-        late = asyncio.create_task(hypervisor.attach_stored(GAMING, PCI))
+        late = asyncio.create_task(hypervisor.attach_config(GAMING, PCI))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(late), 0.1)
         await given_up(late)
@@ -656,7 +656,7 @@ async def test_when_too_many_hang_the_connection_is_made_afresh_and_others_get_o
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         calls = await hanging(hypervisor, hang, 3)
-        fourth = asyncio.create_task(hypervisor.attach_stored(GAMING, PCI))
+        fourth = asyncio.create_task(hypervisor.attach_config(GAMING, PCI))
         await given_up(*calls[:2])
         assert len(opened.connections) == 1 and not fourth.done()
         await given_up(calls[2])
@@ -664,8 +664,8 @@ async def test_when_too_many_hang_the_connection_is_made_afresh_and_others_get_o
             await fourth
         await tape.until_listed(2)
         hang.calm = True
-        await hypervisor.attach_stored(OFF, PCI)
-        assert len(tape.last(OFF).stored) == 1
+        await hypervisor.attach_config(OFF, PCI)
+        assert len(tape.last(OFF).config) == 1
         assert opened.connections[0]._o is not None  # three calls use it
         await hypervisor.wait_until_returned({OFF})  # of a connection that is lost nothing is known
         hang.let_go()
@@ -690,14 +690,14 @@ async def test_a_machine_on_which_a_call_hangs_is_left_alone_until_it_has_return
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         await given_up(*await hanging(hypervisor, hang, 1))
-        later = [asyncio.create_task(hypervisor.attach_stored(OFF, PCI)) for _ in range(5)]
+        later = [asyncio.create_task(hypervisor.attach_config(OFF, PCI)) for _ in range(5)]
         hang.calm = True
-        await hypervisor.attach_stored(GAMING, USB.replace("0x046d", "0x046e"))  # others get on
+        await hypervisor.attach_config(GAMING, USB.replace("0x046d", "0x046e"))  # others get on
         assert hang.made == 2
         await given_up(*later[1:])
         hang.let_go()
         await later[0]
-        assert len(tape.last(OFF).stored) == 2
+        assert len(tape.last(OFF).config) == 2
 
 
 class Frozen:
@@ -733,7 +733,7 @@ async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
         assert set((await tape.until_listed(2)).machines) == set(listed.machines)
         machine = opened.connections[-1].lookupByUUIDString(OFF)
         opened.fire(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, machine, "ua-1")
-        await hypervisor.attach_stored(GAMING, USB.replace("0x046d", "0x046e"))
+        await hypervisor.attach_config(GAMING, USB.replace("0x046d", "0x046e"))
         assert not reading.done() and frozen.readings == 1
         frozen.go.set()
         await reading
@@ -833,7 +833,7 @@ async def main():
     await listed.wait()
     begun = threading.Event()
     setattr(libvirt.virConnect, sys.argv[2], lambda *_: (begun.set(), threading.Event().wait()))
-    calls = [hypervisor.attach_stored("%s", "%s"), hypervisor.detach_host("x"), hypervisor.refresh()]
+    calls = [hypervisor.attach_config("%s", "%s"), hypervisor.detach_host("x"), hypervisor.refresh()]
     calls = [asyncio.create_task(call) for call in calls]
     await asyncio.to_thread(begun.wait)
     run.cancel()
@@ -870,8 +870,8 @@ async def test_what_is_refused_has_been_read_again_before_its_caller_hears(
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
         with pytest.raises(HypervisorRefused, match="after all"):
-            await hypervisor.attach_stored(OFF, USB)
-        assert len(tape.last(OFF).stored) == 1
+            await hypervisor.attach_config(OFF, USB)
+        assert len(tape.last(OFF).config) == 1
 
 
 async def test_a_refusal_whose_effect_cannot_be_read_any_more_is_a_loss(
@@ -890,7 +890,7 @@ async def test_a_refusal_whose_effect_cannot_be_read_any_more_is_a_loss(
 
         opened.connections[-1].defineXML = refused
         with pytest.raises(HypervisorUnavailable):
-            await hypervisor.attach_stored(OFF, USB)
+            await hypervisor.attach_config(OFF, USB)
 
 
 async def test_a_machine_that_stops_while_it_is_read_has_no_live_half(
@@ -910,7 +910,7 @@ async def test_a_machine_that_stops_while_it_is_read_has_no_live_half(
         monkeypatch.setattr(libvirt.virDomain, "state", stops)
         await hypervisor.refresh_machine(GAMING)
         gaming = tape.last(GAMING)
-        assert (gaming.state, gaming.active, gaming.live, len(gaming.stored)) == ("shut off", False, (), 2)
+        assert (gaming.state, gaming.active, gaming.live, len(gaming.config)) == ("shut off", False, (), 2)
 
 
 async def test_a_machine_that_has_crashed_and_is_kept_has_its_devices(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ async def test_an_operation_whose_end_cannot_be_written_is_done_and_is_written_b
     assert (await world.do("assign", LUN)).state == "done"
     assert not world.intents.trouble.is_set() and rows(tmp_path) == [{"version": 2}]
     world = await reborn(world, tmp_path)
-    assert world.truth()[0] == assigned[0] and len(world.libvirt.machines[UUID].stored) == 2
+    assert world.truth()[0] == assigned[0] and len(world.libvirt.machines[UUID].config) == 2
 
 
 async def test_what_could_not_be_written_is_written_by_itself_when_there_is_room(
@@ -296,7 +296,7 @@ async def test_a_file_that_can_be_read_late_is_put_in_order_then(
     monkeypatch.setattr("hostpassd.passthrough.upkeep.LOG_RETRY", 0.001)
     world = World(tmp_path)
     before = world.truth()
-    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
     await world.do("assign", NIC)
     await world.quiet()
     assert world.truth() != before
@@ -332,7 +332,7 @@ async def test_what_hostpassd_1_0_left_is_taken_over(tmp_path: Path) -> None:
     await world.intents.catch_up()
     assert not (tmp_path / "journal").exists()
     world = await reborn(world, tmp_path)
-    assert world.libvirt.machines[UUID].stored == () and known(world.intents) == ([], {})
+    assert world.libvirt.machines[UUID].config == () and known(world.intents) == ([], {})
 
 
 async def test_what_belongs_to_a_hypervisor_that_is_configured_no_more_is_told_and_kept(
@@ -369,7 +369,7 @@ async def test_a_slow_disk_holds_up_the_effect_and_nobody_else(tmp_path: Path, d
     assert world.libvirt.calls == [] and not control.ended.is_set()
     go_on.set()
     await control.ended.wait()
-    assert control.job.state == "done" and world.libvirt.calls == ["attach_stored", "attach_live"]
+    assert control.job.state == "done" and world.libvirt.calls == ["attach_config", "attach_live"]
 
 
 async def test_a_disk_that_hangs_ends_the_job_in_words_and_is_made_up_for_when_it_goes_on(
@@ -536,15 +536,15 @@ async def test_of_two_sticks_below_one_controller_one_is_undone_though_the_other
     first, second = usb("1-8", controller, number=8, product=8), usb("1-9", controller, number=9, product=9)
     for device in (controller, first, second):
         world.emit(DeviceSeen(device))
-    world.libvirt.refuse = {"attach_live": "no", "detach_stored": "never"}
+    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
     assert "not undone" in str((await world.do("assign", first)).error)
     await world.quiet()
-    world.libvirt.refuse = {"detach_stored": "never"}
+    world.libvirt.refuse = {"detach_config": "never"}
     assert (await world.do("assign", second)).state == "done"
     await world.quiet()
     world = await reborn(world, tmp_path)
-    (hold,) = world.libvirt.machines[UUID].stored
-    assert hold.id == hostdev(second, stored=True).id and world.intents.unfinished == ()
+    (hold,) = world.libvirt.machines[UUID].config
+    assert hold.id == hostdev(second, config=True).id and world.intents.unfinished == ()
 
 
 # What somebody else does to the same device meanwhile is theirs.
@@ -552,13 +552,13 @@ async def test_of_two_sticks_below_one_controller_one_is_undone_though_the_other
 
 def store_by_others(world: World, *devices: Device) -> tuple[Claim, ...]:
     """An administrator puts DEVICES into the stored configuration, in the place of what is there."""
-    claims = tuple(hostdev(device, alias="", stored=True) for device in devices)
-    world.libvirt.put(dataclasses.replace(world.libvirt.machines[UUID], stored=claims))
+    claims = tuple(hostdev(device, alias="", config=True) for device in devices)
+    world.libvirt.put(dataclasses.replace(world.libvirt.machines[UUID], config=claims))
     return claims
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-@pytest.mark.parametrize("lost_at", ["detach_stored", "detach_live"])
+@pytest.mark.parametrize("lost_at", ["detach_config", "detach_live"])
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 async def test_going_on_with_a_dismissal_leaves_what_was_stored_again(
     tmp_path: Path, restarted: bool, lost_at: str, whose: str
@@ -578,7 +578,7 @@ async def test_going_on_with_a_dismissal_leaves_what_was_stored_again(
         world.libvirt.calm()
         world.libvirt.come_back()
         await world.quiet()
-    assert world.libvirt.machines[UUID].stored == claims and world.intents.unfinished == ()
+    assert world.libvirt.machines[UUID].config == claims and world.intents.unfinished == ()
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -587,11 +587,11 @@ async def test_a_step_that_was_taken_back_is_not_taken_back_again(tmp_path: Path
     await world.do("assign", PAIR[0])
     world.libvirt.refuse = {"detach_live": "no"}
     # One of the two cannot be stored again.
-    world.libvirt.fail = lambda call: call == "attach_stored" and world.libvirt.calls.count(call) == 3
+    world.libvirt.fail = lambda call: call == "attach_config" and world.libvirt.calls.count(call) == 3
     job = await world.do("dismiss", PAIR[0])
     assert "not undone: store" in str(job.error)
-    assert len(world.libvirt.machines[UUID].stored) == 1
-    world.libvirt.fail = lambda call: call == "attach_stored"
+    assert len(world.libvirt.machines[UUID].config) == 1
+    world.libvirt.fail = lambda call: call == "attach_config"
     await world.quiet()
     store_by_others(world)  # nothing
     world.libvirt.calm()
@@ -600,7 +600,7 @@ async def test_a_step_that_was_taken_back_is_not_taken_back_again(tmp_path: Path
     else:
         world.libvirt.come_back()
         await world.quiet()
-    assert len(world.libvirt.machines[UUID].stored) == 1 and world.intents.unfinished == ()
+    assert len(world.libvirt.machines[UUID].config) == 1 and world.intents.unfinished == ()
 
 
 async def test_an_alias_that_another_device_has_by_now_is_not_asked_for(tmp_path: Path) -> None:

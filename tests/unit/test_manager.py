@@ -64,7 +64,7 @@ async def test_ones_own_job_is_cancelled_and_undone(house: House, bus: Bus) -> N
     control = await house.start("assign", PAIR[0])
     await bus.cancel(CALLER)
     assert control.job.state == "cancelled" and not bus.asked
-    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].config
     record = house.records()[-1]
     assert (record["OPERATION"], record["JOB"], record["RESULT"], record["UID"]) == ("cancel", "1", "done", str(CALLER))
 
@@ -135,7 +135,7 @@ async def test_a_cancel_that_comes_too_late_says_so(house: House, bus: Bus) -> N
 
 async def test_a_cancel_while_a_failed_job_is_undone_says_why_it_failed(house: House, bus: Bus) -> None:
     house.libvirt.refuse = {"attach_live": "no room"}
-    said = await cancelled_at(house, bus, "before", "detach_stored")
+    said = await cancelled_at(house, bus, "before", "detach_config")
     assert said.startswith("failed: Job 1 could not be cancelled any more, it is failed: ") and "no room" in said
 
 
@@ -153,7 +153,7 @@ async def test_a_cancel_during_a_call_of_libvirts_that_does_not_return_is_answer
     house.libvirt.calm()
     house.libvirt.let_go("done")
     await house.put_in_order()
-    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].config
     results = [(record["DEVICE"], record["OPERATION"], record["RESULT"]) for record in house.records()]
     cancelled, recovered = "org.hostpassd1.Error.Cancelled", "recovered"
     assert results[:3] == [

@@ -96,7 +96,7 @@ def starting(running: bool) -> Machine:
 async def test_a_machine_that_has_started_is_no_other_one(house: House, when: When) -> None:
     put(house, starting(running=False))
     assert await when(house, PAIR[0], Options(timeout=5), lambda: put(house, starting(running=True))) == "done"
-    assert len(house.libvirt.machines[UUID].live) == len(house.libvirt.machines[UUID].stored) == len(PAIR)
+    assert len(house.libvirt.machines[UUID].live) == len(house.libvirt.machines[UUID].config) == len(PAIR)
 
 
 @at_any_time
@@ -126,39 +126,39 @@ async def test_whether_a_running_machine_is_changed_is_what_a_permission_rests_o
     """What is handed to a machine that is off is not put into one that runs."""
     put(house, machine(running=False))
     assert await when(house, STICK, Options(timeout=5), lambda: _start_it(house)) == "StalePlan"
-    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].config
 
 
 @at_any_time
 async def test_who_asked_for_a_running_machine_is_not_served_without_it(house: House, when: When) -> None:
     assert await when(house, STICK, Options(timeout=5), lambda: put(house, machine(running=False))) == "StalePlan"
-    assert not house.libvirt.machines[UUID].stored
+    assert not house.libvirt.machines[UUID].config
 
 
 @at_any_time
 async def test_what_a_machine_let_go_of_as_it_was_shut_off_need_not_be_asked_for(house: House, when: When) -> None:
-    stored = (hostdev(STICK, stored=True),)
-    put(house, dataclasses.replace(machine(live=(hostdev(STICK),)), stored=stored))
+    stored = (hostdev(STICK, config=True),)
+    put(house, dataclasses.replace(machine(live=(hostdev(STICK),)), config=stored))
 
     def shut_off() -> None:
-        put(house, dataclasses.replace(machine(running=False), stored=stored))
+        put(house, dataclasses.replace(machine(running=False), config=stored))
 
     assert await when(house, STICK, Options(timeout=5), shut_off, "dismiss") == "done"
-    assert house.libvirt.machines[UUID].stored == ()
+    assert house.libvirt.machines[UUID].config == ()
 
 
 @at_any_time
 async def test_what_is_only_stored_is_dismissed_whether_the_machine_runs_or_not(house: House, when: When) -> None:
-    put(house, dataclasses.replace(machine(running=False), stored=(hostdev(STICK, stored=True),)))
+    put(house, dataclasses.replace(machine(running=False), config=(hostdev(STICK, config=True),)))
     assert await when(house, STICK, Options(timeout=5), lambda: _start_it(house), "dismiss") == "done"
-    assert house.libvirt.machines[UUID].stored == ()
+    assert house.libvirt.machines[UUID].config == ()
 
 
 @at_any_time
 async def test_it_does_not_rest_on_it_where_only_the_stored_half_is_asked_for(house: House, when: When) -> None:
     put(house, machine(running=False))
     assert await when(house, STICK, Options(live=False, timeout=5), lambda: _start_it(house)) == "done"
-    assert not house.libvirt.machines[UUID].live and len(house.libvirt.machines[UUID].stored) == 1
+    assert not house.libvirt.machines[UUID].live and len(house.libvirt.machines[UUID].config) == 1
 
 
 @at_any_time
@@ -174,7 +174,7 @@ async def test_it_does_not_rest_on_it_where_only_the_stored_half_is_asked_for(ho
 )
 async def test_a_permission_rests_on_what_rules_and_people_are_told(house: House, when: When, event: Event) -> None:
     assert await when(house, STICK, Options(timeout=5), lambda: house.emit(event)) == "StalePlan"
-    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].stored
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].config
 
 
 def use(house: House, *uses: HostUse) -> None:
@@ -219,8 +219,8 @@ async def test_each_device_is_asked_about_with_what_is_in_its_own_way(house: Hou
 
 def missing(house: House) -> str:
     """The machine has the stick stored, and it is unplugged: the id of the row."""
-    claim = claim_of(hostdev_xml(STICK, alias="", stored=True, unique=True))
-    put(house, dataclasses.replace(machine(), stored=(claim,)))
+    claim = claim_of(hostdev_xml(STICK, alias="", config=True, unique=True))
+    put(house, dataclasses.replace(machine(), config=(claim,)))
     house.emit(DeviceGone(STICK.sysfs_path))
     [row] = house.daemon.state.missing[UUID]
     return row.id
@@ -233,7 +233,7 @@ async def test_a_missing_id_is_that_row_whatever_a_stick_calls_itself(house: Hou
     put(house, dataclasses.replace(house.libvirt.machines[UUID], live=(hostdev(liar),)))
     control, asked = await start(house, wanted, operation="dismiss")
     await control.ended.wait()
-    assert control.job.state == "done" and house.libvirt.machines[UUID].stored == ()
+    assert control.job.state == "done" and house.libvirt.machines[UUID].config == ()
     assert [claim.alias for claim in house.libvirt.machines[UUID].live] == ["hostdev0"]
     assert [row["device.name"] for _, row in asked] == [STICK.name]
 
@@ -257,13 +257,13 @@ async def test_a_permission_for_something_missing_is_for_that_thing_and_not_for_
     other = usb("1-1", number=40, vendor=0xBAD)
 
     def happen() -> None:
-        claim = claim_of(hostdev_xml(other, alias="", stored=True, unique=True))
-        put(house, dataclasses.replace(machine(), stored=(claim,)))
+        claim = claim_of(hostdev_xml(other, alias="", config=True, unique=True))
+        put(house, dataclasses.replace(machine(), config=(claim,)))
         house.emit(DeviceSeen(other))
         house.emit(DeviceGone(other.sysfs_path))
 
     assert await when(house, STICK, Options(timeout=5), happen, "dismiss") == "StalePlan"
-    assert len(house.libvirt.machines[UUID].stored) == 1
+    assert len(house.libvirt.machines[UUID].config) == 1
 
 
 async def test_an_instance_is_that_thing_missing_or_not(house: House) -> None:
@@ -282,7 +282,7 @@ async def test_an_id_is_one_word_in_a_prompt(house: House) -> None:
     wanted = 'hostdev:usb:x" to the machine \u202escratch'
     put(
         house,
-        dataclasses.replace(machine(), stored=(dataclasses.replace(hostdev(usb("7-7", vendor=0xDEAD)), id=wanted),)),
+        dataclasses.replace(machine(), config=(dataclasses.replace(hostdev(usb("7-7", vendor=0xDEAD)), id=wanted),)),
     )
     control, [(_, told)] = await start(house, wanted, operation="dismiss")
     await control.ended.wait()

@@ -64,9 +64,9 @@ def test_companions_are_freed_before_the_first_attach() -> None:
 
 
 def test_the_missing_half_is_added_and_nothing_more() -> None:
-    state = world(machine(stored=(hostdev(NIC),)))
+    state = world(machine(config=(hostdev(NIC),)))
     assert kinds(assign(state, NIC)) == [f"Attach {NIC.name}"]
-    state = world(machine(live=(hostdev(NIC),), stored=(hostdev(NIC),)))
+    state = world(machine(live=(hostdev(NIC),), config=(hostdev(NIC),)))
     with pytest.raises(errors.AlreadyAssigned):
         assign(state, NIC)
     assert kinds(assign(world(machine(live=(hostdev(NIC),))), NIC)) == [f"Store {NIC.name}"]
@@ -86,7 +86,7 @@ def test_a_half_that_the_machine_has_not_is_an_invalid_option(given: Machine, op
 
 
 def test_blocked_names_every_code_and_what_it_names() -> None:
-    state = world(machine(), machine("b", OTHER, live=(hostdev(NIC),), stored=(hostdev(NIC),)))
+    state = world(machine(), machine("b", OTHER, live=(hostdev(NIC),), config=(hostdev(NIC),)))
     with pytest.raises(errors.Blocked, match=r"held-config.* b has .*held-live.* b has") as error:
         assign(state, NIC).check_allowed()
     assert "0000:01:00.0" in str(error.value)
@@ -100,14 +100,14 @@ def test_another_instance_is_a_stale_plan() -> None:
 
 def test_dismiss_takes_the_stored_half_first_then_all_of_the_group_then_gives_back() -> None:
     held = (hostdev(PAIR[0], "a"), hostdev(PAIR[1], "b"))
-    state = world(machine(live=held, stored=held))
+    state = world(machine(live=held, config=held))
     plan = dismiss(state, PAIR[1].name)
     assert [type(s) for s in plan.steps] == [Unstore, Unstore, Unplug, Unplug, Reattach, Reattach]
     assert [s.alias for s in plan.steps if isinstance(s, Unplug)] == ["b", "a"]
 
 
 def test_dismiss_of_what_is_not_held_is_refused() -> None:
-    state = world(machine(stored=(hostdev(STICK),)))
+    state = world(machine(config=(hostdev(STICK),)))
     with pytest.raises(errors.NotAssigned):
         dismiss(state, NIC.name)
     with pytest.raises(errors.NotAssigned):
@@ -124,8 +124,8 @@ GIVEN = (None, False, True)
 def test_a_dismiss_is_of_the_halves_asked_for_that_there_are(
     here: bool, live_held: bool, config_held: bool, live: bool | None, config: bool | None
 ) -> None:
-    claim = hostdev(LUN, stored=True)
-    state = world(machine(live=(claim,) if live_held else (), stored=(claim,) if config_held else ()))
+    claim = hostdev(LUN, config=True)
+    state = world(machine(live=(claim,) if live_held else (), config=(claim,) if config_held else ()))
     options, text = Options(live=live, config=config), LUN.name
     if not here:
         state.apply(DeviceGone(LUN.sysfs_path))
@@ -160,7 +160,7 @@ CARD = tuple(
 
 def with_ports(*devices: Device, ports: Ports, running: bool = False) -> State:
     state = state_of(*devices)
-    state.apply(MachineRead(dataclasses.replace(machine(running=running), stored_ports=ports)))
+    state.apply(MachineRead(dataclasses.replace(machine(running=running), config_ports=ports)))
     return state
 
 
@@ -194,7 +194,7 @@ def test_what_is_no_card_or_has_no_place_is_left_to_libvirt(devices: tuple[Devic
 
 def test_a_card_of_which_function_0_is_stored_already_is_no_card_any_more() -> None:
     state = with_ports(*CARD, ports=Ports((3,)))
-    state.apply(MachineRead(dataclasses.replace(state.machines[machine().uuid], stored=(hostdev(CARD[0]),))))
+    state.apply(MachineRead(dataclasses.replace(state.machines[machine().uuid], config=(hostdev(CARD[0]),))))
     assert [row[1:] for row in addresses(assign(state, CARD[1]))] == [("", False), ("", False)]
 
 
@@ -243,7 +243,7 @@ def five(*, live: bool) -> tuple[State, dict[str, str]]:
     other = pci("0000:0c:00.0", group=30)
     held += (dataclasses.replace(hostdev(other, "hostdev9"), guest_address="0000:00:05.2"),)
     state = state_of(*functions, other)
-    state.apply(MachineRead(machine(running=live, live=held if live else (), stored=() if live else held)))
+    state.apply(MachineRead(machine(running=live, live=held if live else (), config=() if live else held)))
     return state, {place: f"pci_0001_0d_00_{n}" for n, place in places.items()}
 
 
@@ -265,13 +265,13 @@ def test_of_five_functions_of_one_host_slot_those_in_one_guest_slot_go_together(
 def test_what_shares_both_the_group_and_the_slot_goes_once() -> None:
     state = with_ports(*CARD, ports=Ports((3,)))
     stored = tuple(step.claim for step in assign(state, CARD[0]).steps if isinstance(step, Store))
-    state.apply(MachineRead(machine(running=False, stored=stored)))
+    state.apply(MachineRead(machine(running=False, config=stored)))
     plan = dismiss(state, CARD[1].name)
     assert kinds(plan) == [f"Unstore {CARD[n].name}" for n in (1, 0, 2)]
 
 
 def test_what_can_be_overridden_is_by_name_and_what_never_can_is_not() -> None:
-    state = world(machine(), machine("b", OTHER, running=False, stored=(hostdev(NIC),)))
+    state = world(machine(), machine("b", OTHER, running=False, config=(hostdev(NIC),)))
     plan = assign(state, NIC)
     assert [b.code for b in plan.blockers] == ["held-config"]
     with pytest.raises(errors.Blocked):
@@ -331,7 +331,7 @@ DISK = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:no
 @pytest.mark.parametrize("device", [LUN, STICK], ids=["disk", "stick"])
 @pytest.mark.parametrize("stored", [False, True], ids=["", "also a stored hostdev"])
 def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it(device: Device, stored: bool) -> None:
-    state = world(machine(live=(DISK,), stored=(hostdev(device, stored=True),) if stored else ()))
+    state = world(machine(live=(DISK,), config=(hostdev(device, config=True),) if stored else ()))
     state.apply(DeviceSeen(block("sda", device)))
     plan = assign(state, device)
     assert [b.code for b in plan.blockers] == ["held-live"]
@@ -344,8 +344,8 @@ def test_what_the_running_machine_has_below_a_controller_blocks_the_controller(s
     controller = pci("0000:05:00.0", group=7, driver="xhci_hcd", code=0x0C0330)
     stick = usb("1-1", controller)
     state = state_of(controller, stick)
-    claims = (hostdev(controller, stored=True),) if stored else ()
-    state.apply(MachineRead(machine(live=(hostdev(stick),), stored=claims)))
+    claims = (hostdev(controller, config=True),) if stored else ()
+    state.apply(MachineRead(machine(live=(hostdev(stick),), config=claims)))
     found = [(b.code, b.device) for b in assign(state, controller).blockers]
     assert ("held-live", stick.name) in found
     assert not any(device == controller.name and code.startswith("held") for code, device in found)

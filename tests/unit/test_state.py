@@ -66,7 +66,7 @@ def test_a_hold_appears_moves_and_goes_with_one_signal_each() -> None:
     state = state_of(STICK)
     batches = state.apply(MachineRead(machine(live=(hostdev(STICK),))))
     assert [h.device for b in batches for h in b.holds_added] == [STICK.name]
-    batches = state.apply(MachineRead(machine(live=(hostdev(STICK),), stored=(hostdev(STICK),))))
+    batches = state.apply(MachineRead(machine(live=(hostdev(STICK),), config=(hostdev(STICK),))))
     assert not any(b.holds_added or b.holds_removed for b in batches)
     assert held(state) == {STICK.name: (True, True)}
     batches = state.apply(MachineRead(machine()))
@@ -75,7 +75,7 @@ def test_a_hold_appears_moves_and_goes_with_one_signal_each() -> None:
 
 def test_a_claim_finds_its_device_when_that_comes_and_is_missing_when_it_goes() -> None:
     state = State()
-    state.apply(MachineRead(machine(stored=(by_ids(),))))
+    state.apply(MachineRead(machine(config=(by_ids(),))))
     assert [row.config for row in state.missing[UUID]] == [True]
     assert state.apply(DeviceSeen(STICK))[0].holds_added
     instance = state.devices[STICK.name].instance
@@ -87,9 +87,9 @@ def test_a_claim_finds_its_device_when_that_comes_and_is_missing_when_it_goes() 
 
 def test_twins_are_told_apart_by_number_and_by_the_live_half() -> None:
     state = state_of(STICK, TWIN)
-    state.apply(MachineRead(machine(live=(by_ids(bus=1, number=4),), stored=(by_ids(),))))
+    state.apply(MachineRead(machine(live=(by_ids(bus=1, number=4),), config=(by_ids(),))))
     assert held(state) == {TWIN.name: (True, True)}
-    state.apply(MachineRead(machine("b", OTHER, running=False, stored=(by_ids(),))))
+    state.apply(MachineRead(machine("b", OTHER, running=False, config=(by_ids(),))))
     assert held(state, OTHER) == {}
     assert len(state.missing[OTHER]) == 1
 
@@ -172,7 +172,7 @@ def test_a_volume_is_held_on_every_disk_behind_it() -> None:
     first, second = scsi(2, 0, 0, 0), scsi(2, 0, 1, 0)
     disks = block("sda", first), block("sdb", second)
     state = state_of(first, second, *disks)
-    state.apply(MachineRead(machine(live=(on_node("/dev/vg/data"),), stored=(on_node("/dev/sda1"),))))
+    state.apply(MachineRead(machine(live=(on_node("/dev/vg/data"),), config=(on_node("/dev/sda1"),))))
     assert held(state) == {} and len(state.missing[UUID]) == 2
     nodes = {"/dev/vg/data": (disks[0].name, disks[1].name), "/dev/sda1": (disks[0].name,)}
     state.apply(HostUsesRead({}, nodes))
@@ -194,7 +194,7 @@ def test_a_claim_stands_on_what_its_device_lies_below_now() -> None:
     disk = block("sda", lun)
     state = state_of(card, dataclasses.replace(disk, parent=card.name))
     state.apply(HostUsesRead({}, {"/dev/sda1": (disk.name,)}))
-    state.apply(MachineRead(machine(live=(on_node("/dev/sda"),), stored=(on_node("/dev/sda1"),))))
+    state.apply(MachineRead(machine(live=(on_node("/dev/sda"),), config=(on_node("/dev/sda1"),))))
     assert held(state) == {card.name: (True, True)}
     state.apply(DeviceSeen(lun))
     [batch] = state.apply(DeviceSeen(disk))  # its parent is another one than was known first
@@ -284,7 +284,7 @@ def told_of(state: State) -> tuple[str, list[str]]:
 
 def test_of_two_machines_with_one_uuid_the_one_that_runs_has_the_path_and_the_holds_of_both_count() -> None:
     state = state_of(STICK)
-    running = machine(live=(hostdev(STICK),), stored=(hostdev(STICK),))
+    running = machine(live=(hostdev(STICK),), config=(hostdev(STICK),))
     copy = machine("copy", running=False, uri=AWAY)
     for first, second in ((running, copy), (copy, running)):
         state.apply(MachineRead(first))
@@ -305,7 +305,7 @@ def test_of_two_machines_with_one_uuid_the_one_that_runs_has_the_path_and_the_ho
 def test_a_path_that_goes_to_another_hypervisor_is_another_object_and_keeps_its_holds() -> None:
     state = state_of(STICK)
     state.apply(MachineRead(machine(live=(hostdev(STICK, "here"),))))
-    state.apply(MachineRead(machine("arrives", running=False, stored=(hostdev(STICK),), uri=AWAY)))
+    state.apply(MachineRead(machine("arrives", running=False, config=(hostdev(STICK),), uri=AWAY)))
     assert [(h.live, h.config, h.alias) for h in state.holds_of(UUID)] == [(True, True, "here")]
     state.apply(MachineRead(machine(running=False)))
     assert told_of(state) == (AWAY, ["held-config"])  # neither runs
@@ -338,9 +338,9 @@ def test_what_a_copy_has_is_not_the_target_machines_own() -> None:
     here = machine(live=(hostdev(STICK),))
     state.apply(MachineRead(here))
     assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == []
-    state.apply(MachineRead(machine("copy", running=False, stored=(hostdev(STICK),), uri=AWAY)))
+    state.apply(MachineRead(machine("copy", running=False, config=(hostdev(STICK),), uri=AWAY)))
     assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-config"]
-    state.apply(MachineRead(machine(stored=(hostdev(STICK),))))
+    state.apply(MachineRead(machine(config=(hostdev(STICK),))))
     state.apply(MachineRead(machine("copy", live=(hostdev(STICK),), uri=AWAY)))
     assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-live"]
 
@@ -394,7 +394,7 @@ _uris = st.sampled_from((URI, AWAY))
 _uuids = st.sampled_from((UUID, UUID, OTHER))
 _machines = st.builds(
     lambda name, uuid, uri, running, live, stored: machine(
-        name, uuid, running=running, live=tuple(live) if running else (), stored=tuple(stored), uri=uri
+        name, uuid, running=running, live=tuple(live) if running else (), config=tuple(stored), uri=uri
     ),
     st.sampled_from(("vm", "renamed")),
     _uuids,
