@@ -462,7 +462,7 @@ class Libvirt:
         if device is None:
             raise errors.HypervisorRefused("Device not found, or more than one")
         if device.pci and sum(isinstance(c.source, PciSource) for c in machine.live) >= _PORTS:
-            raise errors.HypervisorRefused("No more available PCI slots")
+            raise errors.NoFreePort("No more available PCI slots")
         if device.sysfs_path in self.taken or not self._take(uuid, [(device, claim.alias)]):
             raise errors.HypervisorRefused("the device is in use, or its group is not viable")
         self.put(dataclasses.replace(machine, live=(*machine.live, _exact(claim, device))))
@@ -493,7 +493,7 @@ class Libvirt:
         if not machine.active or all(c.alias != alias for c in machine.live):
             raise errors.NotAssigned(f"{machine.name} has no device {alias}")
         if (uuid, alias) in self.asked:
-            raise errors.HypervisorRefused(f"device {alias} is already in the process of unplug")
+            raise errors.UnplugPending(f"device {alias} is already in the process of unplug")
         match self.moods.get(uuid, "prompt"):
             case "prompt":
                 self.release(uuid, alias)
