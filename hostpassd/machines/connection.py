@@ -1,12 +1,10 @@
-"""One connection to libvirt, and what is done on it: the only importer of libvirt.
+"""One open connection to libvirt: what blocks, and so is called in threads only; libvirt's errors become ours.
 
-Every libvirt call blocks, so none is made on the loop: what is here is for threads. libvirt's callbacks come in a
-thread of its own, and hand over to the loop.
+The only importer of libvirt. Its callbacks come in one thread of its own, which runs its event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -56,7 +54,6 @@ _CLOSED = {
     libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "libvirt does not answer",
     libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT: "The connection was closed",
 }
-_FAILED = "The connection to libvirt failed"
 
 _DEVICE_EVENTS: dict[int, Callable[[MachineKey, str], Event]] = {
     libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: DeviceAdded,
@@ -76,31 +73,26 @@ _CANNOT = frozenset(
     }
 )
 
-# Refusals that others must tell apart, and which libvirt gives no code of their own: VIR_ERR_OPERATION_FAILED or
-# VIR_ERR_INTERNAL_ERROR, with the words of qemu_hotplug.c and domain_addr.c (libvirt 9.0 and 11.3). In this order: a
-# card that cannot be unplugged is told in words that have "unplug" in them, too.
-_REFUSALS: tuple[tuple[type[HypervisorRefused], str, str], ...] = (
-    (
-        WholeCardOnly,
-        "multifunction",
-        "A card of several functions in one slot stays with a machine while it runs: shut the machine down and dismiss "
-        "it then, or dismiss it with live=false, so that the machine's next start is without it.",
-    ),
-    (UnplugPending, "unplug", "The guest was asked before: wait until it answers."),
-    (
-        NoFreePort,
-        "PCI slots",
-        "The machine has no free place for it: give it an empty pcie-root-port for a PCI Express device, or a "
-        "pcie-to-pci-bridge with a free slot for a conventional one.",
-    ),
+
+# Some refusals can be told apart by words only: libvirt gives their codes, OPERATION_FAILED and INTERNAL_ERROR, to much
+# else. "cannot hot unplug multifunction PCI device" comes from where qemu_hotplug.c detaches a device, if
+# qemuIsMultiFunctionDevice.
+_WHOLE_CARD = (
+    "A card of several functions in one slot stays with a machine while it runs: shut the machine down and dismiss it "
+    "then, or dismiss it with live=false, so that the machine's next start is without it."
 )
+# "No more available PCI slots" comes from the search for a guest address in libvirt's domain_addr.c.
+_NO_PORT = (
+    "The machine has no free place for it: give it an empty pcie-root-port for a PCI Express device, "
+    "or a pcie-to-pci-bridge with a free slot for a conventional one."
+)
+# "Device ... is already in the process of unplug" is QEMU's answer to a second device_del, which libvirt passes on.
 
 
 class Connection:
     """One open connection. Its methods block and raise our own errors; they are for threads.
 
-    libvirt's own thread calls HEARD with a machine's UUID and what has happened to one of its devices (None: anything
-    else), and CLOSED with the reason, in words, when the connection is lost.
+    HEARD, with a machine's UUID, and CLOSED, with the reason in words, are called in libvirt's own thread.
     """
 
     def __init__(self, uri: str, heard: Callable[[str, Event | None], None], closed: Callable[[str], None]) -> None:
@@ -135,9 +127,7 @@ class Connection:
         with contextlib.suppress(libvirt.libvirtError):
             connection.setKeepAlive(*_KEEPALIVE)
         with contextlib.suppress(libvirt.libvirtError):
-            connection.registerCloseCallback(
-                lambda _connection, reason, _opaque: closed(_CLOSED.get(reason, _FAILED)), None
-            )
+            connection.registerCloseCallback(lambda _connection, reason, _opaque: closed(_reason(reason)), None)
 
         def lifecycle(_connection: Any, domain: Any, _event: int, _detail: int, _opaque: Any) -> None:
             heard(domain.UUIDString(), None)
@@ -336,10 +326,19 @@ class Connection:
             return NoSuchDevice(f"libvirt has no such device: {words}.")
         if code == libvirt.VIR_ERR_NO_SUPPORT:
             return NotSupported(f"The hypervisor at {self._uri} cannot do this: {words}.")
-        for kind, said, remedy in _REFUSALS:
-            if said in words:
-                return kind(f"libvirt refused: {words}. {remedy}")
-        return HypervisorRefused(f"libvirt refused: {words}.")
+        return _refusal(words)
+
+
+def _refusal(words: str) -> HypervisorRefused:
+    """The refusal that libvirt's WORDS stand for: its error codes do not tell these apart from others."""
+    told = f"libvirt refused: {words}."
+    if "unplug" in words and "multifunction" in words:
+        return WholeCardOnly(f"{told} {_WHOLE_CARD}")
+    if "unplug" in words:
+        return UnplugPending(told)
+    if "PCI slots" in words:
+        return NoFreePort(f"{told} {_NO_PORT}")
+    return HypervisorRefused(told)
 
 
 def _has_twin(claim: Claim, stored: tuple[Claim, ...]) -> bool:
@@ -351,6 +350,11 @@ def _has_twin(claim: Claim, stored: tuple[Claim, ...]) -> bool:
         return False
     places = (dataclasses.replace(c.source, bus=None, number=None) for c in stored if isinstance(c.source, UsbSource))
     return list(places).count(claim.source) > 1
+
+
+def _reason(number: int) -> str:
+    """Why libvirt has closed a connection."""
+    return _CLOSED.get(number, "The connection to libvirt failed")
 
 
 def _words(error: libvirt.libvirtError) -> str:
@@ -376,9 +380,3 @@ def _run_events() -> None:
         except libvirt.libvirtError as error:
             _log.error("libvirt's event loop failed and is tried again: %s", _words(error))
             time.sleep(1)
-
-
-def hand_over(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
-    """Have CALL made on LOOP, from any thread; dropped where the loop has ended."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call, *arguments)

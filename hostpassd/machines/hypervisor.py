@@ -1,8 +1,9 @@
-"""One libvirt, by URI, as the loop sees it: its machines as events, changes to them, and coming back after a loss.
+"""One libvirt as the event loop sees it: its machines as events, changes to them, and coming back after a loss.
 
-Every libvirt call blocks, so each is made in a thread (link.py). A call can also hang: libvirt waits without end for a
-driver that the kernel cannot unbind, or for a QEMU that is stopped. Nothing can end it but libvirt, so whoever waits
-for it can stop waiting, and its thread is one that the end of the process does not wait for.
+Every call of libvirt blocks, so each is made in a thread (machines/connection.py), and libvirt's callbacks are handed
+over to the loop. A call can also hang: libvirt waits without end for a driver that the kernel cannot unbind, or for a
+QEMU that is stopped. Only libvirt can end such a call, so whoever waits for it stops waiting, and its thread does not
+keep the process from ending.
 """
 
 from __future__ import annotations
@@ -17,34 +18,35 @@ from typing import Any, TypeVar
 
 from hostpassd.base.threads import in_thread
 from hostpassd.errors import HostpassError, HypervisorRefused, HypervisorUnavailable, NoSuchDevice
-from hostpassd.machines.connection import Connection, hand_over, start_events
-from hostpassd.machines.link import Link
+from hostpassd.machines.connection import Connection, start_events
+from hostpassd.machines.link import CALLS_AT_ONCE, CHANGES_AT_ONCE, Link
 from hostpassd.model.events import Event, HypervisorChanged, MachineGone, MachineRead, MachinesListed
 from hostpassd.model.machine import Claim, Machine, MachineKey
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-OPEN_PATIENCE = 10.0  # seconds; a first open can take 12 where libvirtd probes QEMU, a frozen libvirtd takes for ever
-CLOSE_PATIENCE = 2.0  # seconds
-PAUSES = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each attempt to connect again
-LOCAL_PAUSE = 5.0  # seconds at most for a hypervisor on this host
-NODE_DEVICE_PATIENCE = 5.0  # seconds; libvirt's node devices come later than udev's
-NODE_DEVICE_STEP = 0.1  # seconds
-# Seconds for one answer, or one wait for a machine's job lock: libvirt itself gives up after 30.
-PATIENCE = 45.0
-# Seconds after which a reading goes on by itself while others are made: as long as libvirt waits for a machine's QEMU,
-# it does not describe that machine.
-READING_ALONE = 2.0
+_PAUSES = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each attempt to connect again
+_LOCAL_PAUSE = 5.0  # seconds at most for a hypervisor on this host
 
-# Calls at once: fewer than the 5 requests that libvirtd takes from one client at a time (max_client_requests). At that
-# limit it does not read on, answers no keepalive, and the connection would be lost.
-CALLS_AT_ONCE = 4
-CHANGES_AT_ONCE = 3
 # Calls that hang: with one more there would hardly be a place for others, and the connection is made afresh.
-HANGING = 2
+_HANGING = 2
 # Calls that hang on earlier connections: each keeps one of libvirtd's 20 workers, which others need as well.
-LEFT_HANGING = 6
+_LEFT_HANGING = 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """For how many seconds the calls of libvirt are waited for."""
+
+    open: float = 10.0  # a first open can take 12 where libvirtd probes QEMU, a frozen libvirtd takes for ever
+    close: float = 2.0
+    answer: float = 45.0  # for one answer, or one wait for a machine's job lock: libvirt itself gives up after 30
+    # After these a reading goes on by itself while others are made: libvirt does not describe a machine as long as it
+    # waits for its QEMU.
+    reading: float = 2.0
+    node_device: float = 5.0  # libvirt's node devices come later than udev's
+    node_device_step: float = 0.1
 
 
 class Hypervisor:
@@ -62,14 +64,15 @@ class Hypervisor:
     hang, and a reading that does, have the connection given up and made afresh, so that others get on.
     """
 
-    def __init__(self, uri: str, emit: Callable[[Event], None]) -> None:
+    def __init__(self, uri: str, emit: Callable[[Event], None], limits: Limits | None = None) -> None:
         self.uri = uri
+        self._limits = limits or Limits()
         self._emit = emit
         self._link: Link | None = None
-        self.closing: dict[asyncio.Task[None], Link] = {}  # earlier connections, as long as calls use them
+        self._closing: dict[asyncio.Task[None], Link] = {}  # earlier connections, as long as calls use them
         self._told: HypervisorChanged | None = None
         self._known: dict[str, Machine] = {}
-        self._due: dict[str | None, _Due] = {}  # what is to be read, by UUID; None: everything
+        self._due: dict[str | None, Due] = {}  # what is to be read, by UUID; None: everything
         self._wanted = asyncio.Event()
 
     async def run(self) -> None:
@@ -146,22 +149,22 @@ class Hypervisor:
     # Connecting and losing.
 
     def _pause(self, attempt: int) -> float:
-        pause = PAUSES[min(attempt, len(PAUSES) - 1)]
-        return min(pause, LOCAL_PAUSE) if "///" in self.uri else pause
+        pause = _PAUSES[min(attempt, len(_PAUSES) - 1)]
+        return min(pause, _LOCAL_PAUSE) if "///" in self.uri else pause
 
     async def _until_few_hang(self) -> None:
-        while len(calls := [call for link in self.closing.values() for call in link.calls]) >= LEFT_HANGING:
+        while len(calls := [call for link in self._closing.values() for call in link.calls]) >= _LEFT_HANGING:
             self._tell(False, f"{len(calls)} calls of libvirt at {self.uri} do not return; it is tried when one does.")
             await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
 
     async def _open(self) -> Link:
         link = Link()
         loop = asyncio.get_running_loop()
-        heard = functools.partial(hand_over, loop, self._heard, link)
-        closed = functools.partial(hand_over, loop, self._closed, link)
+        heard = functools.partial(_hand_over, loop, self._heard, link)
+        closed = functools.partial(_hand_over, loop, self._closed, link)
         # Against a frozen libvirtd it does not return.
         opening = in_thread(functools.partial(Connection, self.uri, heard, closed), "libvirt-call")
-        await asyncio.wait({opening}, timeout=OPEN_PATIENCE)
+        await asyncio.wait({opening}, timeout=self._limits.open)
         if not opening.done():
             self._tell(False, f"libvirt at {self.uri} does not answer.")
         link.connection = await opening
@@ -181,9 +184,9 @@ class Hypervisor:
             for task in (reader, *link.readings.values()):
                 task.cancel()
             closing = asyncio.create_task(link.close())
-            self.closing[closing] = link
-            closing.add_done_callback(self.closing.pop)
-            await asyncio.wait({closing, reader}, timeout=CLOSE_PATIENCE)
+            self._closing[closing] = link
+            closing.add_done_callback(self._closing.pop)
+            await asyncio.wait({closing, reader}, timeout=self._limits.close)
         return link.listed
 
     def _lose(self, link: Link, reason: str, tell: bool = True) -> None:
@@ -221,10 +224,10 @@ class Hypervisor:
 
     # Reading. Of a machine there is one reading at a time, so nothing old can overtake something newer.
 
-    def _touch(self, uuid: str | None) -> _Due:
+    def _touch(self, uuid: str | None) -> Due:
         """Queues a re-read of one machine (None: all); requests are coalesced."""
         self._wanted.set()
-        return self._due.setdefault(uuid, _Due())
+        return self._due.setdefault(uuid, Due())
 
     async def _reread(self, uuid: str | None) -> None:
         if self._link is None:
@@ -243,15 +246,15 @@ class Hypervisor:
         except HostpassError as error:
             self._lose(link, str(error))
 
-    def _next_due(self, link: Link) -> tuple[str | None, _Due] | None:
-        """What is to be read now: everything first; no machine of which a reading goes on."""
+    def _next_due(self, link: Link) -> tuple[str | None, Due] | None:
+        """The next queued reading: the whole list first; never a machine that is being read already."""
         free = [None] if None in self._due else [uuid for uuid in self._due if uuid not in link.readings]
         return (free[0], self._due.pop(free[0])) if free else None
 
-    async def _read(self, link: Link, uuid: str, due: _Due) -> None:
+    async def _read(self, link: Link, uuid: str, due: Due) -> None:
         reading = self._begin_reading(link, uuid, lambda connection: connection.read(uuid))
         reading.add_done_callback(functools.partial(self._take, link, uuid, due))
-        await asyncio.wait({reading}, timeout=READING_ALONE)
+        await asyncio.wait({reading}, timeout=self._limits.reading)
 
     def _begin_reading(
         self, link: Link, uuid: str, question: Callable[[Connection], Machine | None]
@@ -267,8 +270,8 @@ class Hypervisor:
         if not reading.cancelled():
             reading.exception()  # whoever waits for it can be gone
 
-    def _take(self, link: Link, uuid: str, due: _Due, reading: asyncio.Task[Machine | None]) -> None:
-        """Tells what a READING has found, and the events that were heard before it."""
+    def _take(self, link: Link, uuid: str, due: Due, reading: asyncio.Task[Machine | None]) -> None:
+        """Emits the result of a READING, then the device events that libvirt sent before it."""
         if link.lost.done() or reading.cancelled():
             # What libvirt has told holds after its return, too.
             self._touch(uuid).events[:0] = due.events
@@ -291,7 +294,7 @@ class Hypervisor:
             self._known[uuid] = machine
             self._emit(MachineRead(machine))
 
-    async def _list(self, link: Link, due: _Due) -> None:
+    async def _list(self, link: Link, due: Due) -> None:
         try:
             domains = {domain.UUIDString(): domain for domain in await self._ask(link, Connection.domains)}
             found = {uuid: await self._listed(link, uuid, domain) for uuid, domain in domains.items()}
@@ -309,14 +312,14 @@ class Hypervisor:
         due.succeed()
 
     async def _listed(self, link: Link, uuid: str, domain: Any) -> tuple[Machine | None, bool]:
-        """The machine; and whether it is to be told as it is known, because its reading has failed or goes on."""
+        """The machine; and whether its last known state stands for it, because its reading failed or goes on."""
         if uuid in link.readings:
             self._touch(uuid)
             return None, True
         reading = self._begin_reading(link, uuid, lambda connection: connection.read_domain(domain))
-        await asyncio.wait({reading}, timeout=READING_ALONE)
+        await asyncio.wait({reading}, timeout=self._limits.reading)
         if not reading.done():
-            reading.add_done_callback(functools.partial(self._take, link, uuid, _Due()))
+            reading.add_done_callback(functools.partial(self._take, link, uuid, Due()))
             return None, True
         try:
             return reading.result(), False
@@ -338,10 +341,10 @@ class Hypervisor:
         """
         answer = await self._begin(link, question)
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self._limits.answer):
                 await link.first((answer,))
         except TimeoutError:
-            words = f"libvirt at {self.uri} has not answered for {PATIENCE:.0f} seconds."
+            words = f"libvirt at {self.uri} has not answered for {self._limits.answer:.0f} seconds."
             if about is not None:
                 self._give_up(link, answer, about)
                 raise HypervisorRefused(words) from None
@@ -372,9 +375,8 @@ class Hypervisor:
     async def _begin(
         self, link: Link, call: Callable[[Connection], _T], changes: int = CALLS_AT_ONCE
     ) -> asyncio.Future[_T]:
-        """CALL, begun when there is a place for it: when fewer than so many CHANGES are made, say."""
-        while not link.lost.done() and (len(link.calls) >= CALLS_AT_ONCE or len(link.changes) >= changes):
-            await link.first(link.calls)
+        """Begins CALL once fewer than CALLS_AT_ONCE calls, and fewer than so many CHANGES, are in progress."""
+        await link.wait_for_place(changes)
         if link.lost.done():
             raise self._unavailable()
         return link.begin(call)
@@ -394,7 +396,7 @@ class Hypervisor:
         link.hanging[call] = about
         if about in self._known:
             call.add_done_callback(lambda _: self._touch(about))
-        if len(link.hanging) > HANGING:
+        if len(link.hanging) > _HANGING:
             reason = f"{len(link.hanging)} calls of libvirt at {self.uri} do not return; it is connected to afresh."
             _log.warning("%s", reason)
             self._lose(link, reason)
@@ -406,7 +408,7 @@ class Hypervisor:
             raise self._unavailable()
         async with self._link.waiting:
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(self._limits.answer):
                     return await self._call(lambda connection: connection.wait_for_idle(uuid), uuid)
             except TimeoutError:
                 return False  # it hangs itself
@@ -425,19 +427,19 @@ class Hypervisor:
 
     async def _change_node(self, name: str, change: Callable[[Connection], None]) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + NODE_DEVICE_PATIENCE
+        deadline = loop.time() + self._limits.node_device
         while True:
             try:
                 return await self._call(change, name)
             except NoSuchDevice:
                 if loop.time() >= deadline:
                     raise
-            await asyncio.sleep(NODE_DEVICE_STEP)
+            await asyncio.sleep(self._limits.node_device_step)
 
 
 @dataclasses.dataclass(slots=True)
-class _Due:
-    """What is due once a machine, or all of them, has been read."""
+class Due:
+    """A queued reading of one machine, or of all: the events to emit after it and the callers that wait for it."""
 
     events: list[Event] = dataclasses.field(default_factory=list)
     waiters: list[asyncio.Future[None]] = dataclasses.field(default_factory=list)
@@ -453,3 +455,9 @@ class _Due:
             if not waiter.done():
                 waiter.set_exception(error)
         self.waiters.clear()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Have CALL made on LOOP, from any thread; dropped where the loop has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)

@@ -33,8 +33,6 @@ _NEXT = _IN_CREATE | _IN_MOVED_TO | _IN_MOVED_FROM | _IN_DELETE | _IN_ATTRIB
 _HEADER = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
 _BUFFER = 65536  # bytes read at once
 
-_RETRY = 60.0  # seconds until a watch is tried again for which the kernel had no room
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -45,12 +43,14 @@ class Watch:
     means that something was missed: look at everything. The kernel's queue ran over, or the folder itself has come,
     gone, or been replaced; it is found again by a watch on each folder above it.
 
-    What cannot be watched at all (no right to, no room for it) is told to the log, once.
+    A watch that the kernel refuses (no right to, no room for it) is logged once; where it had no room, it is tried
+    again every RETRY seconds.
     """
 
-    def __init__(self, path: str, callback: Callable[[set[str]], None]) -> None:
+    def __init__(self, path: str, callback: Callable[[set[str]], None], retry: float = 60.0) -> None:
         self._path = PurePath(path)
         self._callback = callback
+        self._seconds = retry
         self._loop = asyncio.get_running_loop()
         self._descriptor = -1
         self._next: dict[int, str | None] = {}  # by watch, the name in that folder that leads on to ours
@@ -76,14 +76,14 @@ class Watch:
             self._add_watches()
         except OSError as error:
             self._warn(error)
-            self._retry = self._loop.call_later(_RETRY, self._arm_again)
+            self._retry = self._loop.call_later(self._seconds, self._arm_again)
 
     def _arm_again(self) -> None:
         self._arm()
         self._callback(set())
 
     def _add_watches(self) -> None:
-        """From the root down, so that whatever comes, goes or is replaced meanwhile is seen by the one above."""
+        """Watches each folder from the root down, so that the watch above sees one that is replaced meanwhile."""
         folders = [*reversed(self._path.parents), self._path]
         names = [*self._path.parts[1:], None]
         for folder, name in zip(folders, names, strict=True):

@@ -1,4 +1,4 @@
-"""One connection to libvirt as the loop sees it: the calls that threads make on it."""
+"""The calls in progress on one connection to libvirt, in threads: how many at once, and which hang."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ from hostpassd.model.machine import Machine
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+# Calls at once: fewer than the 5 requests that libvirtd takes from one client at a time (max_client_requests). At that
+# limit it does not read on, answers no keepalive, and the connection would be lost.
+CALLS_AT_ONCE = 4
+CHANGES_AT_ONCE = 3
+
 
 class Link:
-    """One connection as the loop sees it: the calls that threads make on it."""
+    """One connection as the loop sees it: which calls threads make on it, and which of these nobody waits for.
+
+    A call is in `calls` from its beginning until libvirt returns from it, and in `changes` or `hanging` only as long.
+    Once `lost` is done no call is begun; the connection is closed when the last call on it has returned.
+    """
 
     connection: Connection
 
@@ -30,8 +39,13 @@ class Link:
         self.hanging: dict[asyncio.Future[Any], str] = {}  # of these, whom nobody waits for, and what they are about
         self.readings: dict[str, asyncio.Task[Machine | None]] = {}  # of machines, by UUID
 
+    async def wait_for_place(self, changes: int) -> None:
+        """Returns when fewer than CALLS_AT_ONCE calls and fewer than CHANGES changes are made, or at a loss."""
+        while not self.lost.done() and (len(self.calls) >= CALLS_AT_ONCE or len(self.changes) >= changes):
+            await self.first(self.calls)
+
     def begin(self, call: Callable[[Connection], _T]) -> asyncio.Future[_T]:
-        """CALL made in a thread of its own."""
+        """Makes CALL in a thread of its own."""
         made = in_thread(functools.partial(call, self.connection), "libvirt-call")
         self.calls.add(made)
         made.add_done_callback(self._returned)

@@ -1,68 +1,53 @@
-"""One connection to libvirt: what its words become."""
+"""One connection to libvirt's embedded driver: what its errors become."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import libvirt
 import pytest
 
-from hostpassd.errors import HypervisorRefused, NoFreePort, UnplugPending, WholeCardOnly
+from hostpassd.errors import HypervisorRefused, HypervisorUnavailable, NoFreePort, UnplugPending, WholeCardOnly
 from hostpassd.machines.connection import Connection, start_events
-
-GUEST = "6695eb01-f6a4-8304-79aa-97f2502e193f"  # of libvirt's own test:///default
-
-# Words of libvirt's, and what they are.
-SAID = {
-    "operation failed: cannot hot unplug multifunction PCI device: hostdev0": WholeCardOnly,
-    "internal error: unable to execute QEMU command 'device_del': Device x is already in the process of unplug": (
-        UnplugPending
-    ),
-    "internal error: No more available PCI slots": NoFreePort,
-    "operation failed: something else": HypervisorRefused,
-}
-
-
-class Refusal(libvirt.libvirtError):  # type: ignore[misc]
-    """As libvirt raises it, without an error of its own behind it."""
-
-    def get_error_message(self) -> str:
-        return str(self.args[0])
-
-    def get_error_code(self) -> int:
-        return int(libvirt.VIR_ERR_OPERATION_FAILED)
 
 
 @pytest.fixture
 def connection() -> Iterator[Connection]:
     start_events()
     opened = Connection("test:///default", lambda uuid, event: None, lambda reason: None)
-    yield opened
-    opened.close()
+    with contextlib.closing(opened):
+        yield opened
 
 
-@pytest.mark.parametrize("words", SAID)
-def test_what_others_have_to_tell_apart_has_a_type_and_libvirts_words_stay(
-    connection: Connection, monkeypatch: pytest.MonkeyPatch, words: str
+@pytest.mark.parametrize(
+    ("words", "kind", "remedy"),
+    [
+        ("operation failed: cannot hot unplug multifunction PCI device: hostdev0", WholeCardOnly, "live=false"),
+        ("unable to execute QEMU command: Device ua-1 is already in the process of unplug", UnplugPending, ""),
+        ("internal error: No more available PCI slots", NoFreePort, "pcie-root-port"),
+        ("may need \"multifunction='on'\" for the device on function 0", HypervisorRefused, ""),
+        ("no room", HypervisorRefused, ""),
+    ],
+)
+def test_a_refusal_that_is_acted_on_has_a_type_and_says_what_to_do(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, words: str, kind: type[HypervisorRefused], remedy: str
 ) -> None:
-    def refuse(self: Any, xml: str, flags: int) -> None:
-        raise Refusal(words)
+    def refuse(*_: Any) -> None:
+        raise libvirt.libvirtError(words)
 
     monkeypatch.setattr(libvirt.virDomain, "attachDeviceFlags", refuse)
+    uuid = connection.uuid_of("test")
     with pytest.raises(HypervisorRefused) as refused:
-        connection.attach_live(GUEST, "<hostdev/>")
-    assert type(refused.value) is SAID[words] and words in str(refused.value)
-    assert str(refused.value).endswith(".")
+        connection.attach_live(uuid, "<hostdev/>")
+    assert type(refused.value) is kind and refused.value.name == "HypervisorRefused"
+    told = f"libvirt refused: {words}."
+    assert str(refused.value).startswith(told) and remedy in str(refused.value)
+    assert bool(remedy) == (str(refused.value) != told)
 
 
-@pytest.mark.parametrize(("words", "what_to_do"), [("multifunction", "live=false"), ("PCI slots", "pcie-root-port")])
-def test_it_is_said_what_to_do_where_libvirts_words_do_not(
-    connection: Connection, monkeypatch: pytest.MonkeyPatch, words: str, what_to_do: str
-) -> None:
-    def refuse(self: Any, xml: str, flags: int) -> None:
-        raise Refusal(words)
-
-    monkeypatch.setattr(libvirt.virDomain, "attachDeviceFlags", refuse)
-    with pytest.raises(HypervisorRefused, match=what_to_do):
-        connection.attach_live(GUEST, "<hostdev/>")
+def test_what_cannot_be_opened_is_unavailable() -> None:
+    start_events()
+    with pytest.raises(HypervisorUnavailable, match="cannot be reached"):
+        Connection("test:///no/such/file.xml", lambda uuid, event: None, lambda reason: None)

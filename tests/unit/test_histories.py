@@ -626,7 +626,7 @@ class Histories(Operations):
     @rule(
         uuid=st.sampled_from(UUIDS),
         name=st.sampled_from(NAMES),
-        config=st.lists(st.sampled_from(tuple(CLAIMS)), max_size=3, unique=True),
+        stored=st.lists(st.sampled_from(tuple(CLAIMS)), max_size=3, unique=True),
     )
     def define(self, uuid: str, name: str, stored: list[str]) -> None:
         """A machine is made, renamed, made persistent, its stored half written anew."""
@@ -647,7 +647,7 @@ class Histories(Operations):
         uuid=st.sampled_from(UUIDS),
         name=st.sampled_from(NAMES),
         live=st.none() | st.sets(st.sampled_from(("STICK", "TWIN", "LUN")), max_size=2),
-        config=st.none() | st.sets(st.sampled_from(tuple(CLAIMS)), max_size=2),
+        stored=st.none() | st.sets(st.sampled_from(tuple(CLAIMS)), max_size=2),
     )
     def copy_elsewhere(self, uuid: str, name: str, live: set[str] | None, stored: set[str] | None) -> None:
         """Another hypervisor has a machine with the same UUID, running or not; or has it no more."""

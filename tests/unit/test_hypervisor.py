@@ -1,4 +1,4 @@
-"""Hypervisors, against libvirt's embedded driver in this process."""
+"""The connection to libvirt, against its embedded driver in this process."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from hostpassd.errors import (
     NotAssigned,
     NotSupported,
 )
-from hostpassd.machines import hypervisor as ours
+from hostpassd.machines import connection as blocking
 from hostpassd.machines.connection import Connection
-from hostpassd.machines.hypervisor import Hypervisor
+from hostpassd.machines.hypervisor import Hypervisor, Limits
 from hostpassd.model.events import (
     DeviceAdded,
     DeviceRemoved,
@@ -107,9 +107,10 @@ class Tape:
 
 
 @contextlib.asynccontextmanager
-async def running(uri: str) -> AsyncIterator[tuple[Hypervisor, Tape]]:
+async def running(uri: str, limits: Limits | None = None) -> AsyncIterator[tuple[Hypervisor, Tape]]:
     tape = Tape()
-    hypervisor = Hypervisor(uri, tape.emit)
+    hypervisor = Hypervisor(uri, tape.emit, limits)
+    before = asyncio.all_tasks()
     task = asyncio.create_task(hypervisor.run())
     try:
         yield hypervisor, tape
@@ -117,8 +118,8 @@ async def running(uri: str) -> AsyncIterator[tuple[Hypervisor, Tape]]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        while hypervisor.closing:
-            await asyncio.wait(hypervisor.closing)
+        if left := asyncio.all_tasks() - before:  # which close connections once the calls on them have returned
+            await asyncio.wait(left)
 
 
 @pytest.fixture
@@ -134,6 +135,7 @@ class Opened:
         self.connections: list[Any] = []
         self.close_callbacks: list[Any] = []
         self.callbacks: dict[int, tuple[Any, Any]] = {}
+        self.closed: list[Any] = []
         self.refusals = 0
         self.go = threading.Event()
         self.go.set()
@@ -156,6 +158,13 @@ class Opened:
         connection.domainEventRegisterAny = register_any
         connection.registerCloseCallback = lambda callback, _opaque: self.close_callbacks.append(callback)
         connection.unregisterCloseCallback = lambda: None
+        close = connection.close
+
+        def closing() -> None:
+            close()
+            self.closed.append(connection)
+
+        connection.close = closing
         return connection
 
     def fire(self, number: int, *values: Any) -> None:
@@ -274,7 +283,7 @@ async def test_a_machine_that_cannot_be_read_is_shown_as_it_was(uri: str, monkey
         def unreadable(xml: str) -> Any:
             raise ValueError("no XML")
 
-        monkeypatch.setattr("hostpassd.machines.connection.read_claims", unreadable)
+        monkeypatch.setattr(blocking, "read_claims", unreadable)
         with pytest.raises(HypervisorRefused):
             await hypervisor.refresh_machine(GAMING)
         await hypervisor.refresh()
@@ -347,8 +356,7 @@ async def test_a_transient_machine_is_not_made_persistent(uri: str) -> None:
 
 
 async def test_errors_say_what_is_wrong_in_libvirts_words(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "NODE_DEVICE_PATIENCE", 0.0)
-    async with running(uri) as (hypervisor, tape):
+    async with running(uri, Limits(node_device=0.0)) as (hypervisor, tape):
         await tape.until_listed()
         with pytest.raises(NoSuchMachine):
             await hypervisor.attach_config("aaaaaaaa-2222-3333-4444-00000000000f", USB)
@@ -475,7 +483,7 @@ async def test_a_lost_connection_is_told_and_comes_back(uri: str, opened: Opened
     changes = [event.connected for event in tape.events if isinstance(event, HypervisorChanged)]
     assert changes == [True, False, False, True]
     assert not any(isinstance(event, MachineGone) for event in tape.events)
-    assert all(connection._o is None for connection in opened.connections)  # each was closed
+    assert opened.closed == opened.connections
 
 
 async def test_a_call_that_finds_the_connection_dead_ends_as_unavailable(uri: str, opened: Opened) -> None:
@@ -531,9 +539,8 @@ async def test_what_waits_for_a_reading_hears_of_the_loss_and_no_event_is_lost(
 async def test_a_libvirtd_that_does_not_answer_holds_nothing_up(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "OPEN_PATIENCE", 0.01)
     opened.go.clear()
-    async with running(uri) as (hypervisor, tape):
+    async with running(uri, Limits(open=0.01)) as (hypervisor, tape):
         await tape.until(lambda events: events)
         assert "does not answer" in tape.events[0].error  # type: ignore[union-attr, operator]
         with pytest.raises(HypervisorUnavailable):
@@ -666,11 +673,10 @@ async def test_when_too_many_hang_the_connection_is_made_afresh_and_others_get_o
         hang.calm = True
         await hypervisor.attach_config(OFF, PCI)
         assert len(tape.last(OFF).config) == 1
-        assert opened.connections[0]._o is not None  # three calls use it
+        assert opened.closed == []  # three calls use it
         await hypervisor.wait_until_returned({OFF})  # of a connection that is lost nothing is known
         hang.let_go()
-        while opened.connections[0]._o is not None:
-            await asyncio.sleep(0.01)
+    assert opened.connections[0] in opened.closed
     assert [event.connected for event in tape.events if isinstance(event, HypervisorChanged)] == [True, False, True]
 
 
@@ -722,8 +728,7 @@ class Frozen:
 async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "READING_ALONE", 0.05)
-    async with running(uri) as (hypervisor, tape):
+    async with running(uri, Limits(reading=0.05)) as (hypervisor, tape):
         listed = await tape.until_listed()
         frozen = Frozen(monkeypatch, "off")
         reading = asyncio.create_task(hypervisor.refresh_machine(OFF))
@@ -749,9 +754,8 @@ async def test_a_machine_that_libvirt_does_not_describe_holds_up_no_other(
 async def test_a_machine_that_libvirt_describes_only_later_is_listed_without_it(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "READING_ALONE", 0.05)
     frozen = Frozen(monkeypatch, "off")
-    async with running(uri) as (_, tape):
+    async with running(uri, Limits(reading=0.05)) as (_, tape):
         listed = await tape.until_listed()
         assert {machine.name for machine in listed.machines} == {"gaming", "trans"}
         frozen.go.set()
@@ -762,8 +766,7 @@ async def test_a_machine_that_libvirt_describes_only_later_is_listed_without_it(
 async def test_a_machine_that_is_not_described_at_all_is_shown_as_it_was(
     uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ours, "PATIENCE", 0.1)
-    async with running(uri) as (hypervisor, tape):
+    async with running(uri, Limits(answer=0.1)) as (hypervisor, tape):
         listed = await tape.until_listed()
         frozen = Frozen(monkeypatch, "off")
         with pytest.raises(HypervisorRefused, match="has not answered"):
@@ -778,8 +781,7 @@ async def test_a_machine_that_is_not_described_at_all_is_shown_as_it_was(
 async def test_a_list_that_never_comes_is_told_and_the_connection_is_made_afresh(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "PATIENCE", 0.2)
-    async with running(uri) as (hypervisor, tape):
+    async with running(uri, Limits(answer=0.2)) as (hypervisor, tape):
         await tape.until_listed()
         hang = Hang(monkeypatch, libvirt.virConnect, "listAllDomains")
         with pytest.raises(HypervisorUnavailable):
@@ -794,9 +796,8 @@ async def test_a_list_that_never_comes_is_told_and_the_connection_is_made_afresh
 async def test_a_name_that_is_never_looked_up_ends_too(
     uri: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "PATIENCE", 0.2)
     go = threading.Event()
-    async with running(uri) as (hypervisor, tape):
+    async with running(uri, Limits(answer=0.2)) as (hypervisor, tape):
         await tape.until_listed()
         opened.connections[-1].lookupByName = lambda name: go.wait(10)
         with pytest.raises(HypervisorRefused, match="has not answered"):
@@ -807,14 +808,12 @@ async def test_a_name_that_is_never_looked_up_ends_too(
 async def test_waiting_for_idle_can_hang_and_then_others_still_can_wait(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "PATIENCE", 0.2)
     hang = Hang(monkeypatch, libvirt.virDomain, "memoryStats")
-    async with running(uri) as (hypervisor, tape):
+    async with running(uri, Limits(answer=0.2)) as (hypervisor, tape):
         await tape.until_listed()
         first = asyncio.create_task(hypervisor.wait_until_idle(GAMING))
         await hang.began()
         hang.calm = True
-        monkeypatch.setattr(ours, "PATIENCE", 10)
         await hypervisor.wait_until_idle(OFF)
         assert not first.done()
         hang.let_go()
