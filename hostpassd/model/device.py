@@ -234,6 +234,12 @@ class Device:
 # The kinds that can be handed to a machine; anything else stands for its nearest ancestor of such a kind.
 ASSIGNABLE_KINDS = frozenset({"pci", "usb", "scsi", "mdev"})
 
+# The kinds whose kernel names are the kernel's own, unlike those of network interfaces.
+KERNEL_NAMED_KINDS = (
+    *("pci", "usb", "usb-interface", "scsi-host", "scsi-target", "scsi", "scsi-generic", "mdev-parent"),
+    *("block", "drm", "input", "sound", "video", "tty", "nvme", "tpm"),
+)
+
 
 def escape(kernel_name: str) -> str:
     """KERNEL_NAME with each byte outside [A-Za-z0-9] as _xx: br-lan is br_2dlan."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 
 from hostpassd import errors
-from hostpassd.model.device import Device, Net, device_name
+from hostpassd.model.device import KERNEL_NAMED_KINDS, Device, Net, device_name
 from hostpassd.model.machine import Machine, Missing
 from hostpassd.model.naming import NO_INTERFACE
 from hostpassd.state import State
@@ -31,12 +31,6 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
 # What the kernel calls things, and the most characters of an interface's name, which can be any.
 _KERNEL_NAME = re.compile(r"[!-~]{1,128}")
 _INTERFACE_LIMIT = 15
-
-# The kinds whose kernel names are the kernel's own, unlike those of network interfaces.
-_KINDS = (
-    *("pci", "usb", "usb-interface", "scsi-host", "scsi-target", "scsi", "scsi-generic", "mdev-parent"),
-    *("block", "drm", "input", "sound", "video", "tty", "nvme", "tpm"),
-)
 
 
 def find_devices(state: State, text: str) -> list[str]:
@@ -83,7 +77,7 @@ def _called(state: State, text: str) -> Iterable[str]:
         text = text.lower()
     if _UUID.fullmatch(text):
         return state.keyed(("mdev", text.lower()))
-    kinds = _KINDS if _KERNEL_NAME.fullmatch(text) else ()
+    kinds = KERNEL_NAMED_KINDS if _KERNEL_NAME.fullmatch(text) else ()
     found = {name for kind in kinds if _is_called(state.device(name := device_name(kind, text)), text)}
     if found or len(text) > _INTERFACE_LIMIT or NO_INTERFACE.fullmatch(text):
         return found
