@@ -1,4 +1,4 @@
-"""What was done and by whom, for `journalctl HOSTPASSD_DEVICE=...`: fields over the journal's native protocol.
+"""Writes who did what to systemd's journal, in fields that `journalctl HOSTPASSD_DEVICE=...` searches.
 
 The protocol (NAME=value lines in one datagram) is systemd's "Native Journal Protocol"; values here hold no newline.
 """

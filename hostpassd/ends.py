@@ -18,7 +18,7 @@ from hostpassd.passthrough.steps import Libvirt
 
 
 class Host(Protocol):
-    """What is plugged in, and what the host uses it for. Each call returns when what it brings about was told."""
+    """The host's devices and what the host uses them for. Each call returns after its events were emitted."""
 
     async def start(self) -> None: ...
     async def scan(self) -> Any: ...
@@ -34,7 +34,7 @@ class Hypervisor(Libvirt, Protocol):
 
 
 class Inlet:
-    """The one way in. What is told before it is open to a daemon is a mistake."""
+    """The one way in for events. An event that comes before a daemon has opened it is a fault."""
 
     def __init__(self) -> None:
         self._take: Callable[[Event], None] | None = None

@@ -25,7 +25,7 @@ class Failed(HostpassError):
 
 
 class StateFolderError(Failed):
-    """What is about to be done cannot be written down first, so it is not done."""
+    """The intent log cannot be written, so the operation is refused before anything is done."""
 
 
 class NotAuthorized(HostpassError):

@@ -33,7 +33,7 @@ def give_up_all() -> None:
 
 
 def _drop_bounding() -> None:
-    """Where that is allowed: only who has CAP_SETPCAP may. To others this set is of no use without new privileges."""
+    """Empties the bounding set where the process has CAP_SETPCAP; without it the set grants nothing by itself."""
     capability = 0
     while _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
         _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)

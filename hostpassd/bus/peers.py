@@ -186,7 +186,7 @@ class Peers:
         return {BUS_DRIVER, self._owner_of(destination)} - {""}
 
     def _owner_of(self, name: str) -> str:
-        """The owner of the well-known NAME as far as it is known; it is watched from the first asking on.
+        """Returns the owner of the well-known NAME. The first call subscribes to its changes of owner.
 
         Nothing needs waiting for: the bus deals with what we send in order, so its answer and what it tells of later
         owners come before what any of them answers.

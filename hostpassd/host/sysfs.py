@@ -84,7 +84,7 @@ class Header:
 
 
 class Memory:
-    """What is remembered of devices from one reading to the next: their headers, and what was complained of."""
+    """Keeps, from one reading to the next, the devices' configuration headers and which warnings were logged."""
 
     def __init__(self) -> None:
         self.headers: dict[str, Header] = {}

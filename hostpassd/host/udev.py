@@ -369,7 +369,7 @@ class _Batch:
             self.events.append(DeviceGone(path))
 
     def _leave(self, old: str) -> None:
-        """What was at OLD has another name now."""
+        """Drops the device at the sysfs path OLD: the kernel has moved it to another one."""
         if (self._name_of(old) or "net_").startswith("net_"):
             self._gone(old)  # no node of the tree is below a network interface
         else:

@@ -54,7 +54,7 @@ def read_uses(state_folder: str, blocks: Mapping[str, BlockNode], nics: Collecti
 
 
 def random_generator(sysfs: Sysfs) -> Nodes:
-    """What is behind /dev/hwrng. The kernel tells the name that a driver gave, which only for some says the device."""
+    """Finds the device behind /dev/hwrng by the driver's name for it: that tells it for virtio and TPMs only."""
     folder = "/sys/class/misc/hw_random"
     if not sysfs.names(folder):
         return {}

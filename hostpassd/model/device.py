@@ -26,7 +26,7 @@ class Facts:
         yield from ()
 
     def identity(self) -> Key:
-        """What is another one where another device is plugged in; () tells nothing."""
+        """Values that differ if another device is plugged in at the same place; () if they cannot tell."""
         return ()
 
 

@@ -148,7 +148,7 @@ class JobForgotten:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperationRefused:
-    """A user was refused an operation. Moves no state; so do the two below: they are for the audit log."""
+    """A user was refused an operation. This and the next two change nothing in the state: the audit log takes them."""
 
     operation: str
     machine: str  # UUID; '' where what was spelt is no machine

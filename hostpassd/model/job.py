@@ -1,4 +1,4 @@
-"""A job as it is told."""
+"""A job as the state has it and clients see it."""
 
 from __future__ import annotations
 

@@ -12,21 +12,21 @@ from hostpassd.model.text import clean
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClaimSource(abc.ABC):
-    """What a claim names, as it is written: one class for each way of naming."""
+    """The host resource that an element of a machine's XML names: one class for each way of naming it."""
 
     @abc.abstractmethod
     def lookup_keys(self) -> list[Key]:
-        """What a device must be named by, all of them, to be what is meant."""
+        """The lookup keys that a device must have, all of them, to be the one that is named."""
 
     @property
     @abc.abstractmethod
     def id(self) -> str:
-        """It in one word, the same for the same words."""
+        """An identifier in one word, equal for equal sources."""
 
     @property
     @abc.abstractmethod
     def text(self) -> str:
-        """It for people."""
+        """A text for people."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

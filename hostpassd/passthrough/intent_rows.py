@@ -110,7 +110,7 @@ class Reading:
         self._records, self._strange = {}, []
 
     def _doubt_all(self) -> None:
-        """What was lost may have been the end of any operation."""
+        """Distrusts every open operation: the lost row may have been its end."""
         self.damaged = True
         for (_, about), record in self._records.items():
             if isinstance(record.value, Unfinished):

@@ -352,7 +352,7 @@ def _meet(left: Unfinished, plan: Plan) -> bool:
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:
-    """Nothing is said of an error that came when nobody waited for it any more."""
+    """Retrieves the error of a FUTURE that nobody waits for any more, so that asyncio does not log it."""
     if not future.cancelled():
         future.exception()
 
@@ -369,7 +369,7 @@ _FORMER_STEPS = {
 
 
 def _as_today(row: dict[str, Any]) -> str:
-    """A row of hostpassd 1.0 as it would be written now; what is not as it wrote them stays as it is."""
+    """Converts a row of hostpassd 1.0 to the present format; a row that does not look like one stays unchanged."""
     if "begin" in row:
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             steps = [{"step": _FORMER_STEPS[step["kind"]], **step} for step in row["steps"]]

@@ -1,4 +1,4 @@
-"""What is owed to host drivers: who has it, when it can be given back, and giving it back."""
+"""Loans: devices that host drivers have lent to hypervisors, when each can be given back, and giving it back."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Loans:
         await self._intents.give_back(device)
 
     async def reattach(self, device: str, uri: str, patience: Patience) -> None:
-        """Has the hypervisor URI re-attach DEVICE, and once more where the first probe found its group still owned."""
+        """Has the hypervisor URI re-attach DEVICE; twice if VFIO still owned the group at the first driver probe."""
         libvirt = self._libvirt(uri)
         await patience.made(libvirt.reattach_host(device))
         await self._settle()

@@ -1,4 +1,4 @@
-"""What polkit is asked about a plan, and what a permission rests on. Pure."""
+"""What polkit is asked about a plan, and which later plans its answer still covers. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts in order what an operation left: one that the daemon died in, or whose hypervisor was lost."""
+"""Finishes or undoes operations that were interrupted: the daemon died, or the hypervisor was lost."""
 
 from __future__ import annotations
 

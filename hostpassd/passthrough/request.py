@@ -1,4 +1,4 @@
-"""What is asked for, as a value of its own: a request knows how it is planned and which authorisation it takes.
+"""Requests and plans. A request is a value that knows how to plan itself and which polkit action it needs.
 
 A new operation is one class here or in a file of its own (see assign.py, dismiss.py), the steps that it is made of
 (steps.py), and a row each in the interface, its policy and the table of methods. It need not be about a machine.
@@ -35,7 +35,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request(abc.ABC):
-    """An operation as its caller spelt it."""
+    """An operation as the caller asked for it: device and machine are unresolved texts."""
 
     machine: str  # '': it is about no machine
     device: str
@@ -46,11 +46,11 @@ class Request(abc.ABC):
 
     @abc.abstractmethod
     def plan(self, state: State) -> Plan:
-        """What it would do now, blocked or not. Raises what is wrong with it."""
+        """Resolves the texts and plans the operation on STATE; blockers are in the plan. Raises what else is wrong."""
 
     @abc.abstractmethod
     def action(self, overridden: bool) -> str:
-        """The action that each device takes an authorisation for; OVERRIDDEN: past blockers of that device."""
+        """The polkit action that each device needs; OVERRIDDEN: the caller overrides blockers of that device."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

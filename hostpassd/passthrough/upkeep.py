@@ -1,4 +1,4 @@
-"""When what jobs left behind is put in order: unfinished operations, and devices that are owed to host drivers."""
+"""Schedules the repair of what jobs left behind: unfinished operations, and devices owed to host drivers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Upkeep:
-    """Tries again what was left: after each job, when libvirt is back, and after pauses that grow.
+    """Retries unfinished operations: after each job, when libvirt is back, and after growing pauses.
 
     Each thing has a task of its own, which ends when libvirt lets it: nobody who waits for it, and gives up, ends it.
     """
@@ -88,17 +88,17 @@ class Upkeep:
             await asyncio.sleep(LOG_RETRY)
 
     def stop(self) -> None:
-        """Nothing new is begun from here on."""
+        """Begins no further retries."""
         self._stopping = True
         if self._later:
             self._later.cancel()
 
     def left_on(self, locks: tuple[str, ...]) -> list[Unfinished]:
-        """What was left of earlier operations that have one of LOCKS."""
+        """The unfinished operations that share one of LOCKS."""
         return [left for left in self._intents.unfinished if not set(left.locks).isdisjoint(locks)]
 
     async def try_once_more(self, left: Sequence[Unfinished]) -> None:
-        """One more try at each of LEFT. Whoever waits for this can stop waiting: that ends no recovery."""
+        """Tries once more to put each of LEFT in order. Cancelling this wait does not cancel the recovery."""
         for other in left:
             await asyncio.wait({self._look_after(_job_of(other), functools.partial(self._recover_alone, other))})
 
@@ -168,7 +168,7 @@ class Upkeep:
             self._later = asyncio.get_running_loop().call_later(pause, self.retry_now)
 
     def retry_now(self) -> None:
-        """The pause is over."""
+        """Retries now; called when the pause is over."""
         self._later = None
         self.tidy_soon(retry=True)
 

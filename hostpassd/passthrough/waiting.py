@@ -1,4 +1,4 @@
-"""Waiting: for calls of libvirt that may never return, and for events that may never come."""
+"""Bounded waits: for libvirt calls that may never return, and for events that may never come."""
 
 from __future__ import annotations
 

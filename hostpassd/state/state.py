@@ -162,11 +162,11 @@ class State:
         return machine.shown_name if machine else uuid
 
     def holds_on(self, device: str) -> Iterable[Hold]:
-        """What is told of DEVICE: of copies of a machine on several hypervisors all holds count, as one's."""
+        """The holds on DEVICE as clients see them: the holds of all copies of a machine count as that one machine's."""
         return self.holdings.on(device)
 
     def holds_of(self, uuid: str) -> Iterable[Hold]:
-        """What is told of one machine, with the holds of its copies."""
+        """The holds of one machine as clients see them, those of its copies on other hypervisors included."""
         return self.holdings.of(uuid)
 
     def holds_in(self, machine: MachineKey) -> Iterable[Hold]:
