@@ -12,7 +12,7 @@ import pytest
 
 from hostpassd import errors, names
 from hostpassd.model.device import Device
-from hostpassd.model.events import DevicesScanned
+from hostpassd.model.events import DevicesScanned, Event
 from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.permission import Check
 from hostpassd.passthrough.request import Options
@@ -34,10 +34,15 @@ class House:
         monkeypatch.setattr("hostpassd.audit.JOURNAL", str(folder / "socket"))
         hypervisors: dict[str, Any] = {URI: None}
         ends = simulated(folder, hypervisors=hypervisors)
-        self.daemon, self.emit = daemon_on(ends), ends.inlet.emit
-        self.emit(DevicesScanned((*PAIR, STICK, HUB)))
-        self.libvirt = hypervisors[URI] = Libvirt(self.daemon.state, self.emit, machine())
+        self.daemon, self._tell = daemon_on(ends), ends.inlet.emit
+        self._tell(DevicesScanned((*PAIR, STICK, HUB)))
+        self.libvirt = hypervisors[URI] = Libvirt(self.daemon.state.devices.values(), self._tell, machine())
         self.daemon.announce_running()
+
+    def emit(self, event: Event) -> None:
+        """Tells the daemon of something outside."""
+        self.libvirt.host_told.hear(event)
+        self._tell(event)
 
     def close(self) -> None:
         self._journal.close()

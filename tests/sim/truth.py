@@ -154,6 +154,10 @@ def _related(one: Notice, other: Notice) -> bool:
 class Libvirt:
     """A hypervisor that does on HOST what runs of libvirt and VFIO were seen to do, with machines of all moods.
 
+    A managed device goes to vfio-pci as it is attached; an attach while a group member is on a host driver fails; a
+    node device that was detached stays on vfio-pci until it is re-attached; a host driver cannot bind while a group
+    member is in a machine.
+
     `moods`: what the guest of a machine does when it is asked to let go: prompt, late, refuse. `fail`: the names of
     the calls that fail next, once each. `stalled`: calls wait for `resume`, before or after their effect, and whoever
     gives them up changes nothing of that. `late`: events come later than the readings that show their effects.
@@ -166,6 +170,8 @@ class Libvirt:
         self.machines: dict[str, Machine] = {}
         self.due: dict[str, list[Event]] = {}
         self.moods: dict[str, str] = {}
+        self.mood = "prompt"  # of the other guests
+        self.ports = _PORTS
         self.asked: dict[tuple[str, str], None] = {}
         self.taken: dict[str, tuple[str, str]] = {}  # by sysfs path: which machine has it live, as which alias
         self.detached: set[str] = set()
@@ -393,7 +399,7 @@ class Libvirt:
         machine = self.machines[uuid]
         paths = [path for path, (holder, _) in self.taken.items() if holder == uuid]
         for path in paths:
-            del self.taken[path]
+            self.taken.pop(path, None)
         self.asked = {ask: None for ask in self.asked if ask[0] != uuid}
         if machine.persistent:
             self.put(dataclasses.replace(machine, state="shut off", live=()))
@@ -408,9 +414,10 @@ class Libvirt:
         machine = self.machines.get(uuid)
         if not machine or all(c.alias != alias for c in machine.live):
             return
+        paths = [path for path, taken in self.taken.items() if taken == (uuid, alias)]
         self.put(dataclasses.replace(machine, live=tuple(c for c in machine.live if c.alias != alias)))
-        for path in [path for path, taken in self.taken.items() if taken == (uuid, alias)]:
-            del self.taken[path]
+        for path in paths:
+            self.taken.pop(path, None)
             self._come_home(path, by_others)
         self.touch(uuid, DeviceRemoved(MachineKey(self.uri, uuid), alias))
 
@@ -461,7 +468,7 @@ class Libvirt:
             raise errors.HypervisorRefused(f"non unique alias detected: {claim.alias}")
         if device is None:
             raise errors.HypervisorRefused("Device not found, or more than one")
-        if device.pci and sum(isinstance(c.source, PciSource) for c in machine.live) >= _PORTS:
+        if device.pci and sum(isinstance(c.source, PciSource) for c in machine.live) >= self.ports:
             raise errors.NoFreePort("No more available PCI slots")
         if device.sysfs_path in self.taken or not self._take(uuid, [(device, claim.alias)]):
             raise errors.HypervisorRefused("the device is in use, or its group is not viable")
@@ -494,7 +501,7 @@ class Libvirt:
             raise errors.NotAssigned(f"{machine.name} has no device {alias}")
         if (uuid, alias) in self.asked:
             raise errors.UnplugPending(f"device {alias} is already in the process of unplug")
-        match self.moods.get(uuid, "prompt"):
+        match self.moods.get(uuid, self.mood):
             case "prompt":
                 self.release(uuid, alias)
             case "late":

@@ -5,27 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from hostpassd import errors, names
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.model.device import Block, Device, Input, Mdev, Net, Pci, Scsi, Usb, device_name
 from hostpassd.model.events import (
     DeviceAdded,
-    DeviceRemoved,
+    DeviceGone,
     DeviceSeen,
     DevicesScanned,
     Event,
     HypervisorChanged,
+    MachineGone,
     MachineRead,
     MachinesListed,
 )
 from hostpassd.model.job import Job
-from hostpassd.model.machine import Claim, Machine, MachineKey, PciSource, Ports
+from hostpassd.model.machine import Claim, Machine, MachineKey, Ports
 from hostpassd.passthrough.assign import Assign
 from hostpassd.passthrough.dismiss import Dismiss
 from hostpassd.passthrough.request import Request
 from hostpassd.state import State
+from tests.sim import truth
 
 URI = "qemu:///system"
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -191,41 +193,89 @@ class Stuck:
             self.returned.set_result(None)
 
 
-class Libvirt:
-    """A hypervisor on a STATE's devices that does what LAB-like runs of libvirt and VFIO showed.
+class PromptHost(truth.Host):
+    """A host whose uevents are TOLD at once. What others tell a daemon of it, it has to `hear`, too."""
 
-    A managed device goes to vfio-pci as it is attached; an attach while a group member is on a host driver fails; a
-    node device that was detached stays on vfio-pci until it is re-attached; a host driver cannot bind while a group
-    member is in a machine. It has its own truth, and tells it as events while the connection is there.
+    def __init__(self, tell: Callable[[Event], None], devices: Iterable[Device]) -> None:
+        super().__init__(*devices)
+        self._tell = tell
 
-    `before` and `after` are called with each call's name, around its effect. `refuse`: libvirt's words, by call;
-    `fail`: whether a call is refused; `hang`: whether a call is taken, and its effect comes later, when something waits
-    for it; `stick`: whether a call does not return until `let_go`. `withhold` swallows DeviceAdded, `stubborn` is a
-    deaf guest.
+    def plug(self, device: Device) -> None:
+        super().plug(device)
+        self._pass_on()
+
+    def unplug(self, device: Device, parent_first: bool = False) -> None:
+        super().unplug(device, parent_first)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self.notices:
+            if event := self.deliver():
+                self._tell(event)
+
+    def hear(self, event: Event) -> None:
+        """A test tells EVENT as the host's: so it is."""
+        match event:
+            case DeviceSeen(device):
+                self.home.setdefault(device.name, device.driver)
+                self.present[device.sysfs_path] = device
+            case DeviceGone(path):
+                for gone in [place for place in self.present if place == path or place.startswith(path + "/")]:
+                    del self.present[gone]
+
+
+class Libvirt(truth.Libvirt):
+    """The same libvirt, which tells everything at once, and of which every call can go wrong.
+
+    `before` and `after` are called with each call's name, around its effect. `refuse_calls`: libvirt's words, by call;
+    `fails`: whether a call is refused; `hang`: whether a call is taken, and its effect comes later, when something
+    waits for it; `stick`: whether a call does not return until `let_go`. `withhold` swallows DeviceAdded, `stubborn` is
+    a deaf guest.
     """
 
-    def __init__(self, state: State, emit: Callable[[Event], None], *machines: Machine, uri: str = URI) -> None:
-        self.state = state  # of it only the devices, which are the host's own truth
+    def __init__(
+        self, devices: Iterable[Device], emit: Callable[[Event], None], *machines: Machine, uri: str = URI
+    ) -> None:
+        self.host_told = PromptHost(self._tell_of_host, devices)
+        super().__init__(self.host_told)
         self.emit = emit
         self.uri = uri
         self.machines = {m.uuid: m for m in machines}
-        self.connected = True
-        self.home = {d.name: d.driver for d in state.devices.values()}
-        self.detached: set[str] = set()
-        self.asked: set[str] = set()
         self.calls: list[str] = []
-        self.refuse: dict[str, str] = {}
-        self.fail: Callable[[str], bool] = lambda call: False
-        self.hang: Callable[[str], bool] = lambda call: False
-        self.stick: Callable[[str], bool] = lambda call: False
-        self.before: Callable[[str], None] = lambda call: None
-        self.after: Callable[[str], None] = lambda call: None
         self.withhold = False
-        self.stubborn = False
         self.ports = 5
-        self._hanging: list[tuple[str, Callable[[], None]]] = []
+        self.hanging: list[tuple[str, Callable[[], None]]] = []
         self.stuck: list[Stuck] = []
+        self.calm()
         self.come_back()
+
+    @property
+    def taken(self) -> dict[str, tuple[str, str]]:
+        """By sysfs path which machine has a device, as which alias: as the machines are, whoever made them so."""
+        found: dict[str, tuple[str, str]] = {}
+        for machine in self.machines.values():
+            for claim in machine.live:
+                if (device := self.find(claim)) and not claim.missing:
+                    found[device.sysfs_path] = (machine.uuid, claim.alias)
+        return found
+
+    @taken.setter
+    def taken(self, value: dict[str, tuple[str, str]]) -> None:
+        """It follows from the machines."""
+
+    @property
+    def home(self) -> dict[str, str]:
+        """The host drivers."""
+        return self.host.home
+
+    @property
+    def stubborn(self) -> bool:
+        """Whether no guest answers."""
+        return self.mood == "late"
+
+    @stubborn.setter
+    def stubborn(self, value: bool) -> None:
+        self.mood = "late" if value else "prompt"
 
     # The connection.
 
@@ -233,7 +283,7 @@ class Libvirt:
         """The connection is lost: nothing is told any more. libvirt is still at what it was at."""
         self.connected = False
         for call in self.stuck:
-            self._hanging.append((call.lock, call.effect))
+            self.hanging.append((call.lock, call.effect))
             call.end(errors.HypervisorUnavailable("the connection to libvirt was lost"))
         self.stuck.clear()
         self.emit(HypervisorChanged(self.uri, False, "libvirt has closed the connection"))
@@ -246,15 +296,18 @@ class Libvirt:
 
     def calm(self) -> None:
         """From here on every call works."""
-        self.refuse, self.fail, self.hang = {}, lambda call: False, lambda call: False
-        self.stick = lambda call: False
-        self.before, self.after = lambda call: None, lambda call: None
+        self.refuse_calls: dict[str, str] = {}
+        self.fails: Callable[[str], bool] = lambda call: False
+        self.hang: Callable[[str], bool] = lambda call: False
+        self.stick: Callable[[str], bool] = lambda call: False
+        self.before: Callable[[str], None] = lambda call: None
+        self.after: Callable[[str], None] = lambda call: None
 
     def finish(self, *locks: str) -> None:
         """The calls that hang at these locks (none given: all) come to their end."""
-        for lock, effect in list(self._hanging):
+        for lock, effect in list(self.hanging):
             if not locks or lock in locks:
-                self._hanging.remove((lock, effect))
+                self.hanging.remove((lock, effect))
                 with contextlib.suppress(errors.HostpassError):
                     effect()
 
@@ -268,26 +321,6 @@ class Libvirt:
                     call.effect()
             call.end(error)
 
-    # What the daemon calls.
-
-    async def attach_live(self, uuid: str, xml: str) -> None:
-        await self._call("attach_live", uuid, lambda: self._attach_live(uuid, claim_of(xml)))
-
-    async def attach_config(self, uuid: str, xml: str) -> None:
-        await self._call("attach_config", uuid, lambda: self.store(uuid, claim_of(xml)))
-
-    async def detach_live(self, uuid: str, alias: str) -> None:
-        await self._call("detach_live", uuid, lambda: self._detach_live(uuid, alias))
-
-    async def detach_config(self, uuid: str, claim: Claim) -> None:
-        await self._call("detach_config", uuid, lambda: self._detach_config(uuid, claim))
-
-    async def detach_host(self, name: str) -> None:
-        await self._call("detach_host", "host", lambda: self._detach_host(name), name)
-
-    async def reattach_host(self, name: str) -> None:
-        await self._call("reattach_host", "host", lambda: self._reattach_host(name), name)
-
     async def wait_until_returned(self, names: Collection[str]) -> None:
         while stuck := [call.returned for call in self.stuck if call.about in names]:
             await asyncio.wait(stuck)
@@ -295,87 +328,49 @@ class Libvirt:
     async def wait_until_idle(self, uuid: str) -> None:
         await self._call("wait_until_idle", uuid, lambda: self._read(uuid))
 
-    # What others do.
-
-    def guest_releases(self, uuid: str, alias: str) -> None:
-        """The guest lets a device go."""
-        self.asked.discard(alias)
-        machine = self.machines[uuid]
-        gone = [c for c in machine.live if c.alias == alias]
-        self.put(dataclasses.replace(machine, live=tuple(c for c in machine.live if c.alias != alias)))
-        for claim in gone:
-            device = self._device(claim)
-            if device.pci and device.name not in self.detached:
-                self.bind(device.name, "" if self._owned(device.name) else self.home[device.name])
-        self._tell(DeviceRemoved(MachineKey(self.uri, uuid), alias))
-
-    def destroy(self, uuid: str) -> None:
-        """The machine is powered off."""
-        for claim in self.machines[uuid].live:
-            self.guest_releases(uuid, claim.alias)
-        self.put(dataclasses.replace(self.machines[uuid], state="shut off", live=()))
-
-    # Effects.
-
-    def _attach_live(self, uuid: str, claim: Claim) -> None:
-        machine, device = self.machines[uuid], self._device(claim)
-        if device.pci:
-            self._check_group(device)
-            if sum(isinstance(c.source, PciSource) for c in machine.live) >= self.ports:
-                raise errors.NoFreePort("No more available PCI slots")
-            self.bind(device.name, "vfio-pci")
-        self.put(dataclasses.replace(machine, live=(*machine.live, claim)))
-        if not self.withhold:
-            self._tell(DeviceAdded(MachineKey(self.uri, uuid), claim.alias))
+    async def refresh(self) -> None:
+        await asyncio.sleep(0)
+        self._check_connected()
+        self.come_back()
 
     def store(self, uuid: str, claim: Claim) -> None:
-        machine = self.machines[uuid]
-        if any(c.id == claim.id for c in machine.config):
-            raise errors.AlreadyAssigned("device is already in the domain configuration")
-        self.put(dataclasses.replace(machine, config=(*machine.config, claim)))
+        """Somebody stores CLAIM."""
+        self._store(uuid, claim)
 
-    def _detach_live(self, uuid: str, alias: str) -> None:
-        if all(c.alias != alias for c in self.machines[uuid].live):
-            raise errors.NotAssigned(f"no device {alias}")
-        if alias in self.asked:
-            raise errors.UnplugPending(f"libvirt refused: Device {alias} is already in the process of unplug.")
-        if self.stubborn:
-            self.asked.add(alias)
-        else:
-            self.guest_releases(uuid, alias)
+    # What it tells.
 
-    def _detach_config(self, uuid: str, claim: Claim) -> None:
-        machine = self.machines[uuid]
-        self.put(
-            dataclasses.replace(
-                machine, config=tuple(c for c in machine.config if (c.id, c.alias) != (claim.id, claim.alias))
-            )
-        )
-
-    def _detach_host(self, name: str) -> None:
-        self.detached.add(name)
-        self.bind(name, "vfio-pci")
-
-    def _reattach_host(self, name: str) -> None:
-        self.detached.discard(name)
-        self.bind(name, "" if self._owned(name) else self.home[name])
+    def touch(self, uuid: str, event: Event | None = None) -> None:
+        """The machine is read, and EVENT told, at once."""
+        if event is None:
+            machine = self.machines.get(uuid)
+            self._tell(MachineRead(machine) if machine else MachineGone(MachineKey(self.uri, uuid)))
+        elif not (self.withhold and isinstance(event, DeviceAdded)):
+            self._tell(event)
 
     def _read(self, uuid: str) -> None:
-        if uuid not in self.machines:
-            raise errors.NoSuchMachine("no domain with matching uuid")
-        self._tell(MachineRead(self.machines[uuid]))
+        self.touch(self._machine(uuid).uuid)
+
+    def _tell(self, event: Event) -> None:
+        if self.connected:
+            self.emit(event)
+
+    def _tell_of_host(self, event: Event) -> None:
+        self.emit(event)
+
+    def _ports(self, machine: Machine) -> Ports:
+        return machine.ports
 
     # How a call goes.
 
-    async def _call(self, call: str, lock: str, effect: Callable[[], None], about: str = "") -> None:
-        """LOCK: what libvirt takes for the call, a machine's job or the list of host devices. ABOUT: a node device."""
-        if not self.connected:
-            raise errors.HypervisorUnavailable("libvirt is not connected")
+    async def _call(self, name: str, uuid: str, effect: Callable[[], None], about: str = "") -> None:
+        """One that is about a node device, and not a machine, takes the lock of the list of host devices."""
+        lock = uuid or "host"
+        self._check_connected()
         self.finish(lock)
-        self.calls.append(call)
-        if self.hang(call):
-            self._hanging.append((lock, effect))
-        if self.stick(call):
+        self.calls.append(name)
+        if self.hang(name):
+            self.hanging.append((lock, effect))
+        if self.stick(name):
             stuck = Stuck(about or lock, lock, effect)
             self.stuck.append(stuck)
             try:
@@ -384,43 +379,16 @@ class Libvirt:
                 stuck.given_up = True
                 raise
             return stuck.returned.result()
-        self.before(call)
+        self.before(name)
         self._check_connected()
-        if call in self.refuse or self.fail(call):
-            raise errors.HypervisorRefused(f"libvirt refused: {self.refuse.get(call, call + ' was told to fail')}.")
+        if name in self.refuse_calls or self.fails(name):
+            words = self.refuse_calls.get(name, name + " was told to fail")
+            raise errors.HypervisorRefused(f"libvirt refused: {words}.")
         effect()
-        self.after(call)
+        self.after(name)
         await asyncio.sleep(0)  # as every real call does, it lets others go first
         self._check_connected()
 
     def _check_connected(self) -> None:
         if not self.connected:
             raise errors.HypervisorUnavailable("the connection to libvirt was lost")
-
-    def put(self, machine: Machine) -> None:
-        self.machines[machine.uuid] = machine
-        self._tell(MachineRead(machine))
-
-    def _tell(self, event: Event) -> None:
-        if self.connected:
-            self.emit(event)
-
-    def _device(self, claim: Claim) -> Device:
-        return self.state.devices[self.state.keyed(claim.source.lookup_keys()[0])[0]]
-
-    def _mates(self, name: str) -> list[str]:
-        device = self.state.devices[name]
-        return [n for n in self.state.group(device.pci.iommu_group) if n != name] if device.pci else []
-
-    def _owned(self, name: str) -> bool:
-        held = {self._device(claim).name for machine in self.machines.values() for claim in machine.live}
-        return not held.isdisjoint(self._mates(name))
-
-    def _check_group(self, device: Device) -> None:
-        for mate in self._mates(device.name):
-            other = self.state.devices[mate]
-            if other.driver not in ("", "vfio-pci", "pcieport"):
-                raise errors.HypervisorRefused(f"group {device.pci.iommu_group if device.pci else 0} is not viable")
-
-    def bind(self, name: str, driver: str) -> None:
-        self.emit(DeviceSeen(dataclasses.replace(self.state.devices[name], driver=driver)))

@@ -57,7 +57,7 @@ async def test_a_job_has_one_record_for_each_device_and_moves_nothing_for_others
 async def test_what_others_do_right_after_a_job_is_theirs(house: House) -> None:
     await house.do("assign", STICK)
     house.records()
-    house.libvirt.guest_releases(UUID, hostdev_alias(house))
+    house.libvirt.release(UUID, hostdev_alias(house))
     [live] = house.records()
     assert (live["KIND"], live["DEVICE"], live["OPERATION"]) == ("foreign", STICK.name, "removed")
     assert live["MESSAGE"].startswith("hold removed by others in its live half")
@@ -100,7 +100,7 @@ async def test_what_a_guest_lets_go_after_the_job_is_released_late(house: House)
     alias = hostdev_alias(house)
     house.libvirt.put(dataclasses.replace(house.libvirt.machines[UUID], config=(hostdev(STICK),)))
     assert [row["MESSAGE"].partition(":")[0] for row in house.records()] == ["hold added by others in its stored half"]
-    house.libvirt.guest_releases(UUID, alias)
+    house.libvirt.release(UUID, alias)
     [record] = house.records()
     assert (record["OPERATION"], record["MESSAGE"].partition(":")[0]) == (
         "released",

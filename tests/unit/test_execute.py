@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from hostpassd.model.events import (
     DeviceAdded,
     DeviceGone,
     DeviceSeen,
-    DevicesScanned,
     Event,
     HostUse,
     HostUsesRead,
@@ -63,6 +63,10 @@ LUN = scsi(2, 0, 1, 0)
 MACHINES = {"running": machine(), "stopped": machine(running=False), "transient": machine(persistent=False)}
 
 
+# No instance is given twice, over restarts of daemons.
+_INSTANCES = itertools.count(1000, 1000)
+
+
 class Died(BaseException):
     """The daemon was killed here."""
 
@@ -73,11 +77,10 @@ class World:
     def __init__(self, folder: Path, given: str = "running", libvirt: Libvirt | None = None) -> None:
         self.state = state_of(PORT, NIC, *PAIR, *GPU, STICK, LUN)
         if libvirt:  # the host and the machines are as they were; the daemon is new, and so are its instances
-            self.state = State(first_instance=1 + max(d.instance for d in libvirt.state.devices.values()))
-            self.state.apply(DevicesScanned(tuple(libvirt.state.devices.values())))
-            libvirt.state = self.state
+            self.state = State(first_instance=next(_INSTANCES))
+            self.state.apply(libvirt.host.scan())
         self.events: list[Event] = []
-        self.libvirt = libvirt or Libvirt(self.state, self.emit_early, MACHINES[given])
+        self.libvirt = libvirt or Libvirt(self.state.devices.values(), self.emit_early, MACHINES[given])
         self.libvirt.emit = self.emit
         self.intents = IntentLog(folder / "intents", (URI,))
         self.executor = Executor(self.state, lambda uri: self.libvirt, self.settle, self.emit, self.intents)
@@ -87,6 +90,7 @@ class World:
         self.state.apply(event)
 
     def emit(self, event: Event) -> None:
+        self.libvirt.host_told.hear(event)
         self.events.append(event)
         batches = self.state.apply(event)
         self.executor.notice(event, batches)
@@ -182,7 +186,7 @@ async def test_a_card_that_is_in_one_slot_of_the_running_machine_stays(tmp_path:
     await world.do("assign", NIC)
     before = world.truth()
     words = "operation failed: cannot hot unplug multifunction PCI device: hostdev0"
-    world.libvirt.refuse = {"detach_live": words}
+    world.libvirt.refuse_calls = {"detach_live": words}
     job = await world.do("dismiss", NIC)
     assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.HypervisorRefused")
     assert words in str(job.error)
@@ -300,7 +304,7 @@ async def test_a_guest_that_lets_go_late_ends_the_hold_and_the_drivers_come_back
     first, second = (next(iter(world.state.holds_on(device.name))) for device in PAIR)
     assert (first.live, first.config, first.releasing) == (True, False, not restarted)
     assert (second.live, second.config, second.releasing) == (True, False, False)
-    world.libvirt.guest_releases(UUID, "hostdev0")
+    world.libvirt.release(UUID, "hostdev0")
     await world.quiet()
     assert not list(world.state.holds_on(PAIR[0].name))
     assert list(world.state.holds_on(PAIR[1].name)) == [second]
@@ -329,7 +333,7 @@ async def test_an_alias_that_another_device_has_at_the_moment_of_asking_is_not_a
 async def left_undone(folder: Path) -> World:
     """An assign of the stick has failed, and cannot be undone."""
     world = World(folder)
-    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
+    world.libvirt.refuse_calls = {"attach_live": "no", "detach_config": "never"}
     await world.do("assign", STICK)
     await world.quiet()
     world.libvirt.calls.clear()
@@ -362,7 +366,7 @@ async def test_what_was_left_is_tried_again_after_pauses_that_grow(
 
     world = World(tmp_path)
     monkeypatch.setattr(loop, "call_later", soon)
-    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
+    world.libvirt.refuse_calls = {"attach_live": "no", "detach_config": "never"}
     await world.do("assign", STICK)
     while len(asked) < 9:
         await asyncio.sleep(0)
@@ -387,7 +391,7 @@ async def test_a_device_that_cannot_be_given_back_is_tried_after_pauses_that_gro
     world = World(tmp_path)
     await world.intents.lend(NIC.name, URI, "e1000e")
     world.emit(DeviceSeen(dataclasses.replace(NIC, driver="vfio-pci")))
-    world.libvirt.refuse = {"reattach_host": "no"}
+    world.libvirt.refuse_calls = {"reattach_host": "no"}
     monkeypatch.setattr(asyncio, "sleep", short)
     for _ in range(8):
         world.operations.upkeep.tidy_soon(retry=False)
@@ -409,7 +413,7 @@ async def test_a_failure_that_stays_the_same_is_logged_once(tmp_path: Path, capl
         "An earlier assign was not finished",
         "Of the earlier assign this could not be done",
     ]
-    world.libvirt.refuse = {"detach_config": "not now"}
+    world.libvirt.refuse_calls = {"detach_config": "not now"}
     world.operations.upkeep.retry_now()
     await world.quiet()
     assert "not now" in caplog.messages[-1] and len(caplog.messages) == 3
@@ -450,7 +454,7 @@ async def test_a_guest_asked_before_is_waited_for_when_it_is_asked_again(tmp_pat
     second = await world.start("dismiss", NIC)
     while second.job.state != "waiting-for-guest":
         await asyncio.sleep(0)
-    world.libvirt.guest_releases(UUID, world.state.machines[UUID].live[0].alias)
+    world.libvirt.release(UUID, world.state.machines[UUID].live[0].alias)
     await second.ended.wait()
     assert second.job.state == "done"
     assert world.truth() == home
@@ -484,7 +488,7 @@ async def test_an_event_that_is_lost_with_the_connection_is_made_up_for_by_the_l
     await asyncio.sleep(0)
     world.libvirt.lose()
     if operation == "dismiss":
-        world.libvirt.guest_releases(UUID, world.libvirt.machines[UUID].live[0].alias)
+        world.libvirt.release(UUID, world.libvirt.machines[UUID].live[0].alias)
     await asyncio.sleep(0)
     assert not control.ended.is_set()
     world.libvirt.come_back()
@@ -516,7 +520,7 @@ async def test_a_dismissal_given_up_while_libvirt_is_away_is_not_gone_on_with(tm
 async def left_with_a_stored_half(folder: Path) -> World:
     """An assign whose attach was refused, and the undoing of what it had stored, too."""
     world = World(folder)
-    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
+    world.libvirt.refuse_calls = {"attach_live": "no", "detach_config": "never"}
     job = await world.do("assign", NIC)
     assert "not undone: remove pci_0000_01_00_0" in str(job.error) and "never" in str(job.error)
     await world.quiet()
@@ -529,7 +533,7 @@ async def test_the_next_job_on_the_device_tries_once_more_and_then_its_own_word_
     tmp_path: Path, undone: bool
 ) -> None:
     world = await left_with_a_stored_half(tmp_path)
-    world.libvirt.refuse = {} if undone else {"detach_config": "never"}
+    world.libvirt.refuse_calls = {} if undone else {"detach_config": "never"}
     world.libvirt.calls.clear()
     assert (await world.do("assign", NIC)).state == "done"
     expected = ["attach_config", "attach_live"] if undone else ["attach_live"]
@@ -545,7 +549,7 @@ async def test_the_next_job_on_the_device_tries_once_more_and_then_its_own_word_
 async def test_what_is_left_outlives_other_jobs_and_daemons_whose_jobs_have_the_same_numbers(tmp_path: Path) -> None:
     world = await left_with_a_stored_half(tmp_path)
     for _ in range(2):
-        world.libvirt.refuse = {"detach_config": "never"}
+        world.libvirt.refuse_calls = {"detach_config": "never"}
         world = World(tmp_path, libvirt=world.libvirt)
         world.libvirt.come_back()
         job = await world.do("assign" if not world.libvirt.machines[UUID].live else "dismiss", STICK)
@@ -661,7 +665,7 @@ async def test_what_somebody_else_stores_meanwhile_is_not_undone(tmp_path: Path)
 
 async def test_the_undo_of_a_lone_device_ends_when_its_driver_is_back(tmp_path: Path) -> None:
     world = World(tmp_path)
-    bind, late = world.libvirt.bind, []
+    bind, late = world.libvirt.host.bind, []
 
     def bind_later(name: str, driver: str) -> None:
         late.append(driver)
@@ -669,7 +673,7 @@ async def test_the_undo_of_a_lone_device_ends_when_its_driver_is_back(tmp_path: 
         if driver != "vfio-pci":
             asyncio.get_running_loop().call_later(0.05, bind, name, driver)
 
-    world.libvirt.bind = bind_later  # type: ignore[method-assign]
+    world.libvirt.host.bind = bind_later  # type: ignore[method-assign]
     world.libvirt.withhold = True
     job = await world.do("assign", NIC, timeout=1)
     assert error_name(job) == "org.hostpassd1.Error.TimedOut" and late == ["vfio-pci", "e1000e"]
@@ -811,7 +815,7 @@ async def test_killed_while_it_undoes_or_goes_on_it_recovers_too(
         while died:
             folder = tmp_path / f"{refused} {at}"
             world = await prepared(folder, operation, device)
-            world.libvirt.fail = lambda call, n=refused + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
+            world.libvirt.fails = lambda call, n=refused + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
             tasks: list[asyncio.Task[None]] = []
 
             def die(world: World = world, tasks: list[asyncio.Task[None]] = tasks) -> None:
@@ -865,7 +869,7 @@ async def test_every_call_refused_in_turn_ends_in_a_clean_state(tmp_path: Path, 
     calls, clean = await clean_states(tmp_path, operation, device)
     for at, call in enumerate(calls):
         world = await prepared(tmp_path / str(at), operation, device)
-        world.libvirt.fail = lambda call, n=at + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
+        world.libvirt.fails = lambda call, n=at + 1, w=world: len(w.libvirt.calls) == n  # type: ignore[misc]
         job = await world.do(operation, device)
         assert (job.state, error_name(job)) == ("failed", "org.hostpassd1.Error.HypervisorRefused"), call
         await world.quiet()
@@ -902,7 +906,7 @@ async def test_what_libvirt_refuses_to_undo_too_is_said_and_kept_until_it_can_be
     calls, clean = await clean_states(tmp_path, operation, device)
     for at, call in enumerate(calls):
         world = await prepared(tmp_path / str(at), operation, device)
-        world.libvirt.fail = lambda call, n=at, w=world: len(w.libvirt.calls) > n  # type: ignore[misc]
+        world.libvirt.fails = lambda call, n=at, w=world: len(w.libvirt.calls) > n  # type: ignore[misc]
         job = await world.do(operation, device)
         await world.quiet()
         if world.truth() not in clean:

@@ -163,7 +163,7 @@ def test_the_daemon_stops_soon_and_the_next_one_puts_it_in_order(
         assert stopping.done() and control.job.state == "cancelled", call
         rig.loop.do(rig.libvirt.lose)
         if outcome == "refused":
-            rig.libvirt._hanging.clear()
+            rig.libvirt.hanging.clear()
         new = rig.reborn()
         assert new.world.truth() in clean, call
         assert new.is_quiet()
@@ -172,7 +172,7 @@ def test_the_daemon_stops_soon_and_the_next_one_puts_it_in_order(
 def test_a_stop_does_not_wait_for_an_undoing_that_hangs_either(tmp_path: Path, loop: Clockwork) -> None:
     _, clean = clean_states(tmp_path, loop, "assign", NIC)
     rig = prepared(tmp_path / "undoing", loop, "assign", NIC)
-    rig.libvirt.refuse = {"attach_live": "no room"}
+    rig.libvirt.refuse_calls = {"attach_live": "no room"}
     rig.libvirt.stick = lambda call: call == "detach_config"
     control = rig.start("assign", NIC)
     assert control.job.state == "undoing"
@@ -197,7 +197,7 @@ def test_what_hangs_while_a_refused_job_is_undone_is_told_and_put_in_order_later
         at, stuck = refused + 1, True
         while stuck:
             rig = prepared(tmp_path / f"{refused} {at}", loop, operation, device)
-            rig.libvirt.fail = lambda call, n=refused + 1, rig=rig: len(rig.libvirt.calls) == n  # type: ignore[misc]
+            rig.libvirt.fails = lambda call, n=refused + 1, rig=rig: len(rig.libvirt.calls) == n  # type: ignore[misc]
             rig.stick_at(at)
             control = rig.start(operation, device)
             loop.advance(TIMEOUT)
@@ -216,7 +216,7 @@ def test_who_waits_for_its_turn_can_stop_waiting_and_the_recovery_keeps_its_lock
 ) -> None:
     _, clean = clean_states(tmp_path, loop, "assign", PAIR[0])
     rig = prepared(tmp_path / "recovery", loop, "assign", PAIR[0])
-    rig.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
+    rig.libvirt.refuse_calls = {"attach_live": "no", "detach_config": "never"}
     control = rig.start("assign", PAIR[0])
     loop.advance(10)
     assert control.job.state == "failed" and rig.world.intents.unfinished
@@ -258,7 +258,7 @@ def test_a_dismissal_that_libvirt_refuses_after_all_puts_back_what_it_had_stored
     rig.libvirt.stick = lambda call: call == "detach_live"
     control = rig.start("dismiss", PAIR[0])
     time_out(rig, control)
-    rig.libvirt.refuse = {"detach_live": "cannot hot unplug multifunction PCI device"}
+    rig.libvirt.refuse_calls = {"detach_live": "cannot hot unplug multifunction PCI device"}
     rig.let_go("refused")
     assert rig.world.truth() == clean[0] and rig.is_quiet()
     assert not [hold for hold in rig.world.state.holds_of(UUID) if hold.releasing]
@@ -301,7 +301,7 @@ def test_what_cannot_be_put_in_order_is_not_tried_again_and_again_for_the_events
 ) -> None:
     rig = prepared(tmp_path / "again", loop, "assign", PAIR[0])
     rig.do("assign", PAIR[0])
-    rig.libvirt.refuse = {"reattach_host": "no"}
+    rig.libvirt.refuse_calls = {"reattach_host": "no"}
     rig.libvirt.before = lambda call: rig.world.emit(MachineRead(rig.libvirt.machines[UUID]))
     rig.libvirt.calls.clear()
     loop.do(lambda: rig.libvirt.destroy(UUID))

@@ -296,7 +296,7 @@ async def test_a_file_that_can_be_read_late_is_put_in_order_then(
     monkeypatch.setattr("hostpassd.passthrough.upkeep.LOG_RETRY", 0.001)
     world = World(tmp_path)
     before = world.truth()
-    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
+    world.libvirt.refuse_calls = {"attach_live": "no", "detach_config": "never"}
     await world.do("assign", NIC)
     await world.quiet()
     assert world.truth() != before
@@ -536,10 +536,10 @@ async def test_of_two_sticks_below_one_controller_one_is_undone_though_the_other
     first, second = usb("1-8", controller, number=8, product=8), usb("1-9", controller, number=9, product=9)
     for device in (controller, first, second):
         world.emit(DeviceSeen(device))
-    world.libvirt.refuse = {"attach_live": "no", "detach_config": "never"}
+    world.libvirt.refuse_calls = {"attach_live": "no", "detach_config": "never"}
     assert "not undone" in str((await world.do("assign", first)).error)
     await world.quiet()
-    world.libvirt.refuse = {"detach_config": "never"}
+    world.libvirt.refuse_calls = {"detach_config": "never"}
     assert (await world.do("assign", second)).state == "done"
     await world.quiet()
     world = await reborn(world, tmp_path)
@@ -585,13 +585,13 @@ async def test_going_on_with_a_dismissal_leaves_what_was_stored_again(
 async def test_a_step_that_was_taken_back_is_not_taken_back_again(tmp_path: Path, restarted: bool) -> None:
     world = World(tmp_path)
     await world.do("assign", PAIR[0])
-    world.libvirt.refuse = {"detach_live": "no"}
+    world.libvirt.refuse_calls = {"detach_live": "no"}
     # One of the two cannot be stored again.
-    world.libvirt.fail = lambda call: call == "attach_config" and world.libvirt.calls.count(call) == 3
+    world.libvirt.fails = lambda call: call == "attach_config" and world.libvirt.calls.count(call) == 3
     job = await world.do("dismiss", PAIR[0])
     assert "not undone: store" in str(job.error)
     assert len(world.libvirt.machines[UUID].config) == 1
-    world.libvirt.fail = lambda call: call == "attach_config"
+    world.libvirt.fails = lambda call: call == "attach_config"
     await world.quiet()
     store_by_others(world)  # nothing
     world.libvirt.calm()

@@ -134,7 +134,7 @@ async def test_a_cancel_that_comes_too_late_says_so(house: House, bus: Bus) -> N
 
 
 async def test_a_cancel_while_a_failed_job_is_undone_says_why_it_failed(house: House, bus: Bus) -> None:
-    house.libvirt.refuse = {"attach_live": "no room"}
+    house.libvirt.refuse_calls = {"attach_live": "no room"}
     said = await cancelled_at(house, bus, "before", "detach_config")
     assert said.startswith("failed: Job 1 could not be cancelled any more, it is failed: ") and "no room" in said
 

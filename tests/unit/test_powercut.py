@@ -58,7 +58,7 @@ def power_off(libvirt: Libvirt) -> None:
     libvirt.destroy(UUID)
     libvirt.detached.clear()
     for name, driver in libvirt.home.items():
-        libvirt.bind(name, driver)
+        libvirt.host.bind(name, driver)
 
 
 async def clean_states(folder: Path, disk: Disk, operation: str, device: Device, powered_off: bool) -> list[Truth]:
