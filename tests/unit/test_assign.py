@@ -1,0 +1,158 @@
+"""What an assign plans, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from hostpassd import errors
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
+from hostpassd.model.machine import Claim, Machine, NodeSource, Ports
+from hostpassd.passthrough.request import Options
+from hostpassd.passthrough.steps import Attach, Detach, Store
+from tests.sim.plans import LUN, NIC, PAIR, STICK, accepting, assign, kinds, world
+from tests.sim.world import OTHER, block, hostdev, machine, net, pci, state_of, usb
+
+
+@pytest.mark.parametrize("device", [NIC, STICK, LUN])
+def test_a_running_persistent_machine_gets_both_halves_stored_first(device: Device) -> None:
+    assert kinds(assign(world(machine()), device)) == [f"Store {device.name}", f"Attach {device.name}"]
+
+
+def test_a_stopped_or_transient_machine_gets_its_only_half() -> None:
+    assert kinds(assign(world(machine(running=False)), NIC)) == [f"Store {NIC.name}"]
+    assert kinds(assign(world(machine(persistent=False)), NIC)) == [f"Attach {NIC.name}"]
+
+
+def test_companions_are_freed_before_the_first_attach() -> None:
+    plan = assign(world(machine(persistent=False)), PAIR[0])
+    assert [type(step) for step in plan.steps] == [Detach, Detach, Attach, Attach]
+    assert plan.devices == (PAIR[0].name, PAIR[1].name)
+
+
+def test_the_missing_half_is_added_and_nothing_more() -> None:
+    state = world(machine(config=(hostdev(NIC),)))
+    assert kinds(assign(state, NIC)) == [f"Attach {NIC.name}"]
+    state = world(machine(live=(hostdev(NIC),), config=(hostdev(NIC),)))
+    with pytest.raises(errors.AlreadyAssigned):
+        assign(state, NIC)
+    assert kinds(assign(world(machine(live=(hostdev(NIC),))), NIC)) == [f"Store {NIC.name}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (machine(running=False), Options(live=True)),
+        (machine(persistent=False), Options(config=True)),
+        (machine(), Options(live=False, config=False)),
+    ],
+)
+def test_a_half_that_the_machine_has_not_is_an_invalid_option(given: Machine, options: Options) -> None:
+    with pytest.raises(errors.InvalidOption):
+        assign(world(given), NIC, options)
+
+
+def test_blocked_names_every_code_and_what_it_names() -> None:
+    state = world(machine(), machine("b", OTHER, live=(hostdev(NIC),), config=(hostdev(NIC),)))
+    with pytest.raises(errors.Blocked, match=r"held-config.* b has .*held-live.* b has") as error:
+        assign(state, NIC).check_allowed()
+    assert "0000:01:00.0" in str(error.value)
+
+
+def test_another_instance_is_a_stale_plan() -> None:
+    state = world(machine())
+    with pytest.raises(errors.StalePlan):
+        assign(state, NIC, Options(instance=state.devices[NIC.name].instance + 1))
+
+
+def test_a_twin_is_stored_by_bus_and_number_too() -> None:
+    state = state_of(STICK, usb("1-2", number=4))
+    state.apply(MachineRead(machine(running=False)))
+    (step,) = assign(state, STICK).steps
+    assert isinstance(step, Store) and 'bus="' in step.claim.xml.replace("'", '"')
+    (step,) = assign(world(machine(running=False)), STICK).steps
+    assert isinstance(step, Store) and 'bus="' not in step.claim.xml.replace("'", '"')
+    assert "optional" in step.claim.xml
+
+
+def test_what_can_be_overridden_is_by_name_and_what_never_can_is_not() -> None:
+    state = world(machine(), machine("b", OTHER, running=False, config=(hostdev(NIC),)))
+    plan = assign(state, NIC)
+    assert [b.code for b in plan.blockers] == ["held-config"]
+    with pytest.raises(errors.Blocked):
+        assign(state, NIC, accepting("not-leaf")).check_allowed()
+    assign(state, NIC, accepting("held-config")).check_allowed()
+    assert assign(state, NIC, accepting("held-config", "not-leaf")).overridden == plan.blockers
+    state.apply(MachineRead(machine("b", OTHER, live=(hostdev(NIC),))))
+    with pytest.raises(errors.Blocked):
+        assign(state, NIC, accepting("held-live", "held-config")).check_allowed()
+
+
+def test_a_token_changes_with_what_the_plan_rests_on_and_with_nothing_else() -> None:
+    state = world(machine())
+    token = assign(state, NIC).token
+    state.apply(DeviceSeen(usb("1-7", number=30, product=9)))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert assign(state, NIC).token == token
+    state.apply(HostUsesRead({NIC.name: (HostUse("address", "192.0.2.1/24"),)}))
+    assert assign(state, NIC).token != token
+    state.apply(HostUsesRead({}))
+    assert assign(state, NIC).token == token
+    state.apply(DeviceGone(NIC.sysfs_path))
+    state.apply(DeviceSeen(NIC))
+    assert assign(state, NIC).token != token
+
+
+@pytest.mark.parametrize(("ports", "blocked"), [(Ports((1,)), False), (Ports((), ((2, 1),)), True)])
+def test_a_running_machine_needs_a_port_of_the_right_sort(ports: Ports, blocked: bool) -> None:
+    express = pci("0000:02:00.0", group=6, express=True)
+    state = state_of(express)
+    state.apply(MachineRead(dataclasses.replace(machine(), ports=ports)))
+    assert [b.code for b in assign(state, express).blockers] == (["no-free-port"] if blocked else [])
+    stopped = Options(live=False)
+    assert assign(state, express, stopped).blockers == ()
+
+
+def test_what_the_host_loses_is_named() -> None:
+    interface = net("enp1s0", NIC)
+    state = world(machine())
+    state.apply(DeviceSeen(interface))
+    assert assign(state, NIC).loses == (interface.name,)
+
+
+def test_what_does_not_fit_the_device_is_no_option_of_it() -> None:
+    state = world(machine())
+    for device in (STICK, LUN):
+        with pytest.raises(errors.InvalidOption, match="guest-address"):
+            assign(state, device, Options(guest_address="0000:04:00.0"))
+        with pytest.raises(errors.InvalidOption, match="rom-bar"):
+            assign(state, device, Options(rom_bar=False))
+    assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[attr-defined]
+
+
+DISK = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
+
+
+@pytest.mark.parametrize("device", [LUN, STICK], ids=["disk", "stick"])
+@pytest.mark.parametrize("stored", [False, True], ids=["", "also a stored hostdev"])
+def test_a_disk_that_the_machine_uses_by_its_node_is_not_free_for_it(device: Device, stored: bool) -> None:
+    state = world(machine(live=(DISK,), config=(hostdev(device, config=True),) if stored else ()))
+    state.apply(DeviceSeen(block("sda", device)))
+    plan = assign(state, device)
+    assert [b.code for b in plan.blockers] == ["held-live"]
+    with pytest.raises(errors.Blocked, match="held-live"):
+        assign(state, device, accepting("held-live")).check_allowed()
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["", "it has the controller stored"])
+def test_what_the_running_machine_has_below_a_controller_blocks_the_controller(stored: bool) -> None:
+    controller = pci("0000:05:00.0", group=7, driver="xhci_hcd", code=0x0C0330)
+    stick = usb("1-1", controller)
+    state = state_of(controller, stick)
+    claims = (hostdev(controller, config=True),) if stored else ()
+    state.apply(MachineRead(machine(live=(hostdev(stick),), config=claims)))
+    found = [(b.code, b.device) for b in assign(state, controller).blockers]
+    assert ("held-live", stick.name) in found
+    assert not any(device == controller.name and code.startswith("held") for code, device in found)
