@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-# Before anything imports dbus-next: it would load GLib's bindings, where they are installed, for a part that is not
-# used here. That is a tenth of the start.
-sys.modules["gi"] = None  # type: ignore[assignment]
+from hostpassd import bus
+
+bus.leave_out_glib()
 
 from hostpassd import __version__, config, errors  # noqa: E402
 from hostpassd.base import capabilities  # noqa: E402
