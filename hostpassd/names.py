@@ -6,6 +6,7 @@ from hostpassd import errors
 
 BUS_NAME = "org.hostpassd1"
 ROOT = "/org/hostpassd1"
+MANAGER_PATH = ROOT + "/manager"
 DEVICES = ROOT + "/devices"
 MACHINES = ROOT + "/machines"
 JOBS = ROOT + "/jobs"

@@ -24,7 +24,7 @@ from dbus_next.aio import MessageBus
 from tests.bus.busd import BusDidNotStart, PrivateBus, hang_up
 from tests.bus.mockhost import MockHost
 
-NAME, ROOT = "org.hostpassd1", "/org/hostpassd1"
+NAME, ROOT, MANAGER_PATH = "org.hostpassd1", "/org/hostpassd1", "/org/hostpassd1/manager"
 POLKIT = "org.freedesktop.PolicyKit1"
 LIBVIRT_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
 EMBEDDED = "test:///default"
@@ -56,7 +56,7 @@ class Front:
         return reply.body[0] if reply.body else None
 
     async def manager(self, member: str, signature: str = "", *body: Any) -> Any:
-        return await self.call(NAME, ROOT, NAME + ".Manager", member, signature, *body)
+        return await self.call(NAME, MANAGER_PATH, NAME + ".Manager", member, signature, *body)
 
     async def wait_for_name(self, daemon: asyncio.subprocess.Process) -> None:
         """Returns when the daemon owns its name."""
@@ -149,7 +149,7 @@ async def show(arguments: argparse.Namespace, daemon: asyncio.subprocess.Process
         await demonstrate(front)
         hang_up(polkit)
     busctl = ["busctl", f"--address={address}"]
-    state = [*busctl, "get-property", NAME, ROOT, NAME + ".Manager", "State"]
+    state = [*busctl, "get-property", NAME, MANAGER_PATH, NAME + ".Manager", "State"]
     print("$ " + shlex.join(state), flush=True)
     if await (await asyncio.create_subprocess_exec(*state)).wait():
         raise Failed("busctl did not reach the daemon: its own words are above.")

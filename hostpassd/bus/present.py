@@ -8,9 +8,11 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
-from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, Net, Pci, Scsi, Usb
+from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, MdevType, Net, Pci, Scsi, Usb
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
+from hostpassd.model.naming import identity_id, location, role
+from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Plan
 from hostpassd.state import Entity, State, eligibility
 
@@ -33,23 +35,29 @@ def device_interfaces(state: State, device: Device) -> Interfaces:
     """Device and those of its sub-interfaces that apply."""
     blockers = eligibility.blockers(state, device)
     parent = device.parent if device.parent in state.devices else None
+    owner = state.target(device.name)
     found: Interfaces = {
         names.DEVICE: {
             "Name": device.name,
             "Kind": device.kind,
+            "Role": role(device, state.ancestors(device.name)),
+            "Owner": names.device_path(owner) if owner else "/",
+            "Id": identity_id(device),
             "SysfsPath": device.sysfs_path,
             "Instance": device.instance,
             "Parent": names.device_path(parent) if parent else "/",
-            "Children": _paths(state.children(device.name)),
+            "Children": _paths(in_tree_order(state, state.children(device.name))),
             "DeviceNodes": list(device.device_nodes),
             "Driver": device.driver,
             "Label": device.label,
+            "Location": location(device),
+            "Category": state.category(device.name),
             "Vendor": device.vendor,
             "Product": device.product,
             "Serial": device.serial,
             "Assignable": not blockers,
             "Blockers": [[b.code, b.severity, b.message] for b in blockers],
-            "Companions": _paths(eligibility.companions(state, device)),
+            "Companions": _paths(in_tree_order(state, eligibility.companions(state, device))),
             "Holders": [[names.machine_path(h.machine), hold_row(h)] for h in _sorted(state.holds_on(device.name))],
             "HostUses": [[use.kind, use.detail] for use in state.uses_of(device.name)],
         },
@@ -70,10 +78,10 @@ def _facts(state: State, device: Device, facts: Facts) -> tuple[str, Properties]
         case Scsi(host, channel, target, lun, type_, wwid):
             rows = {"Host": host, "Channel": channel, "Target": target, "Lun": lun, "Type": type_, "Wwid": wwid}
             return names.DEVICE_SCSI, rows
-        case Mdev(uuid, type_):
-            return names.DEVICE_MDEV, {"Uuid": uuid, "Type": type_}
+        case Mdev(uuid, type_, api):
+            return names.DEVICE_MDEV, {"Uuid": uuid, "Type": type_, "DeviceApi": api}
         case MdevParent(types):
-            return names.DEVICE_MDEV_PARENT, {"Types": [list(row) for row in types]}
+            return names.DEVICE_MDEV_PARENT, {"Types": [[each.id, _mdev_type(each)] for each in types]}
         case Net(interface, mac_address):
             return names.DEVICE_NET, {"Interface": interface, "MacAddress": mac_address}
         case Block(node, size):
@@ -85,7 +93,7 @@ def _pci(state: State, device: Device, pci: Pci) -> Properties:
     function = pci.physical_function
     return {
         "Address": pci.address,
-        "Class": pci.class_code,
+        "ClassCode": pci.class_code,
         "ClassName": pci.class_name,
         "VendorId": pci.vendor_id,
         "DeviceId": pci.device_id,
@@ -95,23 +103,33 @@ def _pci(state: State, device: Device, pci: Pci) -> Properties:
         "IommuGroup": pci.iommu_group,
         "NumaNode": pci.numa_node,
         "ResetMethods": list(pci.reset_methods),
-        "BootDisplay": pci.boot_display,
         "PhysicalFunction": names.device_path(function) if function in state.devices and function else "/",
-        "VirtualFunctions": _paths(sorted(state.virtual_functions(device.name))),
+        "VirtualFunctions": _paths(in_tree_order(state, state.virtual_functions(device.name))),
         "MaxVirtualFunctions": pci.max_virtual_functions,
+        "VfioDevice": pci.vfio_device,
     }
 
 
 def _usb(usb: Usb) -> Properties:
     return {
-        "Bus": usb.bus,
-        "Number": usb.number,
+        "BusNumber": usb.bus,
+        "DeviceNumber": usb.number,
         "Port": usb.port,
         "VendorId": usb.vendor_id,
         "ProductId": usb.product_id,
-        "Class": usb.device_class,
+        "DeviceClass": usb.device_class,
         "Speed": usb.speed,
         "Interfaces": list(usb.interfaces),
+        "Socket": usb.socket,
+    }
+
+
+def _mdev_type(given: MdevType) -> dict[str, Variant]:
+    return {
+        "name": Variant("s", given.name),
+        "available": Variant("u", given.available),
+        "device-api": Variant("s", given.api),
+        "description": Variant("s", given.description),
     }
 
 
@@ -129,13 +147,16 @@ def hold_row(hold: Hold) -> dict[str, Variant]:
 
 def machine_properties(state: State, machine: Machine) -> Properties:
     """The properties of a machine."""
+    holds = state.holds_of(machine.uuid)
     return {
         "Name": machine.name,
+        "Title": machine.title,
         "Uuid": machine.uuid,
         "Uri": machine.uri,
-        "State": machine.state,
+        "State": machine.state.replace(" ", "-"),
+        "Active": machine.active,
         "Persistent": machine.persistent,
-        "Devices": [[names.device_path(h.device), hold_row(h)] for h in _sorted(state.holds_of(machine.uuid))],
+        "Devices": [[names.device_path(h.device), hold_row(h)] for h in _in_tree_order(state, holds)],
         "Missing": [missing_row(row) for row in state.missing.get(machine.uuid, ())],
     }
 
@@ -191,6 +212,7 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
     word = "degraded" if state.degraded else "running"
     return {
         "Version": __version__,
+        "Features": [],
         "State": word if running else "starting",
         "Hypervisors": [[h.uri, h.connected, h.error] for h in state.hypervisors.values()],
         "Generation": generation,
@@ -199,6 +221,13 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
 
 def _paths(devices: Iterable[str]) -> list[str]:
     return [names.device_path(name) for name in devices]
+
+
+def _in_tree_order(state: State, holds: Iterable[Hold]) -> list[Hold]:
+    held: dict[str, list[Hold]] = {}
+    for hold in _sorted(holds):
+        held.setdefault(hold.device, []).append(hold)
+    return [hold for name in in_tree_order(state, held) for hold in held[name]]
 
 
 def _sorted(holds: Iterable[Hold]) -> list[Hold]:

@@ -25,7 +25,7 @@ class Publisher:
         self._scheduled: asyncio.Handle | None = None
         self.generation = 0
         self.running = False
-        router.publish(Batch(added={names.ROOT: {names.MANAGER: self._manager()}}))
+        router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: self._manager()}}))
 
     def notice(self, event: Event, batches: Sequence[Changes]) -> None:
         """Takes the changes of an event in; they go out at the end of this turn of the loop, or with `flush`."""
@@ -68,7 +68,7 @@ class Publisher:
             changed=dict(self._present(changes.changed)),
             signals=list(self._signals(changes)),
             removed=[path_of(entity) for entity in changes.removed],
-            last={names.ROOT: {names.MANAGER: {"Generation": self.generation}}},
+            last={names.MANAGER_PATH: {names.MANAGER: {"Generation": self.generation}}},
         )
 
     def _present(self, entities: Iterable[Entity]) -> Iterable[tuple[str, Interfaces]]:
@@ -79,7 +79,7 @@ class Publisher:
         for entity in entities:
             if entity == MANAGER:
                 rows = {key: value for key, value in self._manager().items() if key != "Generation"}
-                yield names.ROOT, {names.MANAGER: rows}
+                yield names.MANAGER_PATH, {names.MANAGER: rows}
                 continue
             interfaces = interfaces_of(self._state, entity)
             if interfaces is not None:
@@ -92,7 +92,7 @@ class Publisher:
         for member, holds in (("HoldRemoved", changes.holds_removed), ("HoldAdded", changes.holds_added)):
             for hold in holds:
                 body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
-                yield Signal(names.ROOT, names.MANAGER, member, body)
+                yield Signal(names.MANAGER_PATH, names.MANAGER, member, body)
         for job in changes.jobs_ended:
             name = names.error_name(job.error) if job.error else ""
             yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, name, str(job.error or "")])

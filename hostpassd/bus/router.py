@@ -375,8 +375,7 @@ class Router:
             raise errors.UnknownObject(f"There is no object {path}, or no longer.")
         thing = self.table.objects.get(path)
         own = {name: self._spec.interfaces[name] for name in thing.interfaces} if thing else {}
-        standard = [spec.PEER, spec.INTROSPECTABLE]
-        standard += [spec.PROPERTIES] if thing else []
+        standard = [spec.PEER, spec.INTROSPECTABLE, spec.PROPERTIES]
         standard += [spec.OBJECT_MANAGER] if path == names.ROOT else []
         return own | {name: spec.STANDARD.interfaces[name] for name in standard}
 
@@ -499,7 +498,8 @@ class Router:
 
     def _values(self, path: str, interface: str) -> dict[str, dict[str, Any]]:
         """The values of INTERFACE's properties; of all interfaces if it is empty."""
-        interfaces = self.table.objects[path].interfaces
+        thing = self.table.objects.get(path)
+        interfaces = thing.interfaces if thing else {}
         if not interface:
             return interfaces
         if interface not in self._interfaces_at(path):
@@ -507,7 +507,7 @@ class Router:
         return {interface: interfaces[interface]} if interface in interfaces else {}
 
     def managed_objects(self) -> bytes:
-        array = join([self._entry(path, thing) for path, thing in self.table.objects.items() if path != names.ROOT])
+        array = join([self._entry(path, thing) for path, thing in self.table.objects.items()])
         return struct.pack("<I4x", len(array)) + array
 
     def _entry(self, path: str, thing: Object) -> bytes:

@@ -163,7 +163,7 @@ class Draft:
             return
         entry = self._wire.entry(path, complete)
         self.objects[path] = Object(complete, entry)
-        self._tell_manager(path, "InterfacesAdded", "oa{sa{sv}}", entry)
+        self._tell_manager("InterfacesAdded", "oa{sa{sv}}", entry)
 
     def _change(self, path: str, changes: Interfaces) -> None:
         old = self._get(path)
@@ -181,13 +181,13 @@ class Draft:
         if fresh:
             complete = {name: self._wire.complete(name, values) for name, values in fresh.items()}
             interfaces.update(complete)
-            self._tell_manager(path, "InterfacesAdded", "oa{sa{sv}}", self._wire.entry(path, complete))
+            self._tell_manager("InterfacesAdded", "oa{sa{sv}}", self._wire.entry(path, complete))
 
     def _go(self, path: str, interfaces: dict[str, dict[str, Any]], gone: list[str]) -> None:
         if gone:
             for name in gone:
                 del interfaces[name]
-            self._tell_manager(path, "InterfacesRemoved", "oas", marshal("oas", [path, gone]))
+            self._tell_manager("InterfacesRemoved", "oas", marshal("oas", [path, gone]))
 
     def _change_values(self, path: str, name: str, old: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         declared = self._spec.interfaces[name].properties
@@ -211,9 +211,7 @@ class Draft:
         thing = self._find(path)
         if thing:
             self.objects[path] = None
-            self._tell_manager(path, "InterfacesRemoved", "oas", marshal("oas", [path, list(thing.interfaces)]))
+            self._tell_manager("InterfacesRemoved", "oas", marshal("oas", [path, list(thing.interfaces)]))
 
-    def _tell_manager(self, path: str, member: str, signature: str, body: bytes) -> None:
-        # The specification's ObjectManager tells of what is below it, so not of itself.
-        if path != names.ROOT:
-            self.tellings.append(Telling(names.ROOT, spec.OBJECT_MANAGER, member, signature, body))
+    def _tell_manager(self, member: str, signature: str, body: bytes) -> None:
+        self.tellings.append(Telling(names.ROOT, spec.OBJECT_MANAGER, member, signature, body))

@@ -23,6 +23,7 @@ from hostpassd.model.device import (
     Input,
     Mdev,
     MdevParent,
+    MdevType,
     Net,
     Pci,
     Scsi,
@@ -294,6 +295,7 @@ def _pci_function(source: Source) -> Pci:
         multifunction=header.multifunction,
         # The kernel shows link attributes for PCI Express functions only (pcie_dev_attrs_are_visible).
         express=source.has("current_link_speed"),
+        vfio_device=clean(next(iter(source.entries("vfio-dev")), "")),
     )
 
 
@@ -444,9 +446,12 @@ def _mdev_types(source: Source) -> tuple[Facts, ...]:
     return (MdevParent(types),) if types else ()
 
 
-def _mdev_type(source: Source, name: str) -> tuple[str, str, int]:
-    available = source.number(f"{_TYPES}/{name}/available_instances")
-    return clean(name), source.text(f"{_TYPES}/{name}/name"), max(0, available)
+def _mdev_type(source: Source, name: str) -> MdevType:
+    def text(file: str) -> str:
+        return source.text(f"{_TYPES}/{name}/{file}")
+
+    available = max(0, source.number(f"{_TYPES}/{name}/available_instances"))
+    return MdevType(clean(name), text("name"), available, text("device_api"), text("description"))
 
 
 _TYPES = "mdev_supported_types"

@@ -29,7 +29,7 @@ from hostpassd.errors import (
     UnplugPending,
     WholeCardOnly,
 )
-from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, with_claim, without_claim
+from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, read_title, with_claim, without_claim
 from hostpassd.model.events import DeviceAdded, DeviceRemoved, Event, RemovalFailed
 from hostpassd.model.machine import Claim, Machine, MachineKey, Ports, UsbSource
 from hostpassd.model.text import clean
@@ -183,6 +183,7 @@ class Connection:
             config=self._claims(name, stored),
             ports=read_ports(live) if live is not None else Ports(),
             config_ports=read_ports(stored) if stored is not None else Ports(),
+            title=read_title(live or stored or "<domain/>"),
         )
 
     def _claims(self, name: str, xml: str | None) -> tuple[Claim, ...]:

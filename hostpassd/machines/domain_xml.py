@@ -67,6 +67,11 @@ def is_live(xml: str) -> bool:
     return _parse(xml).get("id") is not None
 
 
+def read_title(xml: str) -> str:
+    """The title of the machine in XML, '' for none. ValueError: XML cannot be read."""
+    return clean(_parse(xml).findtext("title") or "")
+
+
 def claim_of(element_xml: str) -> Claim:
     """The claim that one element makes. ValueError: it makes none that can be read."""
     claims, warnings = read_claims(f"<domain><devices>{element_xml}</devices></domain>")

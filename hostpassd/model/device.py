@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from hostpassd.model.pci_address import PciAddress
 
@@ -52,6 +53,7 @@ class Pci(Facts):
     off_bus: bool  # configuration space reads all ones
     multifunction: bool = False
     express: bool = False  # PCI Express, not conventional PCI
+    vfio_device: str = ""  # its character device of VFIO, vfio3; '' for none
 
     @property
     def base_class(self) -> int:
@@ -145,11 +147,21 @@ class Mdev(Facts):
         yield ("mdev", self.uuid.lower())
 
 
+class MdevType(NamedTuple):
+    """One type of mediated devices."""
+
+    id: str
+    name: str
+    available: int  # how many more can be made
+    api: str = ""
+    description: str = ""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class MdevParent(Facts):
-    """What a device offers in mediated device types: (id, name, how many more can be made)."""
+    """What a device offers in mediated device types."""
 
-    types: tuple[tuple[str, str, int], ...]
+    types: tuple[MdevType, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

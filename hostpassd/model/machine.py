@@ -198,6 +198,7 @@ class Machine:
     stale: bool = False  # as last known: its hypervisor cannot be reached
     ports: Ports = Ports()  # of the live half
     config_ports: Ports = Ports()
+    title: str = ""
 
     @property
     def key(self) -> MachineKey:

@@ -11,6 +11,7 @@ from hostpassd.model.codes import Blocker, blocker
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device
 from hostpassd.model.drivers import VFIO_PCI
 from hostpassd.model.machine import Hold, Machine
+from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.cards import card_places, functions_beside
 from hostpassd.passthrough.plan import DETACHABLE_KINDS, check_instance, check_reachable, hold_of, locks_of
 from hostpassd.passthrough.request import Options, Plan, Request
@@ -150,7 +151,7 @@ _FUNCTIONS = frozenset({"net", "block", "drm", "input", "sound", "video", "tty",
 
 def _loses(state: State, devices: list[Device]) -> tuple[str, ...]:
     below = (state.devices[name] for device in devices for name in state.descendants(device.name))
-    return tuple(sorted(d.name for d in below if d.kind in _FUNCTIONS))
+    return tuple(in_tree_order(state, (d.name for d in below if d.kind in _FUNCTIONS)))
 
 
 def _consequences(devices: list[Device], to_attach: list[Device]) -> Iterable[str]:

@@ -43,6 +43,8 @@ def find_devices(state: State, text: str) -> list[str]:
     if text.startswith(_SERIAL):
         serial = text.removeprefix(_SERIAL)
         return sorted(device.name for device in state.devices.values() if serial and device.serial == serial)
+    if here := state.located(text):
+        return [here.name]
     if text.startswith("/"):
         return sorted(_at_path(state, text))
     if text in state.devices:

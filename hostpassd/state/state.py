@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
+from hostpassd.model.category import category
 from hostpassd.model.codes import Blocker
 from hostpassd.model.device import Device, Key, same_thing
 from hostpassd.model.events import (
@@ -66,6 +67,7 @@ class State:
         self.hanging: tuple[str, ...] = ()  # files of the kernel that do not answer
         self.excluded_classes = excluded_classes
         self.never = never
+        self._categories: dict[str, str] = {}
         self._next_instance = first_instance
         self._batches = Batches()
         self.tree = Tree(self._batches)
@@ -86,6 +88,14 @@ class State:
     def at(self, sysfs_path: str) -> Device | None:
         """The device at SYSFS_PATH."""
         return self.tree.at(sysfs_path)
+
+    def located(self, location: str) -> Device | None:
+        """The device whose Location that is."""
+        return self.device(self.tree.by_location.get(location, ""))
+
+    def category(self, name: str) -> str:
+        """The Category of the device NAME."""
+        return self._categories[name]
 
     def children(self, name: str) -> list[str]:
         """The names of the devices directly below, sorted."""
@@ -227,7 +237,10 @@ class State:
             case DeviceAdded() | RemovalFailed() | OperationRefused() | CancelAnswered() | OperationRecovered():
                 pass
         self.tree.find_only_keyboards()
-        return self._batches.take()
+        batches = self._batches.take()
+        for changes in batches:
+            self._categorise(changes)
+        return batches
 
     # --- devices ---
 
@@ -252,7 +265,18 @@ class State:
             self._insert(dataclasses.replace(fresh, instance=self._next_instance))
             self._next_instance += 1
 
+    def _categorise(self, changes: Changes) -> None:
+        """What is below a USB device tells what it is; what it once was it stays, whoever drives it."""
+        for kind, name in (*changes.added, *changes.changed):
+            if kind == "device" and (device := self.device(name)):
+                below = (
+                    (self.devices[n] for n in self.descendants(name)) if device.usb and not device.usb.is_hub else ()
+                )
+                parent = self.device(device.parent or "")
+                self._categories[name] = category(device, below, parent, self._categories.get(name, ""))
+
     def _insert(self, device: Device) -> None:
+        self._categories.pop(device.name, None)
         self._batches.add(("device", device.name))
         self._link(device)
         self._settle(device)
@@ -280,6 +304,7 @@ class State:
         self.tree.touch(device.name)
         self._unlink(device)
         self.tree.drop(device.name)
+        self._categories.pop(device.name, None)
         self.spread.forget(device.name)
         self._batches.current.remove(("device", device.name))
         self.holdings.drop(device.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device
+from hostpassd.model.naming import location
 from hostpassd.state.changes import Batches
 from hostpassd.state.multimap import Multimap
 
@@ -26,6 +27,7 @@ class Tree:
         self.only_keyboards: dict[str, str] = {}
         self._batches = batches
         self.by_path: dict[str, str] = {}
+        self.by_location: dict[str, str] = {}
         self.by_parent: Multimap[str, str] = Multimap()
         self.keyboards: Multimap[str, str] = Multimap()
 
@@ -71,22 +73,30 @@ class Tree:
         """Enters DEVICE, with what is below it already."""
         self.devices[device.name] = device
         self.by_path[device.sysfs_path] = device.name
+        self.by_location[location(device)] = device.name
         self._index(device, device)
         for name in self.descendants(device.name):
             self.touch(name)
 
     def replace(self, device: Device) -> None:
         """DEVICE has other values, and lies as before."""
+        self._leave_location(self.devices[device.name])
         self.devices[device.name] = device
+        self.by_location[location(device)] = device.name
 
     def unlink(self, device: Device) -> None:
         """Takes DEVICE out of how things lie; it stays among the devices until `drop` or the next `link`."""
         self.by_path.pop(device.sysfs_path, None)
+        self._leave_location(device)
         self._index(device, None)
 
     def drop(self, name: str) -> None:
         """NAME, unlinked, is a device no more."""
         del self.devices[name]
+
+    def _leave_location(self, device: Device) -> None:
+        if self.by_location.get(location(device)) == device.name:
+            del self.by_location[location(device)]
 
     def _index(self, device: Device, linked: Device | None) -> None:
         """Has the multimaps tell how LINKED lies; None: that DEVICE does not any more."""

@@ -14,7 +14,7 @@ from hostpassd.bus.router import Batch, Router
 from hostpassd.bus.spec import Specification
 from tests.bus.busd import Client, PrivateBus, brokers
 from tests.bus.fakebus import FakeBus
-from tests.bus.told import DEVICE, MANAGER, NET, ONE, ROOT, TWO, device, manager, net
+from tests.bus.told import DEVICE, MANAGER, MANAGER_PATH, NET, ONE, TWO, device, manager, net
 
 NewClient = Callable[[int], Awaitable[Client]]
 
@@ -59,7 +59,7 @@ async def router(bus: PrivateBus, specification: Specification) -> AsyncIterator
 @pytest.fixture
 def served(router: Router) -> Router:
     """A router with the Manager and two devices."""
-    router.publish(Batch(added={ROOT: {MANAGER: manager()}}))
+    router.publish(Batch(added={MANAGER_PATH: {MANAGER: manager()}}))
     router.publish(Batch(added={ONE: {DEVICE: device()}, TWO: {DEVICE: device(Kind="net"), NET: net()}}))
     return router
 

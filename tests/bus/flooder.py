@@ -18,7 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-NAME, ROOT, MANAGER = "org.hostpassd1", "/org/hostpassd1", "org.hostpassd1.Manager"
+NAME, ROOT, MANAGER_PATH = "org.hostpassd1", "/org/hostpassd1", "/org/hostpassd1/manager"
+MANAGER = "org.hostpassd1.Manager"
 OBJECT_MANAGER, PEER = "org.freedesktop.DBus.ObjectManager", "org.freedesktop.DBus.Peer"
 INTROSPECTABLE, PROPERTIES = "org.freedesktop.DBus.Introspectable", "org.freedesktop.DBus.Properties"
 CALL, SIGNAL = 1, 4
@@ -79,7 +80,7 @@ def silent() -> Iterator[bytes]:
             message(OBJECT_MANAGER, "GetManagedObjects", flags=NO_REPLY),
             message(PEER, "Ping", flags=NO_REPLY),
             message(INTROSPECTABLE, "Introspect", flags=NO_REPLY, path=ROOT + "/devices"),
-            message(PROPERTIES, "GetAll", "s", strings(MANAGER), flags=NO_REPLY, path=ROOT),
+            message(PROPERTIES, "GetAll", "s", strings(MANAGER), flags=NO_REPLY, path=MANAGER_PATH),
         ]
     )
 

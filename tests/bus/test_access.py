@@ -19,6 +19,7 @@ from hostpassd.errors import Cancelled
 from hostpassd.passthrough.permission import Check
 from tests.bus.busd import PATIENCE, SHIPPED_ACTIONS, Client, Heard, Polkit, PrivateBus, Refused
 from tests.bus.conftest import NewClient
+from tests.bus.told import manager
 
 DAEMON, NOBODY = 1, 65534
 NOT_AUTHORIZED = "org.hostpassd1.Error.NotAuthorized"
@@ -67,9 +68,7 @@ def checks(router: Router, access: Access, several: list[Check]) -> Checks:
         await running[-1]
         return ["/ok"]
 
-    router.publish(
-        Batch(added={names.ROOT: {names.MANAGER: {"Version": "", "State": "", "Hypervisors": [], "Generation": 0}}})
-    )
+    router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager()}}))
     router.handle(names.MANAGER, "Assign", lambda call: check(call, [("assign", DETAILS)]))
     router.handle(names.MANAGER, "Dismiss", lambda call: check(call, several))
     router.handle(names.MANAGER, "GetMachine", lambda call: check(call, [(call.args[0], DETAILS)]))
@@ -78,11 +77,11 @@ def checks(router: Router, access: Access, several: list[Check]) -> Checks:
 
 def dismiss(client: Client, interactive: bool = True) -> asyncio.Future[Any]:
     """Asks for `several`."""
-    return client.begin(names.ROOT, names.MANAGER, "Dismiss", "ssa{sv}", "m", "d", {}, interactive=interactive)
+    return client.begin(names.MANAGER_PATH, names.MANAGER, "Dismiss", "ssa{sv}", "m", "d", {}, interactive=interactive)
 
 
 def assign(client: Client, interactive: bool = False) -> asyncio.Future[Any]:
-    return client.begin(names.ROOT, names.MANAGER, "Assign", "ssa{sv}", "m", "d", {}, interactive=interactive)
+    return client.begin(names.MANAGER_PATH, names.MANAGER, "Assign", "ssa{sv}", "m", "d", {}, interactive=interactive)
 
 
 async def refusal(answer: asyncio.Future[Any]) -> tuple[str, str]:
@@ -485,10 +484,12 @@ async def test_a_caller_of_a_frozen_polkit_can_still_vanish(checks: Checks, polk
 async def test_an_action_that_polkit_does_not_know_is_a_no(
     checks: Checks, polkit: Polkit, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = client.begin(names.ROOT, names.MANAGER, "GetMachine", "s", "org.hostpassd1.unknown", interactive=True)
+    answer = client.begin(
+        names.MANAGER_PATH, names.MANAGER, "GetMachine", "s", "org.hostpassd1.unknown", interactive=True
+    )
     assert (await refusal(answer))[0] == NOT_AUTHORIZED
     for _ in range(20):  # of whoever has it said again and again the log has one line
-        answer = client.begin(names.ROOT, names.MANAGER, "GetMachine", "s", "org.hostpassd1.unknown")
+        answer = client.begin(names.MANAGER_PATH, names.MANAGER, "GetMachine", "s", "org.hostpassd1.unknown")
         assert (await refusal(answer))[0] == NOT_AUTHORIZED
     [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert "org.hostpassd1.unknown" in record.getMessage()

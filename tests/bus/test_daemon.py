@@ -18,7 +18,7 @@ from tests.bus.busd import PATIENCE, Client, Heard, PrivateBus, Refused
 from tests.bus.conftest import NewClient
 from tests.bus.mockhost import MockHost
 
-ROOT, MANAGER = "/org/hostpassd1", "org.hostpassd1.Manager"
+ROOT, MANAGER_PATH, MANAGER = "/org/hostpassd1", "/org/hostpassd1/manager", "org.hostpassd1.Manager"
 DEVICES = ROOT + "/devices/"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
@@ -104,7 +104,7 @@ def plain(value: Any) -> Any:
 
 
 async def manager(client: Client, member: str, signature: str = "", *body: Any) -> Any:
-    return plain(await client.call(ROOT, MANAGER, member, signature, *body))
+    return plain(await client.call(MANAGER_PATH, MANAGER, member, signature, *body))
 
 
 async def objects(client: Client) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def fold(tree: dict[str, Any], heard: list[Heard]) -> dict[str, Any]:
                 del tree[body[0]][name]
             if not tree[body[0]]:
                 del tree[body[0]]
-        elif signal.member == "PropertiesChanged" and signal.path != ROOT:
+        elif signal.member == "PropertiesChanged":
             # The object manager itself is not among those that it manages.
             tree[signal.path][body[0]].update(body[1])
     return tree
@@ -298,7 +298,7 @@ async def test_plug_and_unplug_are_told_and_fold_to_the_truth(
     told = [
         plain(s.body)[1].get("Generation")
         for s in signals(client)
-        if s.path == ROOT and s.member == "PropertiesChanged"
+        if s.path == MANAGER_PATH and s.member == "PropertiesChanged"
     ]
     generations = [number for number in told if number is not None]
     assert generations == sorted(set(generations))
@@ -392,7 +392,7 @@ async def test_whoever_does_not_read_its_log_does_not_stop_the_daemon(
     await daemon.start()
     await wait_for_name(client)
     for _ in range(300):
-        calls = [client.begin(ROOT, MANAGER, "Assign", "ssa{sv}", "demo", "nope" * 100, {}) for _ in range(16)]
+        calls = [client.begin(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "demo", "nope" * 100, {}) for _ in range(16)]
         answers = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), PATIENCE)
         assert {getattr(answer, "name", answer) for answer in answers} == {"org.hostpassd1.Error.NoSuchDevice"}
     assert "lines are lost" in await daemon.stop()
@@ -420,7 +420,7 @@ async def test_a_bus_that_goes_ends_the_daemon(bus: PrivateBus, host: MockHost, 
 async def test_calls_under_way_at_the_end_are_no_fault(daemon: Daemon, client: Client, new_client: NewClient) -> None:
     """They are answered, or not; the daemon's own words have no traceback, which `daemon` looks for."""
     callers = [client, *[await new_client(1) for _ in range(3)]]
-    calls = [one.begin(ROOT, MANAGER, "Assign", "ssa{sv}", "demo", "1-1.2", {}) for one in callers * 100]
+    calls = [one.begin(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "demo", "1-1.2", {}) for one in callers * 100]
     await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     await daemon.stop()
     for call in calls:
@@ -453,7 +453,7 @@ async def test_the_longest_messages_that_the_bus_takes_fit_into_what_the_unit_al
     [allowed] = re.findall(r"MemoryMax=(\d+)M", UNIT.read_text(encoding="utf-8"))
     clients = [client, *[await new_client(1) for _ in range(4)]]
     long = "x" * (31 << 20)
-    calls = [one.begin(ROOT, PROPERTIES, "Get", "ss", MANAGER, long) for one in clients]
+    calls = [one.begin(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, long) for one in clients]
     clients[0].begin("/" + long, MANAGER, "Rescan", no_reply=True)
     for refused in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(refused, Refused) and refused.name == "org.hostpassd1.Error.LimitExceeded"

@@ -22,7 +22,7 @@ import pytest
 from tests.bus import flooder
 from tests.bus.busd import DRIVER, PATIENCE, PROJECT, Client, PrivateBus
 from tests.bus.conftest import NewClient
-from tests.bus.flooder import KINDS, MANAGER, PEER, PROPERTIES, ROOT
+from tests.bus.flooder import KINDS, MANAGER, MANAGER_PATH, PEER, PROPERTIES, ROOT
 from tests.bus.mockhost import MockHost
 from tests.bus.test_daemon import Daemon, wait_for_name
 
@@ -121,8 +121,8 @@ async def flooding(bus: PrivateBus, kind: str, seconds: float) -> AsyncIterator[
 async def ask_meanwhile(other: Client, flood: asyncio.subprocess.Process) -> tuple[list[float], list[float]]:
     """What another caller asks until the flood is over: how long the answers took, the daemon's and the bus's own."""
     waits, of_the_bus = [], []
-    calls = [(ROOT, PEER, "Ping"), (ROOT, PROPERTIES, "Get", "ss", MANAGER, "Generation")]
-    calls.append((ROOT, MANAGER, "FindDevices", "s", "d1"))
+    calls = [(ROOT, PEER, "Ping"), (MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "Generation")]
+    calls.append((MANAGER_PATH, MANAGER, "FindDevices", "s", "d1"))
     while flood.returncode is None:
         for call in calls:
             waits.append(await timed(other.begin(*call)))

@@ -138,10 +138,12 @@ async def test_a_bus_that_does_not_answer_is_told_and_is_no_fault(
         raise AssertionError("who calls is not known")
 
     monkeypatch.setattr(peers, "DRIVER_TIMEOUT", 0.01)
-    manager = {"Version": "", "State": "", "Hypervisors": [], "Generation": 0}
-    alone.publish(Batch(added={names.ROOT: {names.MANAGER: manager}}))
+    manager = {"Version": "", "Features": [], "State": "", "Hypervisors": [], "Generation": 0}
+    alone.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
     alone.handle(names.MANAGER, "Rescan", rescan)
-    await line.send(fakebus.message(fakebus.CALL, {PATH: names.ROOT, INTERFACE: names.MANAGER, MEMBER: "Rescan"}))
+    await line.send(
+        fakebus.message(fakebus.CALL, {PATH: names.MANAGER_PATH, INTERFACE: names.MANAGER, MEMBER: "Rescan"})
+    )
     question, answer = [await line.take() for _ in range(2)]
     assert question.member == "GetConnectionUnixUser"
     assert answer.error_name == names.ERROR_PREFIX + "TimedOut"

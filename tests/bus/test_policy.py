@@ -78,15 +78,18 @@ async def test_all_can_read_and_call(router: Router, new_client: NewClient, uid:
     async def assign(_: Call) -> Sequence[Any]:
         return [names.ROOT]
 
-    manager = {"Version": "1", "State": "", "Hypervisors": [], "Generation": 0}
-    router.publish(Batch(added={names.ROOT: {names.MANAGER: manager}}))
+    manager = {"Version": "1", "Features": [], "State": "", "Hypervisors": [], "Generation": 0}
+    router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
     router.handle(names.MANAGER, "Assign", assign)
     client = await new_client(uid)
     await client.match()
-    assert await client.call(names.ROOT, OBJECT_MANAGER, "GetManagedObjects") == [{}]
-    assert await client.call(names.ROOT, PROPERTIES, "Get", "ss", names.MANAGER, "Version") == [{"v": ["s", "1"]}]
-    assert await client.call(names.ROOT, names.MANAGER, "Assign", "ssa{sv}", "m", "d", {}) == [names.ROOT]
-    router.publish(Batch(last={names.ROOT: {names.MANAGER: {"Generation": 1}}}))
+    [objects] = await client.call(names.ROOT, OBJECT_MANAGER, "GetManagedObjects")
+    assert list(objects) == [names.MANAGER_PATH]
+    assert await client.call(names.MANAGER_PATH, PROPERTIES, "Get", "ss", names.MANAGER, "Version") == [
+        {"v": ["s", "1"]}
+    ]
+    assert await client.call(names.MANAGER_PATH, names.MANAGER, "Assign", "ssa{sv}", "m", "d", {}) == [names.ROOT]
+    router.publish(Batch(last={names.MANAGER_PATH: {names.MANAGER: {"Generation": 1}}}))
     await client.wait_for("PropertiesChanged")
 
 

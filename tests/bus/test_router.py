@@ -32,6 +32,7 @@ from tests.bus.told import (
     ERROR,
     INTROSPECTABLE,
     MANAGER,
+    MANAGER_PATH,
     NET,
     OBJECT_MANAGER,
     ONE,
@@ -113,7 +114,7 @@ async def test_a_bus_that_hangs_up_at_once_is_an_error(tmp_path: Path, specifica
 async def test_close_sends_what_is_queued(served: Router, client: Client) -> None:
     await client.match()
     for number in range(1, 500):
-        served.publish(Batch(last={ROOT: {MANAGER: {"Generation": number}}}))
+        served.publish(Batch(last={MANAGER_PATH: {MANAGER: {"Generation": number}}}))
     await served.close()
     await heard_until_generation(client, 499)
 
@@ -131,7 +132,7 @@ async def test_objects_published_before_the_connection_are_there(
     bus: PrivateBus, specification: Specification, client: Client
 ) -> None:
     early = Router(specification, log=logging.getLogger())
-    early.publish(Batch(added={ROOT: {MANAGER: manager()}, ONE: {DEVICE: device()}}))
+    early.publish(Batch(added={MANAGER_PATH: {MANAGER: manager()}, ONE: {DEVICE: device()}}))
     await early.connect(bus.address)
     await early.own_name(names.BUS_NAME)
     assert list(await managed(client)) == [ONE]
@@ -142,7 +143,7 @@ async def test_a_burst_survives_a_full_socket(served: Router, client: Client) ->
     """dbus-next alone drops the connection when the socket is full."""
     await client.match()
     for number in range(1, 5001):
-        served.publish(Batch(last={ROOT: {MANAGER: {"Generation": number}}}))
+        served.publish(Batch(last={MANAGER_PATH: {MANAGER: {"Generation": number}}}))
     signals = await heard_until_generation(client, 5000)
     assert [said(heard)["Generation"] for heard in signals] == list(range(1, 5001))
 
@@ -171,9 +172,9 @@ async def test_the_longest_answer_arrives(served: Router, client: Client) -> Non
 
 async def test_a_huge_call_is_refused_unread_and_costs_nothing(served: Router, client: Client) -> None:
     words = {"plan": {"v": ["as", ["x"] * 100_000]}}
-    name, message = await refusal(client, ROOT, MANAGER, "Assign", "ssa{sv}", "", "", words)
+    name, message = await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "", "", words)
     assert name == ERROR + "LimitExceeded" and len(message) < 200
-    name, message = await refusal(client, ROOT, PROPERTIES, "Get", "ss", MANAGER, "x" * (31 << 20))
+    name, message = await refusal(client, MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "x" * (31 << 20))
     assert name == ERROR + "LimitExceeded" and len(message) < 200
     client.begin("/" + "a" * (31 << 20), MANAGER, "Rescan", no_reply=True)
     name, message = await refusal(client, "/" + "a" * 60_000, MANAGER, "Rescan")
@@ -193,9 +194,9 @@ async def test_an_error_is_cut_but_a_blocked_names_every_blocker(
         raise error("\u00e9" * int(call.args[0]))
 
     served.handle(MANAGER, "GetMachine", fail)
-    _, message = await refusal(client, ROOT, MANAGER, "GetMachine", "s", str(length))
+    _, message = await refusal(client, MANAGER_PATH, MANAGER, "GetMachine", "s", str(length))
     assert message == "\u00e9" * length
-    _, message = await refusal(client, ROOT, MANAGER, "GetMachine", "s", str(length + 1))
+    _, message = await refusal(client, MANAGER_PATH, MANAGER, "GetMachine", "s", str(length + 1))
     assert message == "\u00e9" * (length - 1) + "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -234,10 +235,10 @@ async def test_a_handler_sees_the_call(served: Router, client: Client) -> None:
 
     served.handle(MANAGER, "Assign", assign)
     options = {"live": {"v": ["b", True]}}
-    assert await client.call(ROOT, MANAGER, "Assign", "ssa{sv}", "m", "d", options, interactive=True) == [ONE]
-    assert await client.call(ROOT, MANAGER, "Assign", "ssa{sv}", "m", "d", {}) == [ONE]
+    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", options, interactive=True) == [ONE]
+    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", {}) == [ONE]
     args = ["m", "d", {"live": Variant("b", True)}]
-    assert calls[0] == Call(client.name, ROOT, MANAGER, "Assign", args, True)
+    assert calls[0] == Call(client.name, MANAGER_PATH, MANAGER, "Assign", args, True)
     assert not calls[1].interactive
 
 
@@ -248,7 +249,7 @@ async def test_a_call_without_an_interface(served: Router, new_client: NewClient
         return []
 
     served.handle(MANAGER, "Rescan", rescan)
-    assert await root.call(ROOT, None, "Rescan") == []
+    assert await root.call(MANAGER_PATH, None, "Rescan") == []
     assert await root.call(ROOT, None, "Ping") == []
     assert strip(await root.call(ONE, None, "Get", "ss", DEVICE, "Name")) == ["one"]
     assert await refusal(root, ONE, None, "Rescan") == (
@@ -267,8 +268,8 @@ async def test_a_call_without_an_interface(served: Router, new_client: NewClient
         ((ONE, MANAGER, "Rescan"), "UnknownInterface", MANAGER),
         ((ONE, OBJECT_MANAGER, "GetManagedObjects"), "UnknownInterface", OBJECT_MANAGER),
         (("/", OBJECT_MANAGER, "GetManagedObjects"), "UnknownInterface", OBJECT_MANAGER),
-        ((names.DEVICES, PROPERTIES, "GetAll", "s", ""), "UnknownInterface", PROPERTIES),
-        ((ROOT, MANAGER, "Explode"), "UnknownMethod", "Manager has no method Explode"),
+        ((names.DEVICES, PROPERTIES, "GetAll", "s", DEVICE), "UnknownInterface", DEVICE),
+        ((MANAGER_PATH, MANAGER, "Explode"), "UnknownMethod", "Manager has no method Explode"),
         ((ONE, PROPERTIES, "Take", "s", "x"), "UnknownMethod", "Take"),
         ((ONE, PROPERTIES, "Get", "ss", DEVICE, "Colour"), "UnknownProperty", "Device has no property Colour"),
         ((ONE, PROPERTIES, "Get", "ss", "", "Colour"), "UnknownProperty", "Colour"),
@@ -279,8 +280,8 @@ async def test_a_call_without_an_interface(served: Router, new_client: NewClient
         ((ONE, PROPERTIES, "Set", "ssv", DEVICE, "Colour", {"v": ["s", "x"]}), "UnknownProperty", "Colour"),
         ((ONE, PROPERTIES, "Set", "ssv", NET, "Interface", {"v": ["s", "x"]}), "UnknownInterface", NET),
         ((ONE, PROPERTIES, "Get", "s", DEVICE), "InvalidArgs", "interface_name s, property_name s; the call has s."),
-        ((ROOT, MANAGER, "Rescan", "s", "x"), "InvalidArgs", "Rescan takes nothing; the call has s."),
-        ((ROOT, MANAGER, "GetMachine"), "InvalidArgs", "GetMachine takes machine s; the call has nothing."),
+        ((MANAGER_PATH, MANAGER, "Rescan", "s", "x"), "InvalidArgs", "Rescan takes nothing; the call has s."),
+        ((MANAGER_PATH, MANAGER, "GetMachine"), "InvalidArgs", "GetMachine takes machine s; the call has nothing."),
         ((ROOT, PEER, "Ping", "s", "x"), "InvalidArgs", "Ping takes nothing"),
     ],
 )
@@ -292,7 +293,7 @@ async def test_standard_errors(served: Router, client: Client, call: tuple[Any, 
 
 
 async def test_a_method_nobody_handles(served: Router, client: Client) -> None:
-    name, message = await refusal(client, ROOT, MANAGER, "Sync")
+    name, message = await refusal(client, MANAGER_PATH, MANAGER, "Sync")
     assert (name, message) == (ERROR + "NotSupported", "This hostpassd cannot do org.hostpassd1.Manager.Sync.")
 
 
@@ -322,7 +323,7 @@ async def test_every_error_goes_out_under_its_name(served: Router, client: Clien
 
         served.handle(MANAGER, "Rescan", fail)
         prefix = STANDARD_ERROR if issubclass(error, names.STANDARD_ERRORS) else ERROR
-        assert await refusal(client, ROOT, MANAGER, "Rescan") == (prefix + error.name, "It is so.")
+        assert await refusal(client, MANAGER_PATH, MANAGER, "Rescan") == (prefix + error.name, "It is so.")
 
 
 @pytest.mark.parametrize("answer", [None, ["not a path"], [], ["/a", "/b"], [5]])
@@ -335,7 +336,7 @@ async def test_a_fault_is_logged_and_told_in_one_sentence(
         return list(answer)
 
     served.handle(MANAGER, "GetMachine", fail)
-    name, message = await refusal(client, ROOT, MANAGER, "GetMachine", "s", "x")
+    name, message = await refusal(client, MANAGER_PATH, MANAGER, "GetMachine", "s", "x")
     assert (name, message) == (ERROR + "Failed", router_module.FAULT)
     [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert record.exc_info
@@ -357,7 +358,7 @@ async def test_no_reply_where_none_is_expected(served: Router, client: Client, m
     served.handle(MANAGER, "Rescan", rescan, quick=True)
     monkeypatch.setattr(served, "send", spy)
     for interface, member in ((MANAGER, "Rescan"), (MANAGER, "Explode"), (PEER, "Ping")):
-        await client.begin(ROOT, interface, member, no_reply=True)
+        await client.begin(MANAGER_PATH, interface, member, no_reply=True)
     await asyncio.wait_for(done.wait(), PATIENCE)
     await client.call(ROOT, PEER, "Ping")
     assert sent == [MessageType.METHOD_RETURN]
@@ -412,7 +413,7 @@ async def test_calls_under_way_when_the_bus_goes_are_no_fault(
 
     served.handle(MANAGER, "Rescan", wait)
     for _ in range(3):
-        client.begin(ROOT, MANAGER, "Rescan")
+        client.begin(MANAGER_PATH, MANAGER, "Rescan")
         await begun.acquire()
     bus.stop()
     async with asyncio.timeout(PATIENCE):
@@ -512,7 +513,7 @@ async def test_a_flood_of_one_keeps_no_other_from_being_served(
 ) -> None:
     """The other's call is answered while hundreds that came before it wait."""
     monkeypatch.setattr(connection, "SHARE", 0)
-    alone.publish(Batch(added={ROOT: {MANAGER: manager()}}))
+    alone.publish(Batch(added={MANAGER_PATH: {MANAGER: manager()}}))
     fields = {PATH: ROOT, INTERFACE: OBJECT_MANAGER, MEMBER: "GetManagedObjects"}
     flood = [fakebus.message(fakebus.CALL, fields, serial=serial) for serial in range(1, 1001)]
     await fake.send(b"".join(flood) + fakebus.ping(7777, sender=":1.77"))
@@ -524,16 +525,16 @@ async def test_a_flood_of_one_keeps_no_other_from_being_served(
 
 async def test_calls_of_one_sender_are_limited(served: Router, client: Client, new_client: NewClient) -> None:
     method = Waiting(served)
-    waiting = [client.begin(ROOT, MANAGER, "Rescan") for _ in range(router_module.CALLS_PER_SENDER)]
-    name, message = await refusal(client, ROOT, MANAGER, "Rescan")
+    waiting = [client.begin(MANAGER_PATH, MANAGER, "Rescan") for _ in range(router_module.CALLS_PER_SENDER)]
+    name, message = await refusal(client, MANAGER_PATH, MANAGER, "Rescan")
     assert name == ERROR + "LimitExceeded"
     assert "32 calls" in message
     assert await client.call(ROOT, PEER, "Ping") == []
-    waiting.append((await new_client(1)).begin(ROOT, MANAGER, "Rescan"))
+    waiting.append((await new_client(1)).begin(MANAGER_PATH, MANAGER, "Rescan"))
     await method.begun(33)
     method.go.set()
     assert await asyncio.gather(*waiting) == [[]] * 33
-    assert await client.call(ROOT, MANAGER, "Rescan") == []
+    assert await client.call(MANAGER_PATH, MANAGER, "Rescan") == []
     assert not served.running and not served.waiting
 
 
@@ -543,11 +544,11 @@ async def test_calls_of_one_user_are_limited_however_many_connections(
     monkeypatch.setattr(router_module, "CALLS_PER_USER", 3)
     method = Waiting(served)
     twin, other = await new_client(client.uid), await new_client(1)
-    waiting = [one.begin(ROOT, MANAGER, "Rescan") for one in (client, client, twin)]
+    waiting = [one.begin(MANAGER_PATH, MANAGER, "Rescan") for one in (client, client, twin)]
     await method.begun(3)
-    name, message = await refusal(twin, ROOT, MANAGER, "Rescan")
+    name, message = await refusal(twin, MANAGER_PATH, MANAGER, "Rescan")
     assert name == ERROR + "LimitExceeded" and "3 calls" in message
-    waiting.append(other.begin(ROOT, MANAGER, "Rescan"))
+    waiting.append(other.begin(MANAGER_PATH, MANAGER, "Rescan"))
     await method.begun(1)
     method.go.set()
     await asyncio.gather(*waiting)
@@ -563,7 +564,7 @@ async def test_a_quick_method_needs_no_place_and_asks_the_bus_nothing(
     monkeypatch.setattr(router_module, "CALLS", 0)
     served.handle(MANAGER, "GetMachine", machine, quick=True)
     sent = served.serial
-    assert await client.call(ROOT, MANAGER, "GetMachine", "s", "m") == ["/m"]
+    assert await client.call(MANAGER_PATH, MANAGER, "GetMachine", "s", "m") == ["/m"]
     assert served.serial == sent + 1
 
 
@@ -572,9 +573,9 @@ async def test_calls_of_all_are_limited(
 ) -> None:
     monkeypatch.setattr(router_module, "CALLS", 1)
     method = Waiting(served)
-    first = client.begin(ROOT, MANAGER, "Rescan")
+    first = client.begin(MANAGER_PATH, MANAGER, "Rescan")
     await method.begun(1)
-    name, message = await refusal(await new_client(1), ROOT, MANAGER, "Rescan")
+    name, message = await refusal(await new_client(1), MANAGER_PATH, MANAGER, "Rescan")
     assert name == ERROR + "LimitExceeded" and "1 calls are at work" in message
     method.go.set()
     await first
@@ -587,10 +588,10 @@ async def test_a_flood_from_one_who_leaves_leaves_nothing(
     method = Waiting(served)
     idle = len(served.tasks)
     for _ in range(200):
-        client.begin(ROOT, MANAGER, "Rescan")
+        client.begin(MANAGER_PATH, MANAGER, "Rescan")
         client.begin(ROOT, OBJECT_MANAGER, "GetManagedObjects")
         client.begin(ONE, PROPERTIES, "Get", "ss", DEVICE, "Colour")
-        client.begin(ROOT, MANAGER, "Sync")
+        client.begin(MANAGER_PATH, MANAGER, "Sync")
     await method.begun(router_module.CALLS_PER_SENDER)
     assert len(served.tasks) <= idle + router_module.CALLS_PER_SENDER
     client.process.kill()
@@ -618,21 +619,21 @@ async def test_a_cancelled_handler_is_answered(served: Router, client: Client) -
         raise asyncio.CancelledError
 
     served.handle(MANAGER, "Rescan", give_up)
-    name, _ = await refusal(client, ROOT, MANAGER, "Rescan")
+    name, _ = await refusal(client, MANAGER_PATH, MANAGER, "Rescan")
     assert name == ERROR + "Cancelled"
 
 
 async def test_signatures_of_strangers_are_not_kept(served: Router, client: Client) -> None:
     """Whatever they are the signatures of: calls, values in calls, signals and answers that nobody waits for."""
-    fields = {PATH: ROOT, INTERFACE: MANAGER, DESTINATION: names.BUS_NAME}
-    await refusal(client, ROOT, MANAGER, "Assign", "ssa{sv}", "m", "d", {})
+    fields = {PATH: MANAGER_PATH, INTERFACE: MANAGER, DESTINATION: names.BUS_NAME}
+    await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", {})
     fakebus.message(fakebus.RETURN, {**fields, MEMBER: "X", REPLY_SERIAL: 1}, "y", b"")
     known = set(SignatureTree._cache)
     for number in range(1, 120):
         signature = "y" * number
         options = {"x": {"v": [f"({signature})", [0] * number]}}
-        await refusal(client, ROOT, MANAGER, "Assign", "ssa{sv}", "m", "d", options)
-        await refusal(client, ROOT, MANAGER, "Rescan", signature, *[0] * number)
+        await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", options)
+        await refusal(client, MANAGER_PATH, MANAGER, "Rescan", signature, *[0] * number)
         for kind, more in ((fakebus.SIGNAL, {MEMBER: "X"}), (fakebus.RETURN, {REPLY_SERIAL: number})):
             unwanted = fakebus.message(kind, {**fields, **more}, signature, bytes(number), serial=99, sender="")
             await client.send_raw(unwanted)
@@ -661,7 +662,7 @@ async def test_a_message_of_unknown_type_does_not_reach_us(served: Router, clien
 
     served.handle(MANAGER, "Rescan", rescan)
     good = wire.frame(
-        MessageType.METHOD_CALL, 99, path=ROOT, interface=MANAGER, member="Rescan", destination=names.BUS_NAME
+        MessageType.METHOD_CALL, 99, path=MANAGER_PATH, interface=MANAGER, member="Rescan", destination=names.BUS_NAME
     )
     await client.send_raw(good)
     await asyncio.wait_for(called.wait(), PATIENCE)
@@ -679,7 +680,7 @@ async def test_get_and_get_all(served: Router, client: Client) -> None:
     everything = strip_variants(device(Kind="net")) | net()
     assert strip(await client.call(TWO, PROPERTIES, "GetAll", "s", "")) == [everything]
     assert await client.call(TWO, PROPERTIES, "GetAll", "s", PROPERTIES) == [{}]
-    assert strip(await client.call(ROOT, PROPERTIES, "GetAll", "s", MANAGER)) == [manager()]
+    assert strip(await client.call(MANAGER_PATH, PROPERTIES, "GetAll", "s", MANAGER)) == [manager()]
 
 
 async def test_peer(served: Router, client: Client) -> None:
@@ -697,7 +698,7 @@ async def test_introspection_is_the_specification(served: Router, client: Client
         assert canonical(found[name]) == canonical(declared[name])
     assert OBJECT_MANAGER in [node.get("name") for node in (await introspection(client, ROOT)).iterfind("interface")]
     bare = [node.get("name") for node in (await introspection(client, names.DEVICES)).iterfind("interface")]
-    assert bare == [PEER, INTROSPECTABLE]
+    assert bare == [PEER, INTROSPECTABLE, PROPERTIES]
 
 
 def canonical(node: ET.Element) -> str:

@@ -14,7 +14,9 @@ from tests.bus.told import (
     DEVICE,
     INTROSPECTABLE,
     MANAGER,
+    MANAGER_PATH,
     NET,
+    OBJECT_MANAGER,
     ONE,
     PROPERTIES,
     ROOT,
@@ -43,23 +45,23 @@ async def test_a_batch_is_told_in_order_and_before_the_reply(served: Router, cli
             Batch(
                 added={three: {DEVICE: device(), NET: net()}},
                 changed={ONE: {DEVICE: device(Driver="vfio-pci", Label="One!")}},
-                signals=[Signal(ROOT, MANAGER, "HoldAdded", [ONE, "/m", hold])],
+                signals=[Signal(MANAGER_PATH, MANAGER, "HoldAdded", [ONE, "/m", hold])],
                 removed=[TWO],
-                last={ROOT: {MANAGER: {"Generation": 7}}},
+                last={MANAGER_PATH: {MANAGER: {"Generation": 7}}},
             )
         )
         return []
 
     served.handle(MANAGER, "Rescan", rescan)
     await client.match()
-    await client.call(ROOT, MANAGER, "Rescan")
+    await client.call(MANAGER_PATH, MANAGER, "Rescan")
     heard = client.heard[1:]
     assert [(item.kind, item.path, item.member) for item in heard] == [
         ("signal", ROOT, "InterfacesAdded"),
         ("signal", ONE, "PropertiesChanged"),
-        ("signal", ROOT, "HoldAdded"),
+        ("signal", MANAGER_PATH, "HoldAdded"),
         ("signal", ROOT, "InterfacesRemoved"),
-        ("signal", ROOT, "PropertiesChanged"),
+        ("signal", MANAGER_PATH, "PropertiesChanged"),
         ("reply", "", ""),
     ]
     added, changed, hold_added, removed, last, _ = heard
@@ -74,9 +76,12 @@ async def test_only_values_that_differ_are_told(served: Router, client: Client) 
     await client.match()
     served.publish(Batch(changed={ONE: {DEVICE: device()}, TWO: {NET: {"Interface": "eth1"}}}))
     served.publish(Batch(changed={ONE: {DEVICE: device(DeviceNodes=("/dev/one",))}}))
-    served.publish(Batch(last={ROOT: {MANAGER: {"Generation": 1}}}))
+    served.publish(Batch(last={MANAGER_PATH: {MANAGER: {"Generation": 1}}}))
     signals = await heard_until_generation(client, 1)
-    assert [(item.path, said(item)) for item in signals] == [(TWO, {"Interface": "eth1"}), (ROOT, {"Generation": 1})]
+    assert [(item.path, said(item)) for item in signals] == [
+        (TWO, {"Interface": "eth1"}),
+        (MANAGER_PATH, {"Generation": 1}),
+    ]
 
 
 async def test_one_signal_for_each_interface(served: Router, client: Client) -> None:
@@ -91,7 +96,7 @@ async def test_one_signal_for_each_interface(served: Router, client: Client) -> 
 
 async def test_a_const_value_changes_in_silence(served: Router, client: Client) -> None:
     await client.match()
-    served.publish(Batch(changed={ONE: {DEVICE: {"Instance": 2}}}, last={ROOT: {MANAGER: {"Generation": 1}}}))
+    served.publish(Batch(changed={ONE: {DEVICE: {"Instance": 2}}}, last={MANAGER_PATH: {MANAGER: {"Generation": 1}}}))
     assert len(await heard_until_generation(client, 1)) == 1
     assert strip(await client.call(ONE, PROPERTIES, "Get", "ss", DEVICE, "Instance")) == [2]
     assert strip(await managed(client))[ONE][DEVICE]["Instance"] == 2
@@ -101,27 +106,26 @@ async def test_an_interface_comes_and_goes(served: Router, client: Client) -> No
     await client.match()
     served.publish(Batch(changed={ONE: {DEVICE: {"Label": "x"}, NET: net()}}))
     served.publish(Batch(changed={ONE: {DEVICE: {"Label": "y"}, NET: None}}))
-    served.publish(Batch(changed={ONE: {NET: None}}, last={ROOT: {MANAGER: {"Generation": 1}}}))
+    served.publish(Batch(changed={ONE: {NET: None}}, last={MANAGER_PATH: {MANAGER: {"Generation": 1}}}))
     signals = await heard_until_generation(client, 1)
     assert [(item.path, item.member) for item in signals] == [
         (ROOT, "InterfacesAdded"),
         (ONE, "PropertiesChanged"),
         (ONE, "PropertiesChanged"),
         (ROOT, "InterfacesRemoved"),
-        (ROOT, "PropertiesChanged"),
+        (MANAGER_PATH, "PropertiesChanged"),
     ]
     assert strip(signals[0].body) == [ONE, {NET: net()}]
     assert signals[3].body == [ONE, [NET]]
     assert list((await managed(client))[ONE]) == [DEVICE]
 
 
-async def test_the_object_manager_does_not_tell_of_itself(router: Router, client: Client) -> None:
-    await client.match()
-    router.publish(Batch(added={ROOT: {MANAGER: manager()}}))
-    router.publish(Batch(changed={ROOT: {DEVICE: device()}}))
-    router.publish(Batch(changed={ROOT: {DEVICE: None}}, last={ROOT: {MANAGER: {"Generation": 1}}}))
-    assert len(await heard_until_generation(client, 1)) == 1
-    assert await managed(client) == {}
+async def test_the_manager_is_told_like_any_other_object(served: Router, client: Client) -> None:
+    [objects] = await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects")
+    assert strip(objects[MANAGER_PATH]) == {MANAGER: manager()} and ROOT not in objects
+    assert await client.call(ROOT, PROPERTIES, "GetAll", "s", "") == [{}]
+    name, _ = await refusal(client, ROOT, PROPERTIES, "GetAll", "s", MANAGER)
+    assert name == STANDARD_ERROR + "UnknownInterface"
 
 
 async def test_what_comes_and_goes_in_one_batch_leaves_nothing(served: Router, client: Client) -> None:
@@ -131,7 +135,7 @@ async def test_what_comes_and_goes_in_one_batch_leaves_nothing(served: Router, c
         added={three: {DEVICE: device()}}, changed={three: {DEVICE: {"Label": "x"}}}, removed=[three, "/none"]
     )
     served.publish(batch)
-    served.publish(Batch(last={ROOT: {MANAGER: {"Generation": 1}}}))
+    served.publish(Batch(last={MANAGER_PATH: {MANAGER: {"Generation": 1}}}))
     signals = await heard_until_generation(client, 1)
     assert [item.member for item in signals[:3]] == ["InterfacesAdded", "PropertiesChanged", "InterfacesRemoved"]
     assert three not in await managed(client)
@@ -151,8 +155,8 @@ async def test_what_comes_and_goes_in_one_batch_leaves_nothing(served: Router, c
         (Batch(changed={ONE: {DEVICE: {"Parent": "/a\n"}}}), "no object path"),
         (Batch(changed={ONE: {DEVICE: {"Colour": "red"}}}), "Colour"),
         (Batch(signals=[Signal(ONE, MANAGER, "HoldAdded", [])]), "has no org.hostpassd1.Manager"),
-        (Batch(signals=[Signal(ROOT, MANAGER, "Exploded", [])]), "Exploded"),
-        (Batch(signals=[Signal(ROOT, MANAGER, "HoldAdded", [ONE])]), "shorter"),
+        (Batch(signals=[Signal(MANAGER_PATH, MANAGER, "Exploded", [])]), "Exploded"),
+        (Batch(signals=[Signal(MANAGER_PATH, MANAGER, "HoldAdded", [ONE])]), "shorter"),
     ],
 )
 async def test_a_batch_that_does_not_fit_is_not_done_at_all(
@@ -178,7 +182,7 @@ async def test_folding_the_signals_gives_the_objects(served: Router, client: Cli
     )
     served.publish(Batch(changed={three: {NET: net()}, TWO: {NET: None, DEVICE: {"Label": "é \N{GRINNING FACE}"}}}))
     served.publish(Batch(removed=[ONE]))
-    served.publish(Batch(added={ONE: {DEVICE: device(Instance=9)}}, last={ROOT: {MANAGER: {"Generation": 1}}}))
+    served.publish(Batch(added={ONE: {DEVICE: device(Instance=9)}}, last={MANAGER_PATH: {MANAGER: {"Generation": 1}}}))
     for heard in await heard_until_generation(client, 1):
         fold(folded, heard)
     assert folded == await managed(client)
@@ -192,7 +196,7 @@ def fold(objects: dict[str, Any], heard: Heard) -> None:
             objects[path] = {key: value for key, value in objects[path].items() if key not in gone}
             if not objects[path]:
                 del objects[path]
-        case "PropertiesChanged", [interface, values, []] if heard.path != ROOT:
+        case "PropertiesChanged", [interface, values, []] if heard.path != MANAGER_PATH:
             objects[heard.path][interface].update(values)
 
 
@@ -203,7 +207,7 @@ async def test_every_node_lists_its_children(served: Router, client: Client) -> 
     served.publish(Batch(added={names.DEVICES + "2/x": {}, ONE + "0": {DEVICE: device()}}))
     assert await introspected(client, "/") == ["org"]
     assert await introspected(client, "/org") == ["hostpassd1"]
-    assert await introspected(client, ROOT) == ["devices", "devices2"]
+    assert await introspected(client, ROOT) == ["devices", "devices2", "manager"]
     assert await introspected(client, names.DEVICES) == ["net_one", "pci_0000_01_00_0", "pci_0000_01_00_00"]
     assert await introspected(client, ONE) == []
 
@@ -222,7 +226,7 @@ async def test_nodes_go_with_what_is_below_them(served: Router, client: Client) 
     name, _ = await refusal(client, names.JOBS, INTROSPECTABLE, "Introspect")
     assert name == STANDARD_ERROR + "UnknownObject"
     served.publish(Batch(removed=[ONE, TWO]))
-    assert await introspected(client, ROOT) == []
+    assert await introspected(client, ROOT) == ["manager"]
 
 
 async def test_introspection_looks_at_no_other_objects(served: Router) -> None:

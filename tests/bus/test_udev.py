@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 import pytest
 
-from hostpassd.model.device import Block, Device, Mdev, MdevParent, Net, Scsi, Usb, UsbInterface
+from hostpassd.model.device import Block, Device, Mdev, MdevParent, MdevType, Net, Scsi, Usb, UsbInterface
 from hostpassd.model.events import DeviceGone, DeviceSeen, DevicesScanned, Event
 from tests.bus.mockhost import MockHost
 
@@ -248,10 +248,10 @@ def test_mediated_devices_and_their_parents(host: MockHost, listen: Listen) -> N
     listener = listen()
     parent, made = listener.device("mdev_parent_mtty"), listener.device(f"mdev_{uuid.replace('-', '_')}_mtty")
     assert (parent.parent, made.parent) == (None, "mdev_parent_mtty")
-    assert parent.facts == (MdevParent((("mtty-2", "Dual port serial", 11),)),)
+    assert parent.facts == (MdevParent((MdevType("mtty-2", "Dual port serial", 11),)),)
     assert made.facts == (Mdev(uuid, "mtty-2"),)
     assert made.label == "Dual port serial"
-    assert listener.device("pci_0000_00_02_0").facts[1:] == (MdevParent((("i915-GVTg_V5_4", "", 1),)),)
+    assert listener.device("pci_0000_00_02_0").facts[1:] == (MdevParent((MdevType("i915-GVTg_V5_4", "", 1),)),)
 
 
 @needs_preload
@@ -263,7 +263,7 @@ def test_a_driver_of_mediated_devices_comes_and_goes(host: MockHost, listen: Lis
     assert [event.device.name for event in seen(listener.settle())] == ["mdev_parent_mtty"]
     host.write(mtty, "mdev_supported_types/mtty-2/available_instances", "11")
     made = host.mdev(mtty, "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "mtty-2")
-    assert seen(listener.settle())[-1].device.facts == (MdevParent((("mtty-2", "", 11),)),)
+    assert seen(listener.settle())[-1].device.facts == (MdevParent((MdevType("mtty-2", "", 11),)),)
     host.remove(made)
     host.remove(mtty)
     assert [event.sysfs_path for event in gone(listener.settle())] == [made, mtty]

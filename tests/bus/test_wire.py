@@ -24,12 +24,11 @@ from tests.bus.told import (
     DEVICE,
     ERROR,
     MANAGER,
+    MANAGER_PATH,
     ONE,
     PROPERTIES,
-    ROOT,
     heard_until_generation,
     managed,
-    manager,
     refusal,
     said,
     strip,
@@ -96,7 +95,6 @@ def test_joined_parts_are_byte_for_byte_the_librarys_own(objects: dict[str, Any]
 
 async def check_bytes(objects: dict[str, dict[str, dict[str, Any]]], data: st.DataObject) -> None:
     router = Router(SPECIFICATION, log=logging.getLogger())
-    router.publish(Batch(added={ROOT: {MANAGER: manager()}}))
     router.publish(Batch(added={path: {**found} for path, found in objects.items()}))
     assert router.managed_objects() == library_bytes(objects)
     for path, interfaces in objects.items():
@@ -165,8 +163,8 @@ async def test_unsendable_strings_do_not_cost_the_connection(
         served.publish(
             Batch(
                 changed={ONE: {DEVICE: {"Serial": text, "DeviceNodes": [text], "Blockers": [[text, "", str(number)]]}}},
-                signals=[Signal(ROOT, MANAGER, "HoldAdded", [ONE, ONE, {text: Variant("as", [text])}])],
-                last={ROOT: {MANAGER: {"Generation": number}}},
+                signals=[Signal(MANAGER_PATH, MANAGER, "HoldAdded", [ONE, ONE, {text: Variant("as", [text])}])],
+                last={MANAGER_PATH: {MANAGER: {"Generation": number}}},
             )
         )
     changed, hold, *_ = await heard_until_generation(client, 2)
@@ -181,7 +179,7 @@ async def test_unsendable_strings_in_replies_and_errors(served: Router, client: 
         raise errors.NoSuchMachine("no \0 machine \udc80")
 
     served.handle(MANAGER, "GetMachine", fail)
-    assert await refusal(client, ROOT, MANAGER, "GetMachine", "s", "x") == (
+    assert await refusal(client, MANAGER_PATH, MANAGER, "GetMachine", "s", "x") == (
         ERROR + "NoSuchMachine",
         "no machine",
     )

@@ -12,7 +12,8 @@ from hostpassd.bus import spec
 from hostpassd.bus.router import Variant
 from tests.bus.busd import Client, Heard, Refused
 
-ROOT, MANAGER, DEVICE, NET = names.ROOT, names.MANAGER, names.DEVICE, names.DEVICE_NET
+ROOT, MANAGER_PATH = names.ROOT, names.MANAGER_PATH
+MANAGER, DEVICE, NET = names.MANAGER, names.DEVICE, names.DEVICE_NET
 PROPERTIES, PEER, INTROSPECTABLE, OBJECT_MANAGER = (
     spec.PROPERTIES,
     spec.PEER,
@@ -25,13 +26,16 @@ STANDARD_ERROR = names.STANDARD_ERROR_PREFIX
 
 
 def manager(**changes: Any) -> dict[str, Any]:
-    return {"Version": "1", "State": "running", "Hypervisors": [], "Generation": 0, **changes}
+    return {"Version": "1", "Features": [], "State": "running", "Hypervisors": [], "Generation": 0, **changes}
 
 
 def device(**changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "Name": "one",
         "Kind": "pci",
+        "Role": "device",
+        "Owner": ONE,
+        "Id": "8086:10d3",
         "SysfsPath": "/sys/devices/one",
         "Instance": 1,
         "Parent": "/",
@@ -39,6 +43,8 @@ def device(**changes: Any) -> dict[str, Any]:
         "DeviceNodes": ["/dev/one"],
         "Driver": "e1000e",
         "Label": "One",
+        "Location": "0000:01:00.0",
+        "Category": "network",
         "Vendor": "",
         "Product": "",
         "Serial": "",
@@ -68,13 +74,14 @@ def strip(value: Any) -> Any:
 
 
 async def managed(client: Client) -> dict[str, Any]:
+    """What GetManagedObjects tells, without the Manager."""
     [objects] = await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects")
-    return dict(objects)
+    return {path: interfaces for path, interfaces in objects.items() if path != MANAGER_PATH}
 
 
 async def heard_until_generation(client: Client, generation: int) -> list[Heard]:
     """The signals up to the one that tells GENERATION."""
-    await client.wait_for(lambda heard: heard.path == ROOT and said(heard).get("Generation") == generation)
+    await client.wait_for(lambda heard: heard.path == MANAGER_PATH and said(heard).get("Generation") == generation)
     return [heard for heard in client.heard if heard.kind == "signal"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.lab.machine import PATIENCE, Host
 
-NAME, ROOT = "org.hostpassd1", "/org/hostpassd1"
+NAME, ROOT, MANAGER_PATH = "org.hostpassd1", "/org/hostpassd1", "/org/hostpassd1/manager"
 MANAGER, DEVICE, MACHINE, JOB = (f"{NAME}.{word}" for word in ("Manager", "Device", "Machine", "Job"))
 DEVICES = ROOT + "/devices/"
 ERROR = NAME + ".Error."
@@ -82,13 +82,13 @@ class Front:
 
     def manager(self, member: str, signature: str = "", *body: Any, **how: Any) -> list[Any]:
         """Calls a method of the Manager."""
-        return self.call(ROOT, MANAGER, member, signature, *body, **how)
+        return self.call(MANAGER_PATH, MANAGER, member, signature, *body, **how)
 
     def begin_operation(self, operation: str, machine: str, device: str, **options: Any) -> int:
         """Sends an Assign or Dismiss. Its job has all the time there is: the lab is slower than a host."""
         options = {"timeout": PATIENCE, **options}
         packed = {key.replace("_", "-"): [_signature(key, value), value] for key, value in options.items()}
-        return self.begin(ROOT, MANAGER, operation, "ssa{sv}", machine, device, packed)
+        return self.begin(MANAGER_PATH, MANAGER, operation, "ssa{sv}", machine, device, packed)
 
     def assign(self, machine: str, device: str, **options: Any) -> str:
         """Assigns; the job's path."""
@@ -142,7 +142,7 @@ class Front:
 
     def state(self) -> str:
         """The Manager's State."""
-        return str(self.properties(ROOT, MANAGER)["State"])
+        return str(self.properties(MANAGER_PATH, MANAGER)["State"])
 
     def holds(self, name: str) -> list[tuple[bool, bool]]:
         """(live, config) of each hold on a device."""
@@ -215,7 +215,7 @@ class Recording:
 
 
 def _generation(signal: dict[str, Any]) -> int:
-    if signal["path"] != ROOT or signal["member"] != "PropertiesChanged":
+    if signal["path"] != MANAGER_PATH or signal["member"] != "PropertiesChanged":
         return -1
     return int(signal["body"][1].get("Generation", -1))
 
@@ -232,7 +232,6 @@ def fold(tree: dict[str, Any], signals: list[dict[str, Any]]) -> dict[str, Any]:
                 del tree[body[0]][name]
             if not tree[body[0]]:
                 del tree[body[0]]
-        elif signal["member"] == "PropertiesChanged" and path != ROOT:
-            # The object manager itself is not among those that it manages.
+        elif signal["member"] == "PropertiesChanged":
             tree[path][body[0]].update(body[1])
     return tree

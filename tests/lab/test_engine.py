@@ -15,6 +15,7 @@ from tests.lab.test_assign import DRIVERS, LONE, PAIR, driver, hostdevs
 
 GRAPHICS = ("pci_0000_07_00_0", "pci_0000_07_00_1")
 LUN = "scsi_0_0_0_0"
+MANAGED = "org.hostpassd1 /org/hostpassd1/manager org.hostpassd1.Manager"
 
 NewGuest = Callable[..., Guest]
 
@@ -32,7 +33,7 @@ def running(host: Host) -> Iterator[Guest]:
 
 def test_a_plan_says_what_will_happen(host: Host, front: Front, running: Guest) -> None:
     front.sync()
-    command = "busctl --json=short call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager PlanAssign 'ssa{sv}'"
+    command = f"busctl --json=short call {MANAGED} PlanAssign 'ssa{{sv}}'"
     [told] = json.loads(host.run(f"{command} engine {PAIR[0]} 0").stdout)["data"]
     plan = {key: value["data"] for key, value in told.items()}
     assert plan["possible"] and plan["authorization"] == "yes" and plan["blockers"] == []
@@ -80,7 +81,7 @@ def test_two_callers_at_once_on_one_group_never_make_half_of_it(
     other.define()
     other.start()
     front.sync()
-    call = "busctl --timeout=280 call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager Assign 'ssa{sv}'"
+    call = f"busctl --timeout=280 call {MANAGED} Assign 'ssa{{sv}}'"
     one, two = f"{call} engine {PAIR[0]} 1 timeout u 250", f"{call} rival {PAIR[1]} 1 timeout u 250"
     said = host.run(f"({one}; echo ended $?) 2>&1 & ({two}; echo ended $?) 2>&1 & wait").stdout
     assert sorted(re.findall(r"ended (\d+)", said)) == ["0", "1"], said
@@ -177,7 +178,7 @@ def _operate_and_die(host: Host, front: Front, operation: str, at: int) -> bool:
     pid = host.run("systemctl show -p MainPID --value hostpassd").stdout.strip()
     tracer = host.open(f"exec {KILL_AT.format(at, pid)}")
     host.wait_for(f"grep -q '^TracerPid:.[1-9]' /proc/{pid}/status")
-    call = f"busctl --timeout=280 call org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager {operation} 'ssa{{sv}}'"
+    call = f"busctl --timeout=280 call {MANAGED} {operation} 'ssa{{sv}}'"
     # The end is on disk before the answer comes. What is dying has a folder in /proc for a while yet.
     killed = host.run(f"{call} engine {PAIR[0]} 1 timeout u 250", check=False, timeout=PATIENCE).status != 0
     if killed:

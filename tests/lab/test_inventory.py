@@ -38,7 +38,7 @@ def test_pci_is_as_lspci_says(host: Host, front: Front) -> None:
     for row in listed:
         device, pci = mine[row["Slot"]][DEVICE], mine[row["Slot"]]["org.hostpassd1.Device.PCI"]
         ids = {key: int(re.findall(r"\[([0-9a-f]{4})\]$", row[key])[0], 16) for key in ("Class", "Vendor", "Device")}
-        assert (pci["Class"] >> 8, pci["VendorId"], pci["DeviceId"]) == tuple(ids.values()), row
+        assert (pci["ClassCode"] >> 8, pci["VendorId"], pci["DeviceId"]) == tuple(ids.values()), row
         if "SVendor" in row:
             subsystem = [int(re.findall(r"\[([0-9a-f]{4})\]$", row[key])[0], 16) for key in ("SVendor", "SDevice")]
             assert [pci["SubsystemVendorId"], pci["SubsystemDeviceId"]] == subsystem, row
@@ -51,7 +51,7 @@ def test_pci_is_as_lspci_says(host: Host, front: Front) -> None:
 def test_usb_is_as_lsusb_says(host: Host, front: Front) -> None:
     front.sync()
     mine = {
-        (row["org.hostpassd1.Device.USB"]["Bus"], row["org.hostpassd1.Device.USB"]["Number"]): row
+        (row["org.hostpassd1.Device.USB"]["BusNumber"], row["org.hostpassd1.Device.USB"]["DeviceNumber"]): row
         for row in _by_kind(front, "usb").values()
     }
     listed = re.findall(r"Bus (\d+) Device (\d+): ID ([0-9a-f]{4}):([0-9a-f]{4})", host.run("lsusb").stdout)
@@ -62,7 +62,11 @@ def test_usb_is_as_lsusb_says(host: Host, front: Front) -> None:
         assert (usb["VendorId"], usb["ProductId"]) == (int(vendor, 16), int(product, 16))
         path = row[DEVICE]["SysfsPath"]
         said = host.run(f"cd {path} && cat speed bDeviceClass; cat serial 2>/dev/null || echo").stdout.split("\n")
-        assert (usb["Speed"], usb["Class"], row[DEVICE]["Serial"]) == (int(float(said[0])), int(said[1], 16), said[2])
+        assert (usb["Speed"], usb["DeviceClass"], row[DEVICE]["Serial"]) == (
+            int(float(said[0])),
+            int(said[1], 16),
+            said[2],
+        )
         assert usb["Port"] == path.rpartition("/")[2]
 
 

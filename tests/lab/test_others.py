@@ -177,7 +177,7 @@ def test_libvirtd_frozen_and_thawed(host: Host, front: Front) -> None:
 
 
 def _await_state(host: Host, state: str) -> None:
-    words = "get-property org.hostpassd1 /org/hostpassd1 org.hostpassd1.Manager State"
+    words = "get-property org.hostpassd1 /org/hostpassd1/manager org.hostpassd1.Manager State"
     host.wait_for(f"busctl {words} | grep -q '\"{state}\"'")
 
 

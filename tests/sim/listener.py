@@ -154,15 +154,14 @@ class Client:
 
     def __init__(self) -> None:
         self.tree: Tree = {}
-        self.manager: dict[str, Any] = {}
         self.holds: set[tuple[str, str, str]] = set()  # by HoldAdded and HoldRemoved
         self.complaints: list[str] = []
         self.batch: list[tuple[int, str]] = []  # stage and what was said in it, since the last Generation
         self.listens = False
 
-    def start(self, tree: Tree, manager: dict[str, Any]) -> None:
+    def start(self, tree: Tree) -> None:
         """Forgets what was folded, for what is there now."""
-        self.tree, self.manager, self.batch, self.listens = tree, dict(manager), [], True
+        self.tree, self.batch, self.listens = tree, [], True
         self.holds = set(rows_of_devices(tree))
 
     def hear(self, path: str, interface: str, member: str, body: list[Any]) -> None:
@@ -222,7 +221,7 @@ class Client:
             del self.tree[path]
 
     def _properties(self, path: str, interface: str, values: dict[str, Any], invalidated: list[str]) -> None:
-        here = self.manager if path == names.ROOT else self.tree[path][interface]
+        here = self.tree[path][interface]
         if same := [key for key in values if here.get(key) == values[key]]:
             self.complaints.append(f"{path} {interface}: told as changed and is not: {same}")
         if "Generation" in values:

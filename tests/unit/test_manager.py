@@ -186,6 +186,6 @@ async def test_a_plans_authorization_is_the_worst_of_all_that_moves(
     if operation == "Dismiss":
         await house.do("assign", PAIR[0])
     bus.denied = denied
-    [plan] = await bus.call(CALLER, names.ROOT, names.MANAGER, f"Plan{operation}", "vm", PAIR[0].name, {})
+    [plan] = await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, f"Plan{operation}", "vm", PAIR[0].name, {})
     assert plan["authorization"].value == answer
     assert [details["device.name"] for _, details in bus.asked] == [device.name for device in PAIR]
