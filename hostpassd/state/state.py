@@ -311,13 +311,21 @@ class State:
 
     def _link(self, device: Device) -> None:
         self.tree.link(device)
+        self._touch_usb_above(device)
         self.spread.link(device)
         self.spread.again(_physical(device))
 
     def _unlink(self, device: Device) -> None:
+        self._touch_usb_above(device)
         self.spread.unlink(device)
         self.tree.unlink(device)
         self.spread.again(_physical(device))
+
+    def _touch_usb_above(self, device: Device) -> None:
+        """What a USB device is, what is below it tells, too."""
+        above = next((each for each in self.ancestors(device.name) if each.usb), None)
+        if above and not device.usb:
+            self.tree.touch(above.name)
 
     def _settle(self, device: Device) -> None:
         """DEVICE lies where it does: finds what names it, and what it spreads."""

@@ -13,6 +13,7 @@ from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.device import Device, Net, device_name
 from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
 from hostpassd.model.machine import Claim
+from hostpassd.model.naming import location
 from hostpassd.state import State, find
 from tests.sim.world import OTHER, UUID, block, hostdev, machine, mdev, net, pci, scsi, state_of, usb
 
@@ -217,3 +218,13 @@ def test_what_never_stood_anywhere_is_at_no_place() -> None:
     state = state_of(NIC)
     state.apply(MachineRead(machine(config=(by_ids(STICK, live=False), hostdev(NIC)))))
     assert len(state.missing[UUID]) == 1 and find.missing_at(state, state.machines[UUID], "") == ()
+
+
+def test_a_location_finds_exactly_that_node() -> None:
+    state = state_of(*TRUTH, CARD, SOUND, STICK_FACE)
+    for device in state.devices.values():
+        assert find.find_devices(state, location(device)) == [device.name]
+    renamed = dataclasses.replace(INTERFACE, facts=(Net("lan0", "52:54:00:00:00:01"),))
+    state.apply(DeviceGone(INTERFACE.sysfs_path))
+    state.apply(DeviceSeen(dataclasses.replace(renamed, name="net_lan0", sysfs_path=f"{NIC.sysfs_path}/lan0")))
+    assert find.find_devices(state, "enp1s0") == [] and find.find_devices(state, "lan0") == ["net_lan0"]

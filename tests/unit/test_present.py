@@ -1,0 +1,87 @@
+"""What is told of devices and machines."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hostpassd import names
+from hostpassd.bus.present import device_interfaces, machine_properties
+from hostpassd.model.device import Device, Input, Usb
+from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
+from hostpassd.state import State
+from tests.sim.world import block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
+
+PORT = bridge("0000:00:01.0", group=1)
+NIC = pci("0000:01:00.0", PORT, group=2)
+WIRE = net("enp1s0", NIC)
+XHCI = pci("0000:00:14.0", group=3, code=0x0C0330)
+HUB = usb("usb1", XHCI, number=1, device_class=9)
+STICK = usb("1-1", HUB, number=3)
+LUN = scsi(6, 0, 0, 0, STICK)
+DISK = block("sdb", LUN)
+
+
+def told(state: State, device: Device) -> dict[str, object]:
+    row = device_interfaces(state, state.devices[device.name])[names.DEVICE]
+    assert row is not None
+    return row
+
+
+def test_what_a_node_is_and_whose() -> None:
+    state = state_of(PORT, NIC, WIRE, XHCI, HUB, STICK, LUN, DISK)
+    rows = {
+        device.name: (row["Role"], row["Owner"], row["Location"], row["Category"])
+        for device in state.devices.values()
+        for row in [told(state, device)]
+    }
+
+    def path(device: Device) -> str:
+        return names.device_path(device.name)
+
+    assert rows == {
+        PORT.name: ("structure", path(PORT), "0000:00:01.0", "bridge"),
+        NIC.name: ("device", path(NIC), "0000:01:00.0", "network"),
+        WIRE.name: ("function", path(NIC), "enp1s0", "network"),
+        XHCI.name: ("device", path(XHCI), "0000:00:14.0", "usb-controller"),
+        HUB.name: ("structure", path(HUB), "usb1", "hub"),
+        STICK.name: ("device", path(STICK), "1-1", "disk"),
+        LUN.name: ("function", path(STICK), "6:0:0:0", "disk"),
+        DISK.name: ("function", path(STICK), "/dev/sdb", "disk"),
+    }
+    assert (told(state, NIC)["Id"], told(state, WIRE)["Id"]) == ("8086:10d3", "")
+
+
+def test_children_are_in_tree_order_with_numbers_as_numbers() -> None:
+    ports = [usb(f"1-{number}", HUB, number=number) for number in (10, 2, 1)]
+    state = state_of(XHCI, HUB, *ports)
+    assert told(state, HUB)["Children"] == [names.device_path(f"usb_1_{number}") for number in (1, 2, 10)]
+
+
+def test_what_a_device_is_stays_while_a_machine_has_it() -> None:
+    """A keyboard that is told by its input device alone is one, too, when the host's driver is away."""
+    facts = Usb(1, 5, "1-2", 0x1234, 1, 0, 480, ("03:00:00",))
+    board = dataclasses.replace(usb("1-2", HUB, number=5), facts=(facts,))
+    face = Device("usb_1_2__1_0", "usb-interface", f"{board.sysfs_path}/1-2:1.0", board.name)
+    keys = dataclasses.replace(keyboard("input7", face), facts=(Input("seat0", "keyboard"),))
+    state = state_of(XHCI, HUB, board, face)
+    bare = told(state, board)["Category"]
+    state.apply(DeviceSeen(keys))
+    with_driver = told(state, board)["Category"]
+    assert (bare, with_driver) == ("other", "keyboard")
+    state.apply(DeviceGone(keys.sysfs_path))
+    assert told(state, board)["Category"] == with_driver
+    state.apply(DeviceGone(board.sysfs_path))
+    state.apply(DeviceSeen(board))
+    assert told(state, board)["Category"] == bare  # another plug-in is another thing
+
+
+def test_a_machine_tells_whether_it_has_a_live_half_and_what_it_holds_in_tree_order() -> None:
+    state = state_of(PORT, NIC, XHCI, HUB, STICK)
+    held = (hostdev(STICK, "b"), hostdev(NIC, "a"))
+    state.apply(MachineRead(dataclasses.replace(machine(live=held), title="Web server")))
+    [running] = state.machines.values()
+    row = machine_properties(state, running)
+    assert (row["State"], row["Active"], row["Title"]) == ("running", True, "Web server")
+    assert [path for path, _ in row["Devices"]] == [names.device_path(NIC.name), names.device_path(STICK.name)]
+    off = machine_properties(state, machine(running=False))
+    assert (off["State"], off["Active"]) == ("shut-off", False)
