@@ -98,7 +98,7 @@ def print_tree(objects: dict[str, dict[str, Any]]) -> None:
         if row["Assignable"]:
             print(f"{'  ' * depth}    can be assigned")
         elif row["Kind"] in ("pci", "usb", "scsi", "mdev"):
-            for code, severity, message in row["Blockers"]:
+            for _, code, severity, _, message in row["Blockers"]:
                 print(f"{'  ' * depth}    {code} ({severity}): {message}")
         for child in row["Children"]:
             show(child, depth + 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
+from hostpassd.model.codes import KEYS, Blocker, Detail
 from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, MdevType, Net, Pci, Scsi, Usb
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
@@ -56,7 +57,7 @@ def device_interfaces(state: State, device: Device) -> Interfaces:
             "Product": device.product,
             "Serial": device.serial,
             "Assignable": not blockers,
-            "Blockers": [[b.code, b.severity, b.message] for b in blockers],
+            "Blockers": [reason_row(b) for b in blockers],
             "Companions": _paths(in_tree_order(state, eligibility.companions(state, device))),
             "Holders": [[names.machine_path(h.machine), hold_row(h)] for h in _sorted(state.holds_on(device.name))],
             "HostUses": [[use.kind, use.detail] for use in state.uses_of(device.name)],
@@ -172,14 +173,25 @@ def missing_row(row: Missing) -> dict[str, Variant]:
     }
 
 
+def reason_row(blocker: Blocker) -> list[Any]:
+    """A reason: device, code, severity, details, message."""
+    details = {key: _detail(key, value) for key, value in blocker.details}
+    return [names.device_path(blocker.device), blocker.code, blocker.severity, details, blocker.message]
+
+
+def _detail(key: str, value: Detail) -> Variant:
+    if key == "machine":
+        return Variant("o", names.machine_path(str(value)))
+    return Variant(KEYS[key], list(value) if isinstance(value, tuple) else value)
+
+
 def plan_row(plan: Plan, authorization: str) -> dict[str, Variant]:
     """A plan as it goes over the bus."""
-    blockers = [[names.device_path(b.device), b.code, b.severity, b.message] for b in plan.blockers]
     return {
         "token": Variant("s", plan.token),
         "possible": Variant("b", not plan.refused),
         "devices": Variant("ao", [names.device_path(_path_element(name)) for name in plan.devices]),
-        "blockers": Variant("a(osss)", blockers),
+        "blockers": Variant("a(ossa{sv}s)", [reason_row(b) for b in plan.blockers]),
         "loses": Variant("ao", _paths(plan.loses)),
         "steps": Variant("as", [step.text for step in plan.steps]),
         "consequences": Variant("as", list(plan.consequences)),

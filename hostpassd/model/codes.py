@@ -57,6 +57,7 @@ def _table(*rows: Code) -> Mapping[str, Code]:
     return {row.code: row for row in rows}
 
 
+# In the order in which they are told, which is part of the interface: what nobody can accept first.
 BLOCKERS = _table(
     Code(
         "not-assignable-kind",
@@ -77,22 +78,10 @@ BLOCKERS = _table(
         "A PCI bridge, by its header type or its class, is shared by all that is behind it.",
     ),
     Code(
-        "no-iommu",
+        "held-live",
         NEVER,
-        "{what} is in no IOMMU group: enable the IOMMU in the firmware and on the kernel's command line.",
-        "Without an IOMMU a device that a machine drives could write to all memory of the host.",
-    ),
-    Code(
-        "group-not-viable",
-        NEVER,
-        "IOMMU group {group} also has {members}, which the host keeps: use another slot.",
-        "VFIO hands over a whole IOMMU group or nothing, and a member of this one can never be taken from its driver.",
-    ),
-    Code(
-        "not-responding",
-        NEVER,
-        "{what} does not answer on its bus: reset or replug it.",
-        "The configuration space reads as all ones: the device has no power, has crashed, or is gone.",
+        "The running machine {machine-name} has {what}: dismiss it there first.",
+        "A running machine has the device, a companion, a virtual function of it, or something below it.",
     ),
     Code(
         "host-system",
@@ -102,28 +91,22 @@ BLOCKERS = _table(
         "it as never to be given away.",
     ),
     Code(
-        "held-live",
+        "not-responding",
         NEVER,
-        "The running machine {machine-name} has {what}: dismiss it there first.",
-        "A running machine has the device, a companion, a virtual function of it, or something below it.",
+        "{what} does not answer on its bus: reset or replug it.",
+        "The configuration space reads as all ones: the device has no power, has crashed, or is gone.",
     ),
     Code(
-        "class-excluded",
-        OVERRIDE,
-        "{what} is of PCI class {class}, which the configuration keeps for the host.",
-        "The configuration's `excluded-classes` names its class.",
+        "group-not-viable",
+        NEVER,
+        "IOMMU group {group} also has {members}, which the host keeps: use another slot.",
+        "VFIO hands over a whole IOMMU group or nothing, and a member of this one can never be taken from its driver.",
     ),
     Code(
-        "not-leaf",
-        OVERRIDE,
-        "Devices that can be assigned by themselves are below {what}: assign those.",
-        "Whoever is given the controller has all that is plugged into it, now and later.",
-    ),
-    Code(
-        "has-virtual-functions",
-        OVERRIDE,
-        "{what} has virtual functions ({functions}): assign those, or remove them first.",
-        "The virtual functions go when the physical function changes its driver.",
+        "no-iommu",
+        NEVER,
+        "{what} is in no IOMMU group: enable the IOMMU in the firmware and on the kernel's command line.",
+        "Without an IOMMU a device that a machine drives could write to all memory of the host.",
     ),
     Code(
         "boot-display",
@@ -162,12 +145,35 @@ BLOCKERS = _table(
         "Another machine would be refused the device, or take it, when it starts.",
     ),
     Code(
+        "has-virtual-functions",
+        OVERRIDE,
+        "{what} has virtual functions ({functions}): assign those, or remove them first.",
+        "The virtual functions go when the physical function changes its driver.",
+    ),
+    Code(
+        "class-excluded",
+        OVERRIDE,
+        "{what} is of PCI class {class}, which the configuration keeps for the host.",
+        "The configuration's `excluded-classes` names its class.",
+    ),
+    Code(
         "no-free-port",
         OVERRIDE,
         "{machine-name} has {places} free places for {devices}: give it {needs} for each and start it again.",
         "Only in a plan: the running machine has no place for one more PCI device.",
     ),
+    Code(
+        "not-leaf",
+        OVERRIDE,
+        "Devices that can be assigned by themselves are below {what}: assign those.",
+        "Whoever is given the controller has all that is plugged into it, now and later.",
+    ),
 )
+
+# Whatever else there is, of a device with one of these it does not matter.
+ALONE = frozenset({"not-assignable-kind", "hub", "bridge"})
+
+_ORDER = {code: place for place, code in enumerate(BLOCKERS)}
 
 # Every code that a caller can accept by its name.
 OVERRIDABLE = frozenset(row.code for row in BLOCKERS.values() if row.severity == OVERRIDE)
@@ -188,7 +194,7 @@ def _text(detail: Detail) -> str:
     return ", ".join(detail) if isinstance(detail, tuple) else str(detail)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Blocker:
     """One reason why a device cannot, or should not, be assigned, from the table BLOCKERS."""
 
@@ -201,6 +207,11 @@ class Blocker:
     def message(self) -> str:
         """One sentence: what is wrong and what to do."""
         return say(BLOCKERS[self.code].sentence, dict(self.details))
+
+    @property
+    def place(self) -> tuple[int, str, str]:
+        """What blockers are sorted by."""
+        return (_ORDER[self.code], self.device, repr(self.details))
 
     @property
     def machine(self) -> str:

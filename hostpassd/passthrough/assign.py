@@ -57,7 +57,7 @@ class Assign(Request):
         return dataclasses.replace(
             plan,
             steps=(*self._store(state, machine, device, to_store), *self._attach(state, devices, to_attach)),
-            blockers=(*plan.blockers, *_port_blockers(machine, to_attach)),
+            blockers=tuple(sorted((*plan.blockers, *_port_blockers(machine, to_attach)), key=lambda b: b.place)),
             loses=_loses(state, devices),
             consequences=tuple(_consequences(devices, to_attach)),
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from hostpassd.model import drivers
-from hostpassd.model.codes import Blocker, blocker
+from hostpassd.model.codes import ALONE, Blocker, blocker
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Pci
 from hostpassd.model.events import HostUse
 from hostpassd.model.machine import Hold
@@ -70,14 +70,17 @@ def companions(view: View, device: Device) -> tuple[str, ...]:
 
 def blockers(view: View, device: Device) -> tuple[Blocker, ...]:
     """The union over the device, its companions and all below them, without regard to a machine."""
-    found = set(_kind_blockers(view, device)) | set(use_blockers(view, device)) | set(view.below(device.name))
+    found = set(_kind_blockers(view, device))
+    if alone := [b for b in found if b.code in ALONE]:
+        return tuple(alone)
+    found |= set(use_blockers(view, device)) | set(view.below(device.name))
     if device.kind in ASSIGNABLE_KINDS:
         for name in companions(view, device):
             companion = view.device(name)
             if companion:
                 found |= {b for b in _kind_blockers(view, companion) if b.code not in _OWN_CODES}
                 found |= set(use_blockers(view, companion)) | set(view.below(name))
-    return tuple(sorted(found))
+    return tuple(sorted(found, key=lambda b: b.place))
 
 
 # What a companion's own row would only say again: the group's culprit is named by group-not-viable.

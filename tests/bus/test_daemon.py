@@ -196,7 +196,7 @@ async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, cl
     row = await device(client, "usb_1_1_2")
     [[machine, hold]] = row["Holders"]
     assert (hold["kind"], hold["live"], hold["config"], hold["stale"]) == ("hostdev", False, True, False)
-    assert [b[0] for b in row["Blockers"]] == ["held-config"] and row["Assignable"] is False
+    assert [b[1] for b in row["Blockers"]] == ["held-config"] and row["Assignable"] is False
     [added] = await client.wait_for("HoldAdded")
     assert plain(added.body) == [DEVICES + "usb_1_1_2", machine, hold]
     [completed] = await client.wait_for("Completed")
@@ -379,8 +379,8 @@ async def test_the_configuration_is_used(bus: PrivateBus, host: MockHost, tmp_pa
     daemon = Daemon(bus, host, tmp_path)
     await daemon.start()
     await wait_for_name(client)
-    assert [b[0] for b in (await device(client, "pci_0000_01_00_0"))["Blockers"]] == ["class-excluded"]
-    assert [b[0] for b in (await device(client, "usb_1_1_2"))["Blockers"]] == ["host-system"]
+    assert [b[1] for b in (await device(client, "pci_0000_01_00_0"))["Blockers"]] == ["class-excluded"]
+    assert [b[1] for b in (await device(client, "usb_1_1_2"))["Blockers"]] == ["host-system"]
     await daemon.stop()
 
 

@@ -160,15 +160,16 @@ async def test_unsendable_strings_do_not_cost_the_connection(
     clean = text.replace("\0", "\ufffd").replace("\udc80", "\ufffd").replace("\ud800", "\ufffd")
     await client.match()
     for number in (1, 2):
+        blockers = [[ONE, text, "", {}, str(number)]]
         served.publish(
             Batch(
-                changed={ONE: {DEVICE: {"Serial": text, "DeviceNodes": [text], "Blockers": [[text, "", str(number)]]}}},
+                changed={ONE: {DEVICE: {"Serial": text, "DeviceNodes": [text], "Blockers": blockers}}},
                 signals=[Signal(MANAGER_PATH, MANAGER, "HoldAdded", [ONE, ONE, {text: Variant("as", [text])}])],
                 last={MANAGER_PATH: {MANAGER: {"Generation": number}}},
             )
         )
     changed, hold, *_ = await heard_until_generation(client, 2)
-    assert said(changed) == {"Serial": clean, "DeviceNodes": [clean], "Blockers": [[clean, "", "1"]]}
+    assert said(changed) == {"Serial": clean, "DeviceNodes": [clean], "Blockers": [[ONE, clean, "", {}, "1"]]}
     assert strip(hold.body[2]) == {clean: [clean]}
     assert strip(await managed(client))[ONE][DEVICE]["Serial"] == clean
     assert len([record for record in caplog.records if "NUL" in record.message]) == 1

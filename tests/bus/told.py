@@ -49,7 +49,7 @@ def device(**changes: Any) -> dict[str, Any]:
         "Product": "",
         "Serial": "",
         "Assignable": True,
-        "Blockers": [["hub", "never", "It is a hub."]],
+        "Blockers": [[ONE, "hub", "never", {"what": Variant("s", "One")}, "It is a hub."]],
         "Companions": [],
         "Holders": [["/org/hostpassd1/machines/a", {"kind": Variant("s", "hostdev"), "live": Variant("b", True)}]],
         "HostUses": [],

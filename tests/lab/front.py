@@ -117,7 +117,7 @@ class Front:
 
     def blockers(self, name: str) -> dict[str, str]:
         """The messages of a device's blockers by their codes."""
-        return {code: message for code, _, message in self.device(name)["Blockers"]}
+        return {code: message for _, code, _, _, message in self.device(name)["Blockers"]}
 
     def sync(self) -> int:
         """Waits until hostpassd has told all that happened so far."""

@@ -44,3 +44,10 @@ def test_a_sentence_in_another_language_is_made_from_the_same_details() -> None:
 def test_brackets_and_braces_in_a_detail_are_only_text() -> None:
     found = codes.blocker("hub", "usb_1_1", what="{kind} [x]")
     assert found.message == "{kind} [x] is a USB hub: assign the devices below it."
+
+
+def test_what_nobody_can_accept_is_told_first() -> None:
+    severities = [row.severity for row in codes.BLOCKERS.values()]
+    assert severities == sorted(severities)  # never, override
+    found = [codes.blocker(code, "usb_1_1", what="x") for code in reversed(list(codes.BLOCKERS))]
+    assert [b.code for b in sorted(found, key=lambda b: b.place)] == list(codes.BLOCKERS)

@@ -24,7 +24,7 @@ def codes(state: State, device: Device) -> set[tuple[str, str]]:
 def test_a_nic_behind_a_root_port_is_free() -> None:
     state = state_of(PORT, NIC, net("enp1s0", NIC))
     assert codes(state, NIC) == set()
-    assert codes(state, PORT) == {("bridge", "never"), ("not-leaf", "override")}
+    assert codes(state, PORT) == {("bridge", "never")}
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from hostpassd import names
 from hostpassd.bus.present import device_interfaces, machine_properties
+from hostpassd.model.codes import BLOCKERS, say
 from hostpassd.model.device import Device, Input, Usb
 from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
 from hostpassd.state import State
-from tests.sim.world import block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
+from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
 NIC = pci("0000:01:00.0", PORT, group=2)
@@ -21,7 +23,7 @@ LUN = scsi(6, 0, 0, 0, STICK)
 DISK = block("sdb", LUN)
 
 
-def told(state: State, device: Device) -> dict[str, object]:
+def told(state: State, device: Device) -> dict[str, Any]:
     row = device_interfaces(state, state.devices[device.name])[names.DEVICE]
     assert row is not None
     return row
@@ -85,3 +87,23 @@ def test_a_machine_tells_whether_it_has_a_live_half_and_what_it_holds_in_tree_or
     assert [path for path, _ in row["Devices"]] == [names.device_path(NIC.name), names.device_path(STICK.name)]
     off = machine_properties(state, machine(running=False))
     assert (off["State"], off["Active"]) == ("shut-off", False)
+
+
+def test_a_reason_has_its_details_by_their_types_and_its_message_is_made_of_them() -> None:
+    state = state_of(PORT, NIC)
+    state.apply(MachineRead(machine(live=(hostdev(NIC),), config=(hostdev(NIC),))))
+    [[path, code, severity, details, message], second] = told(state, NIC)["Blockers"]
+    assert (path, code, severity) == (names.device_path(NIC.name), "held-live", "never")
+    assert {key: (value.signature, value.value) for key, value in details.items()} == {
+        "machine": ("o", names.machine_path(UUID)),
+        "machine-name": ("s", "vm"),
+        "what": ("s", NIC.label),
+    }
+    assert message == say(BLOCKERS[code].sentence, {key: value.value for key, value in details.items()})
+    assert second[1:3] == ["held-config", "override"]
+
+
+def test_of_a_bridge_nothing_else_matters() -> None:
+    state = state_of(PORT, NIC)
+    state.apply(MachineRead(machine(live=(hostdev(NIC),))))
+    assert [row[1] for row in told(state, PORT)["Blockers"]] == ["bridge"]
