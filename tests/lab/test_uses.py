@@ -31,7 +31,7 @@ def told(recording: Recording, name: str, wanted: Callable[[dict[str, str]], boo
         if signal["path"] != DEVICES + name or signal["member"] != "PropertiesChanged" or signal["body"][0] != DEVICE:
             return False
         rows = signal["body"][1].get("Blockers")
-        return rows is not None and wanted({code: text for code, _, text in rows})
+        return rows is not None and wanted({code: text for _, code, _, _, text in rows})
 
     recording.wait_until(matches)
 
