@@ -15,14 +15,18 @@ from tests.lab.front import Front, Recording
 from tests.lab.guest import Guest
 from tests.lab.install import install
 from tests.lab.machine import PATIENCE, Host
+from tests.lab.repeat import pytest_runtest_protocol, watch
 from tests.roots import cache_folder
+
+__all__ = ["pytest_runtest_protocol"]  # a hook that pytest finds here
 
 
 @pytest.fixture(scope="session")
-def host() -> Iterator[Host]:
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """The host, booted once, the daemon installed and running."""
     with Host() as booted:
         install(booted)
+        watch(request.session, booted)
         yield booted
 
 

@@ -9,6 +9,7 @@ Everything listens on unix sockets or on loopback, and dies with the process tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -173,6 +174,7 @@ class Host:
         try:
             self._qmp = _Qmp(self.folder / "qmp.sock", self._qemu)
             self._wait_until_up(timeout)
+            self._resets()
         except BaseException as error:
             if isinstance(error, Exception):
                 error.add_note(self._last_words())
@@ -196,7 +198,31 @@ class Host:
             self.qmp("system_reset")
         else:
             self.run("systemctl reboot", check=False)
+        self.qmp_event("RESET", timeout)
         self._wait_until_up(timeout)
+        self._resets()
+
+    def lost(self) -> str:
+        """What became of the host without being asked for, and its last words; '' where it is there as before."""
+        assert self._qemu is not None
+        if self._qemu.poll() is not None:
+            return f"QEMU ended with status {self._qemu.returncode}. {self._last_words()}"
+        if self._resets():
+            return f"The emulated host restarted by itself. {self._last_words()}"
+        try:
+            self.run("true", timeout=60)
+        except (TimeoutError, subprocess.TimeoutExpired, CommandFailed) as error:
+            return f"The host no longer answers: {error}. {self._last_words()}"
+        return ""
+
+    def _resets(self) -> int:
+        """How often the host was reset since this was last asked; QEMU may tell of one reset more than once."""
+        count = 0
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.qmp_event("RESET", 0)
+                count += 1
+        return count
 
     def serial_log(self) -> str:
         """All that the host wrote on its serial console."""
@@ -224,6 +250,7 @@ class Host:
         control.unlink(missing_ok=True)
         options = "-F none -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR"
         self._ssh = ["ssh", *options.split(), "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=60"]
+        self._ssh += ["-o", "ServerAliveInterval=20", "-o", "ServerAliveCountMax=3"]
         self._ssh += ["-S", str(control), "-i", str(self.image.key), "-p", str(self.ssh_port())]
         self._master = subprocess.Popen(
             _dying_with_us([*self._ssh, "-M", "-N", "root@127.0.0.1"]),

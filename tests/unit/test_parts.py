@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def test_a_part_that_fails_does_not_hide_the_others(tmp_path: Path, capfd: pytes
     ]
     assert parts.run_all(chosen, time.monotonic()) == 1
     told = capfd.readouterr().out.splitlines()
-    assert [line.split()[:4] for line in told[-7:-2]] == [
+    rows = told[told.index("part       passed  failed  skipped     took   budget") + 1 :]
+    assert [line.split()[:4] for line in rows[:5]] == [
         ["bad", "1", "1", "0"],
         ["broken", "0", "1", "0"],
         ["empty", "0", "1", "0"],  # a part without a test is a mistake
@@ -36,6 +38,7 @@ def test_a_part_that_fails_does_not_hide_the_others(tmp_path: Path, capfd: pytes
         ["good", "1", "0", "1"],
     ]
     assert told[-1] == "2 passed, 3 failed, 1 skipped"
+    assert rows[6:-1] == ["FAILED test_bad::test_a", "FAILED test_broken"]
 
 
 def test_all_is_well_when_all_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -43,15 +46,40 @@ def test_all_is_well_when_all_pass(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert capfd.readouterr().out.endswith("\n1 passed, 0 failed, 0 skipped\n")
 
 
-def test_what_is_over_its_budget_is_told_and_what_ci_would_end_fails(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+HANGS = """
+import pathlib, time
+def test_a(): pass
+def test_b():
+    pathlib.Path(__file__).with_name("begun").touch()
+    time.sleep(1000)
+"""
+
+
+def test_what_ci_would_end_ends_itself_and_says_what_it_has_seen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hangs = part(tmp_path, "hangs", HANGS)
+    begun = tmp_path / "hangs/begun"
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if self.returncode is None and not begun.exists():
+                while not begun.exists():
+                    time.sleep(0.01)
+                raise subprocess.TimeoutExpired("pytest", 0)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    assert parts.run_all([hangs], time.monotonic() - parts.LIMIT * 60) == 1
+    told = capfd.readouterr()
+    assert told.out.endswith("\n1 passed, 1 failed, 0 skipped\n")
+    assert f"more than {parts.LIMIT} minutes" in told.err
+
+
+def test_what_is_over_its_budget_is_told() -> None:
     outcomes = {"slow": Outcome(1, 0, 0, 61), "fast": Outcome(1, 0, 0, 60)}
     told = parts.report([Part(name, [], 1) for name in outcomes], outcomes)
     assert [line.split()[0] for line in told.splitlines() if "OVER ITS BUDGET" in line] == ["slow", "all"]
-    quick = part(tmp_path, "good", "def test_a(): pass")
-    assert parts.run_all([quick], time.monotonic() - parts.LIMIT * 60) == 1
-    assert capfd.readouterr().out.count("OVER ITS BUDGET") == 2
 
 
 def test_the_budget_is_within_the_whole() -> None:

@@ -1,0 +1,66 @@
+"""The host is an emulated machine, and the emulator itself can restart it in the middle of a test, without a word.
+
+A test during which that happened says nothing about hostpassd. It is run once more, on a new host. That happens once:
+the second time ends the tests. A kernel that panics does not restart the host (the lab's has no panic=), and is a
+failure like any other; so is a host that no longer answers, after which no test is begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+from tests.lab.machine import Host
+
+HOST = pytest.StashKey[Host]()
+RESTARTS = pytest.StashKey[int]()
+
+
+def watch(session: pytest.Session, host: Host) -> None:
+    """From now on, HOST is what the session's tests run on."""
+    session.stash[HOST] = host
+
+
+@pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator, unused-ignore]
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """Runs the test, and once more if the host restarted meanwhile."""
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = _reports(item, nextitem)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _reports(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
+    while True:
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        why = _lost(item.session) if any(report.failed for report in reports) else ""
+        if not why:
+            return reports
+        _say(item, f"\n{item.nodeid}: {why}")
+        _take_down(item)
+        restarts = item.session.stash[RESTARTS] = item.session.stash.get(RESTARTS, 0) + 1
+        if "restarted" not in why or restarts > 1:
+            item.session.shouldfail = f"the lab's host was lost during {item.nodeid}"
+            return reports
+
+
+def _lost(session: pytest.Session) -> str:
+    """What became of the host; '' where it is there as before."""
+    host = session.stash.get(HOST, None)
+    return "" if host is None else host.lost()
+
+
+def _take_down(item: pytest.Item) -> None:
+    """Ends every fixture, the host's own too; the next test sets them up anew."""
+    del item.session.stash[HOST]
+    with contextlib.suppress(Exception):  # most of them want to tidy up on a host that is no longer there
+        item.session._setupstate.teardown_exact(None)
+
+
+def _say(item: pytest.Item, text: str) -> None:
+    if reporter := item.config.pluginmanager.get_plugin("terminalreporter"):
+        reporter.write_line(text)
