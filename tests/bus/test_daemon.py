@@ -455,9 +455,12 @@ async def test_the_longest_messages_that_the_bus_takes_fit_into_what_the_unit_al
     long = "x" * (31 << 20)
     calls = [one.begin(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, long) for one in clients]
     clients[0].begin("/" + long, MANAGER, "Rescan", no_reply=True)
-    for refused in await asyncio.gather(*calls, return_exceptions=True):
-        assert isinstance(refused, Refused) and refused.name == "org.hostpassd1.Error.LimitExceeded"
-        assert len(refused.message) < 200
+    refused = [error for error in await asyncio.gather(*calls, return_exceptions=True) if isinstance(error, Refused)]
+    assert len(refused) == len(calls) and all(len(error.message) < 200 for error in refused)
+    names = {error.name for error in refused}
+    # dbus-broker refuses a message itself when the daemon has not yet read too many of its sender's.
+    assert "org.hostpassd1.Error.LimitExceeded" in names
+    assert names <= {"org.hostpassd1.Error.LimitExceeded", "org.freedesktop.DBus.Error.LimitsExceeded"}
     await manager(client, "Sync")
     assert peak_of(daemon.process) < int(allowed) << 20
 
