@@ -65,7 +65,7 @@ class AuditLog:
     def _ended(self, job: Job) -> None:
         why = f" ({job.error})" if job.error else ""
         for device in job.devices:
-            along = "" if device == job.device else f", along with {job.device}"
+            along = "" if device in job.asked else f", along with {', '.join(job.asked)}"
             self._records.write(
                 names.MESSAGE_OPERATION,
                 f"{job.operation} of {device}{along}: {job.state}{why}",
@@ -80,21 +80,23 @@ class AuditLog:
     def _refused(self, event: OperationRefused) -> None:
         self._records.refusal(
             event.uid,
-            f"{event.operation} of {event.device or event.spelt} refused ({event.error})",
-            device=event.device,
-            spelt="" if event.device else event.spelt,
+            f"{event.operation} of {', '.join(event.devices) or event.spelt} refused ({event.error})",
+            device=next(iter(event.devices), ""),
+            spelt="" if event.devices else event.spelt,
             **self._of_machine(event.machine),
             operation=event.operation,
             result=_result(event.error),
         )
 
     def _cancelled(self, job: Job, uid: int, error: Exception | None) -> None:
-        text = f"cancel of job {job.number}, the {job.operation} of {job.device}"
-        fields = {"device": job.device, **self._of_machine(job.machine), "operation": "cancel", "job": str(job.number)}
+        text = f"cancel of job {job.number}, the {job.operation} of {', '.join(job.asked)}"
+        fields = {**self._of_machine(job.machine), "operation": "cancel", "job": str(job.number)}
         if error:
-            self._records.refusal(uid, f"{text} refused ({error})", **fields, result=_result(error))
-        else:
-            self._records.write(names.MESSAGE_OPERATION, text, **fields, result="done", uid=str(uid))
+            text = f"{text} refused ({error})"
+            self._records.refusal(uid, text, device=job.asked[0], **fields, result=_result(error))
+            return
+        for device in job.devices:
+            self._records.write(names.MESSAGE_OPERATION, text, device=device, **fields, result="done", uid=str(uid))
 
     def _recovered(self, event: OperationRecovered) -> None:
         for device in event.devices:

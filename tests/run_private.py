@@ -131,7 +131,7 @@ async def demonstrate(front: Front) -> None:
     """One assign into and one dismiss from a stored configuration, on the simulated host."""
     machine = await front.manager("GetMachine", "s", "demo")
     for member in ("Assign", "Dismiss"):
-        job = await front.manager(member, "ssa{sv}", "demo", "1-1.2", {"config": Variant("b", True)})
+        job = await front.manager(member, "sasa{sv}", "demo", ["1-1.2"], {"config": Variant("b", True)})
         row = (await front.objects())[machine]
         held = ", ".join(path.rpartition("/")[2] for path, _ in row["Devices"]) or "nothing"
         print(f"{member} demo 1-1.2: {job} is done; the stored configuration of demo now has {held}")

@@ -8,16 +8,21 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
-from hostpassd.model.codes import KEYS, Blocker, Detail
+from hostpassd.errors import Blocked
+from hostpassd.model.codes import KEYS, NEVER, Blocker, Detail, Details, Fact
 from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, MdevType, Net, Pci, Scsi, Usb
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
 from hostpassd.model.naming import identity_id, location, role
 from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Plan
+from hostpassd.passthrough.steps import told
 from hostpassd.state import Entity, State, eligibility
 
 Properties = dict[str, Any]
+
+# What this build does of what the interface provides for.
+FEATURES = ("several", "candidates")
 
 
 def path_of(entity: Entity) -> str:
@@ -175,8 +180,12 @@ def missing_row(row: Missing) -> dict[str, Variant]:
 
 def reason_row(blocker: Blocker) -> list[Any]:
     """A reason: device, code, severity, details, message."""
-    details = {key: _detail(key, value) for key, value in blocker.details}
-    return [names.device_path(blocker.device), blocker.code, blocker.severity, details, blocker.message]
+    path = names.device_path(blocker.device)
+    return [path, blocker.code, blocker.severity, _details(blocker.details), blocker.message]
+
+
+def _details(details: Details) -> dict[str, Variant]:
+    return {key: _detail(key, value) for key, value in details}
 
 
 def _detail(key: str, value: Detail) -> Variant:
@@ -185,18 +194,32 @@ def _detail(key: str, value: Detail) -> Variant:
     return Variant(KEYS[key], list(value) if isinstance(value, tuple) else value)
 
 
-def plan_row(plan: Plan, authorization: str) -> dict[str, Variant]:
-    """A plan as it goes over the bus."""
+def fact_row(fact: Fact) -> list[Any]:
+    """A fact: device or /, code, details, message."""
+    path = names.device_path(_path_element(fact.device)) if fact.device else "/"
+    return [path, fact.code, _details(fact.details), fact.message]
+
+
+def plan_row(state: State, plan: Plan, authorization: str) -> dict[str, Variant]:
+    """A plan as it goes over the bus. It has no steps where nobody can accept what blocks it."""
+    steps = () if any(b.severity == NEVER for b in plan.blockers) else plan.steps
     return {
         "token": Variant("s", plan.token),
         "possible": Variant("b", not plan.refused),
         "devices": Variant("ao", [names.device_path(_path_element(name)) for name in plan.devices]),
         "blockers": Variant("a(ossa{sv}s)", [reason_row(b) for b in plan.blockers]),
         "loses": Variant("ao", _paths(plan.loses)),
-        "steps": Variant("as", [step.text for step in plan.steps]),
-        "consequences": Variant("as", list(plan.consequences)),
+        "steps": Variant("a(osa{sv}s)", [fact_row(told(state, step)) for step in steps]),
+        "consequences": Variant("a(osa{sv}s)", [fact_row(fact) for fact in plan.consequences]),
         "authorization": Variant("s", authorization),
     }
+
+
+def candidate_row(plan: Plan, authorization: str) -> list[Any]:
+    """What a machine could be given, as it goes over the bus: the devices, whether, the reasons, more."""
+    more = {"loses": Variant("ao", _paths(plan.loses)), "authorization": Variant("s", authorization)}
+    moving = dict.fromkeys((*plan.asked, *plan.devices))
+    return [_paths(moving), not plan.refused, [reason_row(b) for b in plan.blockers], more]
 
 
 def job_properties(job: Job) -> Properties:
@@ -204,14 +227,26 @@ def job_properties(job: Job) -> Properties:
     return {
         "Operation": job.operation,
         "Machine": names.machine_path(job.machine) if job.machine else "/",
-        "Device": names.device_path(_path_element(job.device)),
+        "Devices": [names.device_path(_path_element(name)) for name in job.devices],
         "StartedByUid": job.started_by_uid,
         "State": job.state,
-        "Step": job.step,
-        "Progress": job.progress,
-        "ErrorName": names.error_name(job.error) if job.error else "",
-        "ErrorMessage": str(job.error or ""),
+        "Step": fact_row(job.step) if job.step else ["/", "", {}, ""],
+        "StepNumber": job.step_number,
+        "StepCount": job.step_count,
+        "Deadline": job.deadline,
+        "Error": error_row(job.error),
     }
+
+
+def error_row(error: Exception | None) -> list[Any]:
+    """An error as it goes over the bus: name, details, message; all empty for none."""
+    return [names.error_name(error), _error_details(error), str(error)] if error else ["", {}, ""]
+
+
+def _error_details(error: Exception) -> dict[str, Variant]:
+    if not isinstance(error, Blocked):
+        return {}
+    return {"blockers": Variant("a(ossa{sv}s)", [reason_row(b) for b in error.blockers])}
 
 
 def _path_element(name: str) -> str:
@@ -224,7 +259,7 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
     word = "degraded" if state.degraded else "running"
     return {
         "Version": __version__,
-        "Features": [],
+        "Features": list(FEATURES),
         "State": word if running else "starting",
         "Hypervisors": [[h.uri, h.connected, h.error] for h in state.hypervisors.values()],
         "Generation": generation,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 from hostpassd import names
-from hostpassd.bus.present import OBJECTS, Properties, hold_row, interfaces_of, manager_properties, path_of
+from hostpassd.bus.present import OBJECTS, Properties, error_row, hold_row, interfaces_of, manager_properties, path_of
 from hostpassd.bus.router import Batch, Interfaces, Router, Signal
 from hostpassd.model.events import Event
 from hostpassd.state import MANAGER, Changes, Entity, State
@@ -94,5 +94,5 @@ class Publisher:
                 body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
                 yield Signal(names.MANAGER_PATH, names.MANAGER, member, body)
         for job in changes.jobs_ended:
-            name = names.error_name(job.error) if job.error else ""
-            yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, name, str(job.error or "")])
+            name, details, message = error_row(job.error)
+            yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, name, message, details])

@@ -1,4 +1,4 @@
-"""The codes by which reasons are told: one row each, from which the message, its severity and the docs are made.
+"""The codes by which reasons and facts are told: a row each, from which message, severity and docs are made.
 
 A message is the sentence of its code and its details, nothing else: a front end can say it in another language. A part
 of a sentence in [brackets] is left out where the details have nothing for one of its fields.
@@ -23,6 +23,7 @@ Details = tuple[tuple[str, Detail], ...]
 KEYS: Mapping[str, str] = {
     "class": "s",  # of a PCI function: 0c05
     "detail": "s",  # of a use, for people: /home on /dev/sda2
+    "driver": "s",
     "devices": "as",  # for people: Label (Location)
     "functions": "as",  # names of virtual functions
     "group": "i",  # number of the IOMMU group
@@ -32,6 +33,7 @@ KEYS: Mapping[str, str] = {
     "members": "as",  # of the IOMMU group, with their drivers: 0000:00:1f.0 (lpc_ich)
     "needs": "s",  # what a machine lacks
     "owner": "s",  # the device to name instead
+    "place": "s",  # where in a machine, for people
     "places": "i",  # free ones
     "seat": "s",
     "what": "s",  # the device that the row is about, for people
@@ -40,7 +42,7 @@ KEYS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Code:
-    """One row. MEANING is for the documentation (docs/blockers.md): when it is told, or why it counts."""
+    """One row. MEANING is for the documentation: when it is told, or why it counts. SEVERITY: '' of a fact."""
 
     code: str
     severity: str
@@ -170,6 +172,80 @@ BLOCKERS = _table(
     ),
 )
 
+# What a job does, step by step.
+STEPS = _table(
+    Code(
+        "store",
+        "",
+        "Store {what} in the machine's configuration.",
+        "The machine has the device whenever it is started from now on.",
+    ),
+    Code(
+        "unstore",
+        "",
+        "Remove {what} from the machine's stored configuration.",
+        "The machine is started without the device from now on.",
+    ),
+    Code(
+        "detach",
+        "",
+        "Free {what} from its host driver[ {driver}].",
+        "The host does without the device, and VFIO's driver takes it, so that its whole IOMMU group is free.",
+    ),
+    Code(
+        "reattach",
+        "",
+        "Give {what} back to its host driver.",
+        "The driver that the host had for the device binds it again, once the whole IOMMU group is free.",
+    ),
+    Code(
+        "attach",
+        "",
+        "Attach {what} to the running machine[, at {place}].",
+        "The device is plugged into the running machine; done means that libvirt has said so.",
+    ),
+    Code(
+        "unplug",
+        "",
+        "Ask the guest to release {what} and wait until it has.",
+        "A guest that does not answer, or refuses, keeps the device.",
+    ),
+)
+
+# What comes of an assign, beside the steps.
+CONSEQUENCES = _table(
+    Code(
+        "memory-pinned",
+        "",
+        "All memory of the machine is pinned while it runs with {what}.",
+        "A device that writes to the guest's memory by itself needs all of it in its place; none can be swapped out.",
+    ),
+    Code(
+        "no-migration",
+        "",
+        "The machine cannot be migrated while it has {what}.",
+        "The device is in this host.",
+    ),
+    Code(
+        "no-save",
+        "",
+        "The machine cannot be saved to a file, nor have a snapshot of its memory, while it has {what}.",
+        "What is inside the device cannot be read out.",
+    ),
+    Code(
+        "no-reset",
+        "",
+        "{what} cannot be reset: what one user leaves in it, the next one finds.",
+        "The kernel knows no way to reset the function.",
+    ),
+    Code(
+        "takes-along",
+        "",
+        "{what} takes along {devices}, which its IOMMU group has too.",
+        "VFIO hands over a whole IOMMU group or nothing.",
+    ),
+)
+
 # Whatever else there is, of a device with one of these it does not matter.
 ALONE = frozenset({"not-assignable-kind", "hub", "bridge"})
 
@@ -221,5 +297,33 @@ class Blocker:
 
 def blocker(code: str, device: str, **details: Detail) -> Blocker:
     """The blocker CODE on DEVICE; an underscore in a key stands for its dash, and an empty detail is left out."""
+    return Blocker(code, BLOCKERS[code].severity, device, _told(details))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fact:
+    """Something that is told with its details and is no reason against anything."""
+
+    row: Code
+    device: str  # name; '' where it is about none
+    details: Details = ()
+
+    @property
+    def code(self) -> str:
+        """Which one it is, of its table."""
+        return self.row.code
+
+    @property
+    def message(self) -> str:
+        """One sentence."""
+        return say(self.row.sentence, dict(self.details))
+
+
+def fact(row: Code, device: str, **details: Detail) -> Fact:
+    """The fact of ROW on DEVICE; the details as for `blocker`."""
+    return Fact(row, device, _told(details))
+
+
+def _told(details: Mapping[str, Detail]) -> Details:
     told = {key.replace("_", "-"): value for key, value in details.items() if value != ""}
-    return Blocker(code, BLOCKERS[code].severity, device, tuple(sorted(told.items())))
+    return tuple(sorted(told.items()))

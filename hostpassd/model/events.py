@@ -152,8 +152,8 @@ class OperationRefused:
 
     operation: str
     machine: str  # UUID; '' where what was spelt is no machine
-    device: str  # name; '' where what was spelt is no device
-    spelt: str  # how the device was spelt
+    devices: tuple[str, ...]  # names; none where something that was spelt is no device
+    spelt: str  # how the devices were spelt
     uid: int
     error: Exception
 

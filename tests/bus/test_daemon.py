@@ -172,7 +172,7 @@ async def test_a_text_longer_than_any_name_is_refused_by_everything_that_takes_o
 ) -> None:
     calls: list[tuple[str, str, list[Any]]] = [("FindDevices", "s", [text]), ("GetMachine", "s", [text])]
     for member in ("Assign", "Dismiss", "PlanAssign", "PlanDismiss"):
-        calls += [(member, "ssa{sv}", ["demo", text, {}]), (member, "ssa{sv}", [text, "1-1.2", {}])]
+        calls += [(member, "sasa{sv}", ["demo", [text], {}]), (member, "sasa{sv}", [text, ["1-1.2"], {}])]
     for member, signature, body in calls:
         with pytest.raises(Refused) as refused:
             await manager(client, member, signature, *body)
@@ -191,7 +191,7 @@ async def test_the_daemon_keeps_no_capability(daemon: Daemon) -> None:
 async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, client: Client, root: Client) -> None:
     await client.match()
     options = {"config": {"v": ["b", True]}}
-    [job] = await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", options)
+    [job] = await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], options)
     assert job == ROOT + "/jobs/1"
     row = await device(client, "usb_1_1_2")
     [[machine, hold]] = row["Holders"]
@@ -202,12 +202,12 @@ async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, cl
     [completed] = await client.wait_for("Completed")
     assert (completed.path, completed.body) == (job, ["done", "", ""])
     with pytest.raises(Refused) as error:
-        await manager(root, "Assign", "ssa{sv}", "demo", "usb_1_1_2", {})
+        await manager(root, "Assign", "sasa{sv}", "demo", ["usb_1_1_2"], {})
     assert error.value.name == "org.hostpassd1.Error.AlreadyAssigned"
     with pytest.raises(Refused) as error:
-        await manager(root, "Assign", "ssa{sv}", "other", "usb_1_1_2", {})
+        await manager(root, "Assign", "sasa{sv}", "other", ["usb_1_1_2"], {})
     assert error.value.name == "org.hostpassd1.Error.Blocked" and "held-config" in error.value.message
-    await manager(root, "Dismiss", "ssa{sv}", machine, DEVICES + "usb_1_1_2", {})
+    await manager(root, "Dismiss", "sasa{sv}", machine, [DEVICES + "usb_1_1_2"], {})
     await client.wait_for("HoldRemoved")
     assert (await device(client, "usb_1_1_2"))["Holders"] == []
 
@@ -235,7 +235,7 @@ async def test_bad_input_gets_its_error_by_name_and_one_sentence(
     daemon: Daemon, root: Client, member: str, machine: str, name: str, options: dict[str, Any], error: str
 ) -> None:
     with pytest.raises(Refused) as refused:
-        await manager(root, member, "ssa{sv}", machine, name, options)
+        await manager(root, member, "sasa{sv}", machine, [name], options)
     assert refused.value.name == f"org.hostpassd1.Error.{error}"
     assert refused.value.message and "\n" not in refused.value.message
 
@@ -249,27 +249,27 @@ async def test_without_a_state_folder_it_serves_all_the_same_and_operations_are_
     await wait_for_name(client)
     assert DEVICES + "usb_1_1_2" in await objects(client)
     with pytest.raises(Refused) as refused:
-        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+        await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert refused.value.name == "org.hostpassd1.Error.Failed"
     assert f"{tmp_path}/state/intents cannot be read or written" in refused.value.message
     (tmp_path / "state").unlink()
     while not (await device(client, "usb_1_1_2"))["Holders"]:
         with contextlib.suppress(Refused):  # for a moment the last attempt to write stands for the next
-            await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+            await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     words = await daemon.stop()
     assert "Traceback" not in words and "mistake" not in words, words
 
 
 async def test_what_hangs_on_a_device_stands_for_it(daemon: Daemon, root: Client) -> None:
     for spelling in ("/dev/sda", "scsi_0_0_0_0", "usb_1_1_2__1_0"):
-        await manager(root, "Assign", "ssa{sv}", "demo", spelling, {})
+        await manager(root, "Assign", "sasa{sv}", "demo", [spelling], {})
         assert (await device(root, "usb_1_1_2"))["Holders"], spelling
-        await manager(root, "Dismiss", "ssa{sv}", "demo", spelling, {})
+        await manager(root, "Dismiss", "sasa{sv}", "demo", [spelling], {})
 
 
 async def test_without_polkit_only_root_may(daemon: Daemon, client: Client) -> None:
     with pytest.raises(Refused) as refused:
-        await manager(client, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+        await manager(client, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert refused.value.name == "org.hostpassd1.Error.NotAuthorized"
     assert (await device(client, "usb_1_1_2"))["Holders"] == []
 
@@ -282,7 +282,7 @@ async def test_plug_and_unplug_are_told_and_fold_to_the_truth(
     stick = host.plug_usb("1-3", product=0x0002, serial="NEW")
     await manager(client, "Sync")
     assert DEVICES + "usb_1_3" in await objects(client)
-    await manager(root, "Assign", "ssa{sv}", "demo", "1-3", {})
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-3"], {})
     host.set_driver(host.path("0000:01:00.0"), "vfio-pci")
     host.unplug(stick)
     await manager(client, "Sync")
@@ -321,10 +321,10 @@ async def test_a_replug_is_a_new_instance_and_the_missing_is_dismissed_by_where_
     before = (await device(client, "usb_1_1_3"))["Instance"]
     host.unplug(host.path("1-1.2"))
     await manager(client, "Sync")
-    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.3", {})
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.3"], {})
     host.unplug(host.path("1-1.3"))
     await manager(client, "Sync")
-    await manager(root, "Dismiss", "ssa{sv}", "demo", "usb_1_1_3", {})
+    await manager(root, "Dismiss", "sasa{sv}", "demo", ["usb_1_1_3"], {})
     assert plain((await client.call(*_machine("Missing")))[0]) == []
     host.plug_usb("1-1.3")
     await manager(client, "Sync")
@@ -392,7 +392,9 @@ async def test_whoever_does_not_read_its_log_does_not_stop_the_daemon(
     await daemon.start()
     await wait_for_name(client)
     for _ in range(300):
-        calls = [client.begin(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "demo", "nope" * 100, {}) for _ in range(16)]
+        calls = [
+            client.begin(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "demo", ["nope" * 100], {}) for _ in range(16)
+        ]
         answers = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), PATIENCE)
         assert {getattr(answer, "name", answer) for answer in answers} == {"org.hostpassd1.Error.NoSuchDevice"}
     assert "lines are lost" in await daemon.stop()
@@ -420,7 +422,7 @@ async def test_a_bus_that_goes_ends_the_daemon(bus: PrivateBus, host: MockHost, 
 async def test_calls_under_way_at_the_end_are_no_fault(daemon: Daemon, client: Client, new_client: NewClient) -> None:
     """They are answered, or not; the daemon's own words have no traceback, which `daemon` looks for."""
     callers = [client, *[await new_client(1) for _ in range(3)]]
-    calls = [one.begin(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "demo", "1-1.2", {}) for one in callers * 100]
+    calls = [one.begin(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "demo", ["1-1.2"], {}) for one in callers * 100]
     await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     await daemon.stop()
     for call in calls:
@@ -468,33 +470,33 @@ async def test_the_longest_messages_that_the_bus_takes_fit_into_what_the_unit_al
 async def test_a_plan_is_told_and_is_what_assign_executes(
     daemon: Daemon, client: Client, root: Client, host: MockHost
 ) -> None:
-    [plan] = await manager(client, "PlanAssign", "ssa{sv}", "demo", "1-1.2", {})
+    [plan] = await manager(client, "PlanAssign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert plan["possible"] and plan["devices"] == [DEVICES + "usb_1_1_2"] and plan["blockers"] == []
     assert plan["loses"] == [DEVICES + "block_sda"] and plan["authorization"] == "no" and len(plan["steps"]) == 1
-    assert (await manager(root, "PlanAssign", "ssa{sv}", "demo", "1-1.2", {}))[0]["authorization"] == "yes"
+    assert (await manager(root, "PlanAssign", "sasa{sv}", "demo", ["1-1.2"], {}))[0]["authorization"] == "yes"
     host.plug_usb("1-9", product=7)
     await manager(client, "Sync")
     token = {"plan": {"v": ["s", plan["token"]]}}
-    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", token)
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], token)
     with pytest.raises(Refused) as refused:
-        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", token)
+        await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], token)
     assert refused.value.name == "org.hostpassd1.Error.StalePlan"
-    [plan] = await manager(root, "PlanDismiss", "ssa{sv}", "demo", "1-1.2", {})
+    [plan] = await manager(root, "PlanDismiss", "sasa{sv}", "demo", ["1-1.2"], {})
     host.unplug(host.path("1-1.2"))
     await manager(client, "Sync")
     with pytest.raises(Refused) as refused:
-        await manager(root, "Dismiss", "ssa{sv}", "demo", "1-1.2", {"plan": {"v": ["s", plan["token"]]}})
+        await manager(root, "Dismiss", "sasa{sv}", "demo", ["1-1.2"], {"plan": {"v": ["s", plan["token"]]}})
     assert refused.value.name == "org.hostpassd1.Error.StalePlan"
 
 
 async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -> None:
-    [plan] = await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", {})
+    [plan] = await manager(root, "PlanAssign", "sasa{sv}", "demo", ["00:02.0"], {})
     assert [row[1] for row in plan["blockers"]] == ["boot-display"] and not plan["possible"]
     override = {"override": {"v": ["as", ["boot-display"]]}}
-    assert (await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", override))[0]["possible"]
-    await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", override)
-    await manager(root, "Dismiss", "ssa{sv}", "demo", "00:02.0", {})
+    assert (await manager(root, "PlanAssign", "sasa{sv}", "demo", ["00:02.0"], override))[0]["possible"]
+    await manager(root, "Assign", "sasa{sv}", "demo", ["00:02.0"], override)
+    await manager(root, "Dismiss", "sasa{sv}", "demo", ["00:02.0"], {})
     for code, error in (("host-system", "Blocked"), ("held-live", "Blocked"), ("nonsense", "InvalidOption")):
         with pytest.raises(Refused) as refused:
-            await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", {"override": {"v": ["as", [code]]}})
+            await manager(root, "Assign", "sasa{sv}", "demo", ["00:02.0"], {"override": {"v": ["as", [code]]}})
         assert refused.value.name == "org.hostpassd1.Error." + error

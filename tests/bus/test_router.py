@@ -172,7 +172,7 @@ async def test_the_longest_answer_arrives(served: Router, client: Client) -> Non
 
 async def test_a_huge_call_is_refused_unread_and_costs_nothing(served: Router, client: Client) -> None:
     words = {"plan": {"v": ["as", ["x"] * 100_000]}}
-    name, message = await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "", "", words)
+    name, message = await refusal(client, MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "", [""], words)
     assert name == ERROR + "LimitExceeded" and len(message) < 200
     name, message = await refusal(client, MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "x" * (31 << 20))
     assert name == ERROR + "LimitExceeded" and len(message) < 200
@@ -235,9 +235,10 @@ async def test_a_handler_sees_the_call(served: Router, client: Client) -> None:
 
     served.handle(MANAGER, "Assign", assign)
     options = {"live": {"v": ["b", True]}}
-    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", options, interactive=True) == [ONE]
-    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", {}) == [ONE]
-    args = ["m", "d", {"live": Variant("b", True)}]
+    args: list[Any] = ["m", ["d"], options]
+    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", *args, interactive=True) == [ONE]
+    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "m", ["d"], {}) == [ONE]
+    args = ["m", ["d"], {"live": Variant("b", True)}]
     assert calls[0] == Call(client.name, MANAGER_PATH, MANAGER, "Assign", args, True)
     assert not calls[1].interactive
 
@@ -626,13 +627,13 @@ async def test_a_cancelled_handler_is_answered(served: Router, client: Client) -
 async def test_signatures_of_strangers_are_not_kept(served: Router, client: Client) -> None:
     """Whatever they are the signatures of: calls, values in calls, signals and answers that nobody waits for."""
     fields = {PATH: MANAGER_PATH, INTERFACE: MANAGER, DESTINATION: names.BUS_NAME}
-    await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", {})
+    await refusal(client, MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "m", ["d"], {})
     fakebus.message(fakebus.RETURN, {**fields, MEMBER: "X", REPLY_SERIAL: 1}, "y", b"")
     known = set(SignatureTree._cache)
     for number in range(1, 120):
         signature = "y" * number
         options = {"x": {"v": [f"({signature})", [0] * number]}}
-        await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", options)
+        await refusal(client, MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "m", ["d"], options)
         await refusal(client, MANAGER_PATH, MANAGER, "Rescan", signature, *[0] * number)
         for kind, more in ((fakebus.SIGNAL, {MEMBER: "X"}), (fakebus.RETURN, {REPLY_SERIAL: number})):
             unwanted = fakebus.message(kind, {**fields, **more}, signature, bytes(number), serial=99, sender="")

@@ -56,7 +56,7 @@ def test_the_lone_nic_there_and_back(host: Host, front: Front, running: Guest, r
     assert f"alias name='{hold['alias']}'" in running.live_xml()
     added = recording.wait_for("HoldAdded", DEVICES + LONE)
     assert added["body"][:2] == [DEVICES + LONE, machine]
-    assert recording.wait_for("Completed", job)["body"] == ["done", "", ""]
+    assert recording.wait_for("Completed", job)["body"] == ["done", "", "", {}]
     with pytest.raises(BusError, match=ERROR + "AlreadyAssigned"):
         front.assign("running", LONE)
     job = front.dismiss("running", LONE)

@@ -141,7 +141,7 @@ async def test_a_refusal_for_what_is_not_there_is_no_record(house: House, caplog
 
 
 async def test_what_was_spelt_and_is_not_there_is_in_no_field_of_a_device(house: House) -> None:
-    request = Assign("vm", "usb_9_9", Options(plan="0" * 32), CALLER)
+    request = Assign("vm", ("usb_9_9",), Options(plan="0" * 32), CALLER)
     with pytest.raises(errors.StalePlan):
         await house.daemon.operations.start(request, _yes)
     [record] = house.records()
@@ -245,7 +245,7 @@ def test_nor_do_many_users_fill_the_journal(journal: Journal, loop: Clockwork) -
 
 
 async def test_a_cancel_that_is_refused_is_a_refusal_like_others(house: House) -> None:
-    job = Job(1, "assign", UUID, (STICK.name,), CALLER)
+    job = Job(1, "assign", UUID, (STICK.name,), (STICK.name,), CALLER)
     for _ in range(100):
         house.emit(CancelAnswered(job, 1001, errors.NotAuthorized("no")))
     assert {row["OPERATION"] for row in house.records()} == {"cancel"}

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,12 @@ def test_the_blockers_are_those_of_the_code() -> None:
     assert sections("docs/blockers.md") == codes.BLOCKERS.keys()
 
 
+@pytest.mark.parametrize(("column", "known"), [("step", codes.STEPS), ("consequence", codes.CONSEQUENCES)])
+def test_the_facts_are_those_of_the_code(column: str, known: Mapping[str, codes.Code]) -> None:
+    told = {word(code): (meaning, sentence) for code, meaning, sentence in table("docs/facts.md", column)}
+    assert told == {code: (row.meaning, row.sentence) for code, row in known.items()}
+
+
 def test_every_blocker_says_what_to_do() -> None:
     parts = re.split("^### (.+)$", text_of("docs/blockers.md"), flags=re.MULTILINE)
     for code, prose in zip(parts[1::2], parts[2::2], strict=True):
@@ -79,9 +85,9 @@ def test_every_blocker_says_what_to_do() -> None:
 def test_the_options_are_those_of_the_code() -> None:
     methods = {
         "Assign": options.ASSIGN,
-        "PlanAssign": options.PLAN_ASSIGN,
+        "PlanAssign": options.ASSIGN,
         "Dismiss": options.DISMISS,
-        "PlanDismiss": options.PLAN_DISMISS,
+        "PlanDismiss": options.DISMISS,
     }
     rows = {(word(row[0]), row[1]): row[2:] for row in table("docs/options.md", "option")}
     for at, (method, known) in enumerate(methods.items()):

@@ -352,11 +352,11 @@ class Operations(RuleBasedStateMachine):
             options["instance"] = self.life.state.devices[device].instance
         if careful == "plan":
             without = {key: value for key, value in options.items() if key != "plan"}
-            reply = self.life.call(f"Plan{member}", "ssa{sv}", uuid, device, _packed(without))
+            reply = self.life.call(f"Plan{member}", "sasa{sv}", uuid, [device], _packed(without))
             assert reply.there
             if not reply.error:
                 options["plan"] = reply.body[0]["token"]  # type: ignore[index]
-        reply = self.life.call(member, "ssa{sv}", uuid, device, _packed(options))
+        reply = self.life.call(member, "sasa{sv}", uuid, [device], _packed(options))
         reply.member = f"{member}-wait" if options["wait"] else member
 
     @rule(uuid=st.sampled_from(UUIDS), which=st.integers(0, 2), options=OPTIONS)
@@ -475,7 +475,8 @@ class Operations(RuleBasedStateMachine):
             # A guest can refuse to let go of what is undone; then the job has said so.
             stays = job.state == "done" or "not undone" in str(job.error)
             if machine and job.operation == "assign" and stays:
-                moved = [d.name for d in THINGS.values() if d.name == job.device or _mates(d, job.device)]
+                asked = job.asked
+                moved = [d.name for d in THINGS.values() if d.name in asked or any(_mates(d, name) for name in asked)]
                 starts = tuple(f"ua-hostpassd-{name.replace('_', '-')}-" for name in moved)
                 self.ours |= {c.alias for c in (*machine.live, *machine.config) if c.alias.startswith(starts)}
 

@@ -45,9 +45,9 @@ STEPS = (
 
 
 def plan(device: str = "nic", *locks: str, uri: str = URI) -> Plan:
-    request = Assign(UUID, device, Options(), 0)
+    request = Assign(UUID, (device,), Options(), 0)
     steps = tuple(dataclasses.replace(step, device=device) for step in STEPS)
-    return Plan(request, MachineKey(uri, UUID), (device,), (1,), steps, locks or (device,))
+    return Plan(request, MachineKey(uri, UUID), (device,), (device,), (1,), steps, locks or (device,))
 
 
 @pytest.fixture
@@ -495,7 +495,13 @@ def moving(*devices: str, machine: str = UUID, uri: str = URI) -> Plan:
     steps = tuple(Store(device, CLAIM) for device in devices)
     locks = (*sorted(devices), "group 5")
     return Plan(
-        Assign(machine, devices[0], Options(), 0), MachineKey(uri, machine), devices, (1,) * len(devices), steps, locks
+        Assign(machine, devices[:1], Options(), 0),
+        MachineKey(uri, machine),
+        devices[:1],
+        devices,
+        (1,) * len(devices),
+        steps,
+        locks,
     )
 
 

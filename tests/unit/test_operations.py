@@ -56,7 +56,7 @@ async def start(
         asked.extend(checks)
         meanwhile()
 
-    request = REQUESTS[operation](UUID, device, options, CALLER)
+    request = REQUESTS[operation](UUID, (device,), options, CALLER)
     return await house.daemon.operations.start(request, authorise), asked
 
 
@@ -314,7 +314,7 @@ async def test_with_a_token_only_what_comes_of_a_change_is_a_stale_plan(
     house: House, operation: str, happen: Callable[[House], None], options: Options, error: type[errors.HostpassError]
 ) -> None:
     happen(house)
-    request = REQUESTS[operation](UUID, STICK.name, dataclasses.replace(options, plan="0" * 32), CALLER)
+    request = REQUESTS[operation](UUID, (STICK.name,), dataclasses.replace(options, plan="0" * 32), CALLER)
     with pytest.raises(error):
         await house.daemon.operations.start(request, _nobody)
 
@@ -326,7 +326,7 @@ async def test_whoever_has_too_many_jobs_is_told_so_before_a_password_is_asked_f
     async with house.daemon.executor.alone((lock_of(STICK),)):
         first, _ = await start(house, STICK.name)
         with pytest.raises(errors.LimitExceeded):
-            await house.daemon.operations.start(Assign(UUID, PAIR[0].name, MOUNTED, CALLER), _nobody)
+            await house.daemon.operations.start(Assign(UUID, (PAIR[0].name,), MOUNTED, CALLER), _nobody)
     await first.ended.wait()
 
 
@@ -350,7 +350,7 @@ async def test_a_text_longer_than_any_name_is_refused_by_every_operation(house: 
         with pytest.raises(errors.InvalidArgs):
             await house.start(operation, dataclasses.replace(STICK, name=long))
     with pytest.raises(errors.InvalidArgs):
-        await house.daemon.operations.start(Assign(long, STICK.name, options, CALLER), _nobody)
+        await house.daemon.operations.start(Assign(long, (STICK.name,), options, CALLER), _nobody)
 
 
 async def _nobody(checks: Sequence[Check]) -> None:
@@ -359,14 +359,16 @@ async def _nobody(checks: Sequence[Check]) -> None:
 
 async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     put(house, machine("a\u202eb\x9b2Jc\n", running=False))
-    request = Assign(UUID, STICK.name, Options(live=True), CALLER)
+    request = Assign(UUID, (STICK.name,), Options(live=True), CALLER)
     with pytest.raises(errors.InvalidOption) as refused:
         await house.daemon.operations.start(request, _nobody)
     assert str(refused.value).startswith("ab2Jc does not run")
     put(house, machine("a\u202eb\x9b2Jc\n", live=(hostdev(PAIR[0]),)))
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
-        await house.daemon.operations.start(dataclasses.replace(request, machine=OTHER, device=PAIR[0].name), _nobody)
+        await house.daemon.operations.start(
+            dataclasses.replace(request, machine=OTHER, devices=(PAIR[0].name,)), _nobody
+        )
     assert "The running machine ab2Jc has" in str(blocked.value)
     assert house.records()[0]["MACHINE_NAME"] == "ab2Jc"
     await asyncio.sleep(0)

@@ -30,9 +30,9 @@ def test_shipped_specification_has_every_interface_of_names() -> None:
 
 def test_signatures_and_argument_names() -> None:
     assign = Specification.load().interfaces[names.MANAGER].methods["Assign"]
-    assert (assign.in_signature, assign.out_signature) == ("ssa{sv}", "o")
-    assert [argument.name for argument in assign.inputs] == ["machine", "device", "options"]
-    assert Specification.load().interfaces[names.JOB].signals["Completed"].signature == "sss"
+    assert (assign.in_signature, assign.out_signature) == ("sasa{sv}", "o")
+    assert [argument.name for argument in assign.inputs] == ["machine", "devices", "options"]
+    assert Specification.load().interfaces[names.JOB].signals["Completed"].signature == "sssa{sv}"
 
 
 def test_direction_defaults_as_the_dbus_specification_says() -> None:

@@ -337,12 +337,12 @@ def test_what_a_copy_has_is_not_the_target_machines_own() -> None:
     state = state_of(STICK)
     here = machine(live=(hostdev(STICK),))
     state.apply(MachineRead(here))
-    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == []
+    assert [b.code for b in blockers_for(state, [state.devices[STICK.name]], here)] == []
     state.apply(MachineRead(machine("copy", running=False, config=(hostdev(STICK),), uri=AWAY)))
-    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-config"]
+    assert [b.code for b in blockers_for(state, [state.devices[STICK.name]], here)] == ["held-config"]
     state.apply(MachineRead(machine(config=(hostdev(STICK),))))
     state.apply(MachineRead(machine("copy", live=(hostdev(STICK),), uri=AWAY)))
-    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-live"]
+    assert [b.code for b in blockers_for(state, [state.devices[STICK.name]], here)] == ["held-live"]
 
 
 def test_what_holds_a_virtual_function_blocks_all_above_the_physical_one_as_long_as_that() -> None:
