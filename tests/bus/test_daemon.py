@@ -200,7 +200,7 @@ async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, cl
     [added] = await client.wait_for("HoldAdded")
     assert plain(added.body) == [DEVICES + "usb_1_1_2", machine, hold]
     [completed] = await client.wait_for("Completed")
-    assert (completed.path, completed.body) == (job, ["done", "", ""])
+    assert (completed.path, completed.body) == (job, ["done", "", "", {}])
     with pytest.raises(Refused) as error:
         await manager(root, "Assign", "sasa{sv}", "demo", ["usb_1_1_2"], {})
     assert error.value.name == "org.hostpassd1.Error.AlreadyAssigned"
@@ -487,6 +487,33 @@ async def test_a_plan_is_told_and_is_what_assign_executes(
     with pytest.raises(Refused) as refused:
         await manager(root, "Dismiss", "sasa{sv}", "demo", ["1-1.2"], {"plan": {"v": ["s", plan["token"]]}})
     assert refused.value.name == "org.hostpassd1.Error.StalePlan"
+
+
+async def test_several_devices_are_one_operation_and_what_could_be_given_is_one_call(
+    daemon: Daemon, client: Client, root: Client
+) -> None:
+    sticks = [DEVICES + "usb_1_1_2", DEVICES + "usb_1_1_3"]
+    [listed] = await manager(client, "ListCandidates", "sa{sv}", "demo", {})
+    rows = {tuple(devices): (possible, more) for devices, possible, _, more in plain(listed)}
+    assert [rows[stick,][0] for stick in sticks] == [True, True] and not any(
+        DEVICES + "usb_usb1" in row for row in rows
+    )
+    assert rows[sticks[0],][1] == {"loses": [DEVICES + "block_sda"], "authorization": "no"}
+    [plan] = await manager(root, "PlanAssign", "sasa{sv}", "demo", ["1-1.3", "1-1.2"], {})
+    assert plan["devices"] == sticks and [step[:2] for step in plan["steps"]] == [[stick, "store"] for stick in sticks]
+    [job] = await manager(
+        root, "Assign", "sasa{sv}", "demo", ["1-1.3", "/dev/sda"], {"plan": {"v": ["s", plan["token"]]}}
+    )
+    told = plain((await client.call(job, PROPERTIES, "GetAll", "s", "org.hostpassd1.Job"))[0])
+    assert (told["Devices"], told["StepNumber"], told["StepCount"]) == (sticks, 2, 2)
+    assert (told["Step"], told["Error"], told["Deadline"]) == (["/", "", {}, ""], ["", {}, ""], 0)
+    [listed] = await manager(client, "ListCandidates", "sa{sv}", "demo", {})
+    assert not any(stick in row[0] for row in listed for stick in sticks)
+    with pytest.raises(Refused) as refused:
+        await manager(root, "Assign", "sasa{sv}", "demo", [], {})
+    assert refused.value.name == "org.freedesktop.DBus.Error.InvalidArgs"
+    await manager(root, "Dismiss", "sasa{sv}", "demo", sticks, {})
+    assert [(await device(client, stick.rpartition("/")[2]))["Holders"] for stick in sticks] == [[], []]
 
 
 async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -> None:

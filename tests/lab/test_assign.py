@@ -9,7 +9,7 @@ import pytest
 
 from tests.lab.front import DEVICES, ERROR, BusError, Front, Recording
 from tests.lab.guest import Guest
-from tests.lab.machine import Host
+from tests.lab.machine import PATIENCE, Host
 
 LONE = "pci_0000_01_00_0"
 PAIR = ("pci_0000_06_01_0", "pci_0000_06_02_0")
@@ -65,6 +65,20 @@ def test_the_lone_nic_there_and_back(host: Host, front: Front, running: Guest, r
     assert front.device(LONE)["Holders"] == [] and front.device(LONE)["Assignable"]
     recording.wait_for("HoldRemoved", DEVICES + LONE)
     assert recording.wait_for("Completed", job)["body"][0] == "done"
+
+
+def test_several_are_one_operation(host: Host, front: Front, running: Guest) -> None:
+    several = [LONE, *PAIR]
+    sets = [row[0] for row in front.manager("ListCandidates", "sa{sv}", "running", {})[0]]
+    assert [DEVICES + LONE] in sets and [DEVICES + name for name in PAIR] in sets
+    options = {"timeout": ["u", PATIENCE]}
+    front.manager("Assign", "sasa{sv}", "running", [PAIR[0], address(LONE)], options)
+    assert [driver(host, name) for name in several] == ["vfio-pci"] * 3
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 3
+    assert not any(DEVICES + LONE in row[0] for row in front.manager("ListCandidates", "sa{sv}", "running", {})[0])
+    front.manager("Dismiss", "sasa{sv}", "running", [LONE, PAIR[1]], options)
+    assert [driver(host, name) for name in several] == [DRIVERS[name] for name in several]
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
 
 
 def test_a_group_moves_as_one_both_ways(host: Host, front: Front, running: Guest) -> None:

@@ -447,7 +447,7 @@ class Operations(RuleBasedStateMachine):
         assert not differences, "\n".join(differences)
         jobs = self.life.state.jobs.values()
         assert {p: f[names.JOB] for p, f in client.tree.items() if p.startswith(names.JOBS)} == {
-            names.job_path(job.number): present.job_properties(job) for job in jobs
+            names.job_path(job.number): plain(present.job_properties(job)) for job in jobs
         }
         assert sorted(rows_of_devices(client.tree)) == sorted(rows_of_machines(client.tree)) == sorted(client.holds)
         self.sound = True
