@@ -337,26 +337,28 @@ class Operations(RuleBasedStateMachine):
     @rule(
         member=st.sampled_from(("Assign", "Dismiss")),
         uuid=st.sampled_from(UUIDS),
-        thing=st.sampled_from((*ASSIGNABLE, "WIRE", "STICK_DISK", "DISK", "HUB")),
+        things=st.lists(
+            st.sampled_from((*ASSIGNABLE, "WIRE", "STICK_DISK", "DISK", "HUB")), min_size=1, max_size=3, unique=True
+        ),
         options=OPTIONS,
         careful=st.sampled_from(("", "instance", "plan", "override")),
     )
-    def operate(self, member: str, uuid: str, thing: str, options: dict[str, Any], careful: str) -> None:
+    def operate(self, member: str, uuid: str, things: list[str], options: dict[str, Any], careful: str) -> None:
         """A caller assigns or dismisses."""
-        self._operate(member, uuid, THINGS[thing].name, dict(options), careful)
+        self._operate(member, uuid, [THINGS[thing].name for thing in things], dict(options), careful)
 
-    def _operate(self, member: str, uuid: str, device: str, options: dict[str, Any], careful: str) -> None:
+    def _operate(self, member: str, uuid: str, devices: list[str], options: dict[str, Any], careful: str) -> None:
         if member == "Assign" and careful != "override":
             options["override"] = sorted(OVERRIDABLE)
-        if careful == "instance" and device in self.life.state.devices:
-            options["instance"] = self.life.state.devices[device].instance
+        if careful == "instance" and devices[0] in self.life.state.devices:
+            options["instance"] = self.life.state.devices[devices[0]].instance
         if careful == "plan":
             without = {key: value for key, value in options.items() if key != "plan"}
-            reply = self.life.call(f"Plan{member}", "sasa{sv}", uuid, [device], _packed(without))
+            reply = self.life.call(f"Plan{member}", "sasa{sv}", uuid, devices, _packed(without))
             assert reply.there
             if not reply.error:
                 options["plan"] = reply.body[0]["token"]  # type: ignore[index]
-        reply = self.life.call(member, "sasa{sv}", uuid, [device], _packed(options))
+        reply = self.life.call(member, "sasa{sv}", uuid, devices, _packed(options))
         reply.member = f"{member}-wait" if options["wait"] else member
 
     @rule(uuid=st.sampled_from(UUIDS), which=st.integers(0, 2), options=OPTIONS)
@@ -364,20 +366,21 @@ class Operations(RuleBasedStateMachine):
         """A caller dismisses something that is not here."""
         rows = self.life.state.missing.get(uuid, ())
         if rows:
-            self._operate("Dismiss", uuid, rows[which % len(rows)].id, dict(options), "")
+            self._operate("Dismiss", uuid, [rows[which % len(rows)].id], dict(options), "")
 
     @rule(which=st.integers(0, 7), options=OPTIONS)
     def dismiss_held(self, which: int, options: dict[str, Any]) -> None:
         """A caller dismisses what a machine has."""
         held = [(uuid, hold.device) for uuid in UUIDS for hold in self.life.state.holds_of(uuid)]
         if held:
-            self._operate("Dismiss", *held[which % len(held)], dict(options), "")
+            uuid, device = held[which % len(held)]
+            self._operate("Dismiss", uuid, [device], dict(options), "")
 
     @rule(uuid=st.sampled_from(UUIDS), things=st.sampled_from((("NIC", "SOUND"), ("SOUND", "NIC"), ("TWIN", "TWIN"))))
     def race(self, uuid: str, things: tuple[str, str]) -> None:
         """Two callers want one group, or one device, at once."""
         for thing in things:
-            self._operate("Assign", uuid, THINGS[thing].name, {"wait": False}, "")
+            self._operate("Assign", uuid, [THINGS[thing].name], {"wait": False}, "")
 
     @rule(which=st.integers(0, 3))
     def cancel(self, which: int) -> None:
