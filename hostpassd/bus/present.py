@@ -8,7 +8,7 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
-from hostpassd.model.codes import KEYS, Blocker, Detail
+from hostpassd.model.codes import KEYS, Blocker, Detail, Details, Fact
 from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, MdevType, Net, Pci, Scsi, Usb
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
@@ -60,7 +60,7 @@ def device_interfaces(state: State, device: Device) -> Interfaces:
             "Blockers": [reason_row(b) for b in blockers],
             "Companions": _paths(in_tree_order(state, eligibility.companions(state, device))),
             "Holders": [[names.machine_path(h.machine), hold_row(h)] for h in _sorted(state.holds_on(device.name))],
-            "HostUses": [[use.kind, use.detail] for use in state.uses_of(device.name)],
+            "HostUses": [fact_row(fact) for fact in eligibility.host_uses(state, device)],
         },
     }
     for facts in device.facts:
@@ -175,8 +175,18 @@ def missing_row(row: Missing) -> dict[str, Variant]:
 
 def reason_row(blocker: Blocker) -> list[Any]:
     """A reason: device, code, severity, details, message."""
-    details = {key: _detail(key, value) for key, value in blocker.details}
-    return [names.device_path(blocker.device), blocker.code, blocker.severity, details, blocker.message]
+    device = names.device_path(blocker.device)
+    return [device, blocker.code, blocker.severity, _details(blocker.details), blocker.message]
+
+
+def fact_row(fact: Fact) -> list[Any]:
+    """A fact: device (/ for the host as a whole), code, details, message."""
+    device = names.device_path(fact.device) if fact.device else "/"
+    return [device, fact.code, _details(fact.details), fact.message]
+
+
+def _details(details: Details) -> dict[str, Variant]:
+    return {key: _detail(key, value) for key, value in details}
 
 
 def _detail(key: str, value: Detail) -> Variant:

@@ -1,4 +1,4 @@
-"""The codes by which reasons are told: one row each, from which the message, its severity and the docs are made.
+"""The codes of reasons and facts: one row each, from which the message, the severity and the docs are made.
 
 A message is the sentence of its code and its details, nothing else: a front end can say it in another language. A part
 of a sentence in [brackets] is left out where the details have nothing for one of its fields.
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 NEVER = "never"  # nobody can accept it
 OVERRIDE = "override"  # a caller can accept it, by its code
+FACT = ""  # it is so; whether anything follows from it, a reason tells
 
 Detail = str | int | tuple[str, ...]
 Details = tuple[tuple[str, Detail], ...]
@@ -21,26 +22,35 @@ Details = tuple[tuple[str, Detail], ...]
 # The D-Bus type of each key of the details, the same wherever the key stands. `device` and `machine` hold a device's
 # name and a machine's UUID.
 KEYS: Mapping[str, str] = {
+    "addresses": "as",  # with their prefix lengths: 192.0.2.7/24
     "class": "s",  # of a PCI function: 0c05
-    "detail": "s",  # of a use, for people: /home on /dev/sda2
     "devices": "as",  # for people: Label (Location)
+    "driver": "s",  # of the kernel
     "functions": "as",  # names of virtual functions
     "group": "i",  # number of the IOMMU group
-    "kind": "s",  # of a device or of a use
+    "interfaces": "as",  # names of network interfaces
+    "kind": "s",  # of a device
+    "kinds": "as",  # of network interfaces: bridge bond vlan macvlan
     "machine": "o",
     "machine-name": "s",
     "members": "as",  # of the IOMMU group, with their drivers: 0000:00:1f.0 (lpc_ich)
+    "mount-points": "as",
     "needs": "s",  # what a machine lacks
     "owner": "s",  # the device to name instead
+    "paths": "as",  # of files and folders on a device
     "places": "i",  # free ones
+    "routes": "as",  # default via 192.0.2.1
     "seat": "s",
+    "uses": "as",  # codes of host uses
+    "volumes": "as",  # what lies on a device, topmost first: LVM volume vg-data on LUKS safe on /dev/sda2
     "what": "s",  # the device that the row is about, for people
+    "where": "s",  # another place, for people
 }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Code:
-    """One row. MEANING is for the documentation (docs/blockers.md): when it is told, or why it counts."""
+    """One row. MEANING is for the documentation (docs/blockers.md, docs/facts.md): when, or why it counts."""
 
     code: str
     severity: str
@@ -86,7 +96,8 @@ BLOCKERS = _table(
     Code(
         "host-system",
         NEVER,
-        "The host runs from {what}[ ({kind}: {detail})]: it stays with the host.",
+        "The host runs from {what}[ ({uses} on {volumes})][, mounted at {mount-points}][, with {paths}]: it stays with "
+        "the host.",
         "A file system of /, /boot, /usr or /var, swap, or the daemon's own state is on it, or the configuration names "
         "it as never to be given away.",
     ),
@@ -123,19 +134,20 @@ BLOCKERS = _table(
     Code(
         "mounted",
         OVERRIDE,
-        "The host uses {what} ({kind}): {detail}.",
+        "The host has {mount-points} mounted from {what}[ ({volumes})]: unmount it first.",
         "A file system on it is mounted, also where it rests on partitions, volumes or encryption.",
     ),
     Code(
         "storage-stack",
         OVERRIDE,
-        "The host uses {what} ({kind}): {detail}.",
+        "Storage of the host is built on {what}[ ({volumes})]: deactivate that first.",
         "Device mapper, md, LVM, ZFS, bcache or the like have it open.",
     ),
     Code(
         "network-in-use",
         OVERRIDE,
-        "The host uses {what} ({kind}): {detail}.",
+        "The host's network uses {what}[, with the addresses {addresses}][, with the routes {routes}][, under "
+        "{interfaces}][, in {where}]: take it out of there first.",
         "An address that is not link-local, a default route, or an interface that stands on it is the host's.",
     ),
     Code(
@@ -167,6 +179,72 @@ BLOCKERS = _table(
         OVERRIDE,
         "Devices that can be assigned by themselves are below {what}: assign those.",
         "Whoever is given the controller has all that is plugged into it, now and later.",
+    ),
+)
+
+# What the host itself uses a device for, on the device on which it stands.
+HOST_USES = _table(
+    Code(
+        "mount",
+        FACT,
+        "The host has {mount-points} mounted from {what}[ ({volumes})].",
+        "A file system on it is mounted, also where it rests on partitions, volumes or encryption.",
+    ),
+    Code(
+        "swap",
+        FACT,
+        "The host swaps to {what}[ ({volumes})][, in {paths}].",
+        "Swap is on it, as a partition, a volume or a file.",
+    ),
+    Code(
+        "storage-stack",
+        FACT,
+        "Storage of the host is built on {what}[ ({volumes})].",
+        "Device mapper, md, LVM, ZFS, bcache or the like have it open.",
+    ),
+    Code(
+        "state",
+        FACT,
+        "The daemon's own state, {paths}, is on {what}[ ({volumes})].",
+        "The folder of hostpassd's own state is on it, and no `mount` says already that the host needs it.",
+    ),
+    Code(
+        "address",
+        FACT,
+        "The host has the addresses {addresses} on {what}.",
+        "An address that is neither link-local nor of the loopback.",
+    ),
+    Code(
+        "default-route",
+        FACT,
+        "Default routes of the host lead over {what}: {routes}.",
+        "What is for no network that the host knows goes out here.",
+    ),
+    Code(
+        "upper-link",
+        FACT,
+        "The host's network is built on {what}[: {interfaces} ({kinds})][, with the addresses {addresses}][, with the "
+        "routes {routes}][, in {where}].",
+        "It is a member of a bridge or a bond, a VLAN, macvlan or ipvlan stands on it, or it is in another network "
+        "namespace, where what it does cannot be seen.",
+    ),
+    Code(
+        "boot-display",
+        FACT,
+        "{what} shows the host's console.",
+        "The firmware's or the kernel's console is on this graphics card.",
+    ),
+    Code(
+        "keyboard",
+        FACT,
+        "{what} is a keyboard of {seat}, which has no other device with one.",
+        "All keyboards of the seat belong to one device that can be assigned.",
+    ),
+    Code(
+        "vfio",
+        FACT,
+        "{what} has the driver {driver}, and no running machine has it.",
+        "A VFIO driver keeps it ready for machines, and the host cannot use it.",
     ),
 )
 
@@ -218,8 +296,51 @@ class Blocker:
         """The UUID of the machine whose hold it is; '' if it is none."""
         return str(dict(self.details).get("machine", ""))
 
+    def is_within(self, other: Blocker) -> bool:
+        """Whether it says what OTHER says, or less: an array is within one that has all its elements."""
+        if (self.code, self.device) != (other.code, other.device):
+            return False
+        mine, others = dict(self.details), dict(other.details)
+        return all(_is_within(value, others.get(key, ())) for key, value in mine.items())
+
+
+def _is_within(detail: Detail, other: Detail) -> bool:
+    if isinstance(detail, tuple) and isinstance(other, tuple):
+        return set(detail) <= set(other)
+    return detail == other
+
 
 def blocker(code: str, device: str, **details: Detail) -> Blocker:
-    """The blocker CODE on DEVICE; an underscore in a key stands for its dash, and an empty detail is left out."""
-    told = {key.replace("_", "-"): value for key, value in details.items() if value != ""}
-    return Blocker(code, BLOCKERS[code].severity, device, tuple(sorted(told.items())))
+    """The blocker CODE on DEVICE with DETAILS, as `detailed` takes them."""
+    return Blocker(code, BLOCKERS[code].severity, device, detailed(**details))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing that is so, of a device ('': of the host as a whole), from the table HOST_USES."""
+
+    code: str
+    device: str
+    details: Details = ()
+
+    @property
+    def message(self) -> str:
+        """One sentence."""
+        return say(HOST_USES[self.code].sentence, dict(self.details))
+
+
+def detailed(**details: Detail) -> Details:
+    """DETAILS by their keys; an underscore in a key stands for its dash, and an empty detail is left out."""
+    told = {key.replace("_", "-"): value for key, value in details.items() if value not in ("", ())}
+    return tuple(sorted(told.items()))
+
+
+def gathered(rows: Iterable[Details]) -> dict[str, Detail]:
+    """The details of ROWS of one device and code as those of one row: arrays with all their elements, sorted."""
+    found: dict[str, Detail] = {}
+    for key, value in (detail for row in rows for detail in row):
+        known = found.get(key, ())
+        if isinstance(value, tuple) and isinstance(known, tuple):
+            value = tuple(sorted({*known, *value}))
+        found[key] = value
+    return found

@@ -22,6 +22,36 @@ def test_a_message_is_the_sentence_and_the_details_and_nothing_else(row: codes.C
     assert found.message.endswith(".")
 
 
+@pytest.mark.parametrize("row", codes.HOST_USES.values(), ids=lambda row: row.code)
+def test_a_fact_is_told_as_a_reason_is_but_has_no_severity(row: codes.Code) -> None:
+    assert row.severity == codes.FACT and set(row.fields) <= codes.KEYS.keys()
+    shown = {key: EXAMPLES[key] for key in row.fields}
+    message = codes.Fact(row.code, "net_enp1s0", codes.detailed(**shown)).message
+    assert message == codes.say(row.sentence, shown) and message.endswith(".")
+    assert not set("{}[]") & set(message)
+
+
+def test_rows_of_one_code_are_gathered_into_one_with_all_that_is_in_them() -> None:
+    rows = [
+        codes.detailed(mount_points=("/srv", "/mnt"), volumes=("/dev/sda1",)),
+        codes.detailed(mount_points=("/home",), volumes=("/dev/sda1",), paths=()),
+    ]
+    assert codes.gathered(rows) == {"mount-points": ("/home", "/mnt", "/srv"), "volumes": ("/dev/sda1",)}
+    assert codes.gathered([]) == {}
+
+
+def test_a_blocker_is_within_one_that_says_as_much_or_more() -> None:
+    less = codes.blocker("mounted", "block_sda", what="Disk", mount_points=("/srv",))
+    more = codes.blocker("mounted", "block_sda", what="Disk", mount_points=("/mnt", "/srv"), volumes=("/dev/sda1",))
+    assert less.is_within(less) and less.is_within(more) and not more.is_within(less)
+    for other in (
+        codes.blocker("storage-stack", "block_sda", what="Disk", mount_points=("/srv",)),
+        codes.blocker("mounted", "block_sdb", what="Disk", mount_points=("/srv",)),
+        codes.blocker("mounted", "block_sda", what="Another", mount_points=("/srv",)),
+    ):
+        assert not less.is_within(other)
+
+
 def test_a_part_in_brackets_is_left_out_where_a_detail_is_missing() -> None:
     found = codes.blocker("not-assignable-kind", "net_enp1s0", what="enp1s0", kind="net", owner="")
     assert found.message == "enp1s0 is of a kind that cannot be assigned (net)."

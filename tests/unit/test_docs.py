@@ -70,6 +70,16 @@ def test_the_blockers_are_those_of_the_code() -> None:
     assert sections("docs/blockers.md") == codes.BLOCKERS.keys()
 
 
+@pytest.mark.parametrize(("first", "known"), [("host use", codes.HOST_USES)])
+def test_the_facts_are_those_of_the_code(first: str, known: dict[str, codes.Code]) -> None:
+    rows = {word(code): (meaning, details) for code, meaning, details in table("docs/facts.md", first)}
+    assert rows == {code: (row.meaning, keys_of(row)) for code, row in known.items()}
+
+
+def keys_of(row: codes.Code) -> str:
+    return " ".join(f"`{key}` {codes.KEYS[key]}" for key in dict.fromkeys(row.fields))
+
+
 def test_every_blocker_says_what_to_do() -> None:
     parts = re.split("^### (.+)$", text_of("docs/blockers.md"), flags=re.MULTILINE)
     for code, prose in zip(parts[1::2], parts[2::2], strict=True):

@@ -9,7 +9,7 @@ from hostpassd import names
 from hostpassd.bus.present import device_interfaces, machine_properties
 from hostpassd.model.codes import BLOCKERS, say
 from hostpassd.model.device import Device, Input, Usb
-from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, MachineRead, host_use
 from hostpassd.state import State
 from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
@@ -101,6 +101,20 @@ def test_a_reason_has_its_details_by_their_types_and_its_message_is_made_of_them
     }
     assert message == say(BLOCKERS[code].sentence, {key: value.value for key, value in details.items()})
     assert second[1:3] == ["held-config", "override"]
+
+
+def test_a_fact_has_the_device_and_its_arrays() -> None:
+    state = state_of(PORT, NIC, WIRE)
+    carried = ("192.0.2.7/24", "2001:db8::7/64")
+    state.apply(HostUsesRead({WIRE.name: (host_use("address", addresses=carried),)}))
+    [[path, code, details, message]] = told(state, WIRE)["HostUses"]
+    assert (path, code) == (names.device_path(WIRE.name), "address")
+    assert {key: (value.signature, value.value) for key, value in details.items()} == {
+        "addresses": ("as", list(carried)),
+        "what": ("s", WIRE.label),
+    }
+    assert message == f"The host has the addresses 192.0.2.7/24, 2001:db8::7/64 on {WIRE.label}."
+    assert told(state, NIC)["HostUses"] == []
 
 
 def test_of_a_bridge_nothing_else_matters() -> None:
