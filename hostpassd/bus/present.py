@@ -15,7 +15,7 @@ from hostpassd.model.machine import Hold, Machine, Missing
 from hostpassd.model.naming import identity_id, location, role
 from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Plan
-from hostpassd.state import Entity, State, eligibility
+from hostpassd.state import Entity, HypervisorState, State, eligibility
 
 Properties = dict[str, Any]
 
@@ -236,9 +236,14 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
         "Version": __version__,
         "Features": [],
         "State": word if running else "starting",
-        "Hypervisors": [[h.uri, h.connected, h.error] for h in state.hypervisors.values()],
+        "Hypervisors": [_hypervisor_row(hypervisor) for hypervisor in state.hypervisors.values()],
         "Generation": generation,
     }
+
+
+def _hypervisor_row(hypervisor: HypervisorState) -> list[Any]:
+    details = {"error": Variant("s", hypervisor.error)} if hypervisor.error else {}
+    return [hypervisor.uri, hypervisor.connected, details]
 
 
 def _paths(devices: Iterable[str]) -> list[str]:

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 from hostpassd import names
-from hostpassd.bus.present import device_interfaces, machine_properties
+from hostpassd.bus.present import device_interfaces, machine_properties, manager_properties
+from hostpassd.bus.router import Variant
 from hostpassd.model.codes import BLOCKERS, say
 from hostpassd.model.device import Device, Input, Usb
-from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, MachineRead, host_use
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, HypervisorChanged, MachineRead, host_use
 from hostpassd.state import State
 from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
@@ -115,6 +116,16 @@ def test_a_fact_has_the_device_and_its_arrays() -> None:
     }
     assert message == f"The host has the addresses 192.0.2.7/24, 2001:db8::7/64 on {WIRE.label}."
     assert told(state, NIC)["HostUses"] == []
+
+
+def test_a_hypervisor_says_why_it_is_not_connected() -> None:
+    state = state_of()
+    state.apply(HypervisorChanged("qemu:///system", connected=True))
+    state.apply(HypervisorChanged("xen:///system", connected=False, error="no such socket"))
+    assert manager_properties(state, running=True, generation=1)["Hypervisors"] == [
+        ["qemu:///system", True, {}],
+        ["xen:///system", False, {"error": Variant("s", "no such socket")}],
+    ]
 
 
 def test_of_a_bridge_nothing_else_matters() -> None:
