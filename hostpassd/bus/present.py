@@ -17,7 +17,7 @@ from hostpassd.model.naming import identity_id, location, role
 from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Plan
 from hostpassd.passthrough.steps import told
-from hostpassd.state import Entity, State, eligibility
+from hostpassd.state import Entity, HypervisorState, State, eligibility
 
 Properties = dict[str, Any]
 
@@ -65,7 +65,7 @@ def device_interfaces(state: State, device: Device) -> Interfaces:
             "Blockers": [reason_row(b) for b in blockers],
             "Companions": _paths(in_tree_order(state, eligibility.companions(state, device))),
             "Holders": [[names.machine_path(h.machine), hold_row(h)] for h in _sorted(state.holds_on(device.name))],
-            "HostUses": [[use.kind, use.detail] for use in state.uses_of(device.name)],
+            "HostUses": [fact_row(fact) for fact in eligibility.host_uses(state, device)],
         },
     }
     for facts in device.facts:
@@ -261,9 +261,14 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
         "Version": __version__,
         "Features": list(FEATURES),
         "State": word if running else "starting",
-        "Hypervisors": [[h.uri, h.connected, h.error] for h in state.hypervisors.values()],
+        "Hypervisors": [_hypervisor_row(hypervisor) for hypervisor in state.hypervisors.values()],
         "Generation": generation,
     }
+
+
+def _hypervisor_row(hypervisor: HypervisorState) -> list[Any]:
+    details = {"error": Variant("s", hypervisor.error)} if hypervisor.error else {}
+    return [hypervisor.uri, hypervisor.connected, details]
 
 
 def _paths(devices: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from hostpassd.model.codes import Details, detailed
 from hostpassd.model.device import Device
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Machine, MachineKey
@@ -45,9 +46,14 @@ class FilesHang:
 class HostUse:
     """One thing the host itself uses a device for."""
 
-    kind: str  # mount, swap, storage-stack, address, default-route, bridge, bond, vlan, macvlan, namespace
-    detail: str  # for people: "/home on /dev/sda2", "192.0.2.7/24"
+    code: str  # of the table HOST_USES
+    details: Details = ()  # of what a code can have several of, an array with this one
     system: bool = False  # the host cannot live without it (a file system of /, /boot, /usr, /var; swap; own state)
+
+
+def host_use(code: str, *, system: bool = False, **details: str | tuple[str, ...]) -> HostUse:
+    """The use CODE with DETAILS, as `detailed` takes them."""
+    return HostUse(code, detailed(**details), system)
 
 
 # By device: its sysfs path while it is read, then its name.

@@ -35,7 +35,8 @@ class Permission:
 
     def covers(self, other: Permission) -> bool:
         """Whether whoever has this may do what OTHER is for: the same, or less."""
-        within = other.devices <= self.devices and other.overridden <= self.overridden
+        past = all(any(each.is_within(known) for known in self.overridden) for each in other.overridden)
+        within = other.devices <= self.devices and past
         same = (other.machine, other.attaches) == (self.machine, self.attaches)
         return within and same and other.asks_guest <= self.asks_guest
 

@@ -271,7 +271,7 @@ class Attach(Step):
     code = "attach"
 
     def more(self) -> dict[str, str]:
-        return {"place": "a port of its own"} if self.of_card else {}
+        return {"where": "a port of its own"} if self.of_card else {}
 
     async def do(self, hands: Hands) -> None:
         with hands.listening(self.alias) as answer:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from hostpassd.model import drivers
-from hostpassd.model.codes import ALONE, Blocker, blocker
+from hostpassd.model.codes import ALONE, BLOCKERS, HOST_USES, Blocker, Detail, Fact, blocker, fact, gathered
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Pci
 from hostpassd.model.events import HostUse
 from hostpassd.model.machine import Hold
@@ -17,15 +17,10 @@ EXCLUDED_CLASSES = ("05", "07", "08", "0c05")
 
 _USE_CODES = {
     "mount": "mounted",
-    "swap": "host-system",
     "storage-stack": "storage-stack",
     "address": "network-in-use",
     "default-route": "network-in-use",
-    "bridge": "network-in-use",
-    "bond": "network-in-use",
-    "vlan": "network-in-use",
-    "macvlan": "network-in-use",
-    "namespace": "network-in-use",
+    "upper-link": "network-in-use",
 }
 
 
@@ -147,13 +142,31 @@ def _culprits(view: View, device: Device) -> Iterable[str]:
             yield f"{mate.pci.address} ({mate.driver})"
 
 
-def _host_blockers(view: View, device: Device) -> Iterable[Blocker]:
-    if device.name in view.never:
-        yield blocker("host-system", device.name, what=device.label)
+def host_uses(view: View, device: Device) -> tuple[Fact, ...]:
+    """What the host uses this very device for, one row for each code, in the order of the table."""
+    found: dict[str, list[HostUse]] = {}
     for use in view.uses_of(device.name):
-        code = "host-system" if use.system else _USE_CODES.get(use.kind)
-        if code:
-            yield blocker(code, device.name, what=device.label, kind=use.kind, detail=use.detail)
+        found.setdefault(use.code, []).append(use)
+    return tuple(
+        fact(HOST_USES[code], device.name, **(gathered(use.details for use in found[code]) | {"what": device.label}))
+        for code in HOST_USES
+        if code in found
+    )
+
+
+def _host_blockers(view: View, device: Device) -> Iterable[Blocker]:
+    found: dict[str, list[HostUse]] = {"host-system": []} if device.name in view.never else {}
+    for use in view.uses_of(device.name):
+        if code := "host-system" if use.system else _USE_CODES.get(use.code):
+            found.setdefault(code, []).append(use)
+    for code, uses in found.items():
+        yield blocker(code, device.name, **_details_of(code, uses) | {"what": device.label})
+
+
+def _details_of(code: str, uses: list[HostUse]) -> dict[str, Detail]:
+    """What USES come to in the one row of the blocker CODE: what its sentence can say."""
+    details = gathered(use.details for use in uses) | {"uses": tuple(sorted({use.code for use in uses}))}
+    return {key: value for key, value in details.items() if key in BLOCKERS[code].fields}
 
 
 def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:

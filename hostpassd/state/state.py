@@ -29,6 +29,7 @@ from hostpassd.model.events import (
     OperationRefused,
     Releasing,
     RemovalFailed,
+    host_use,
 )
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Claim, Hold, Machine, MachineKey, Missing
@@ -124,13 +125,15 @@ class State:
     # --- reading: what they are used for ---
 
     def uses_of(self, device: str) -> tuple[HostUse, ...]:
-        """What the host uses DEVICE for, the console that it shows and the seat's only keyboard included."""
+        """What the host uses DEVICE for, what it is to the host by itself included."""
         here = self.device(device)
         uses = self.spread.uses.get(device, ())
         if here and here.pci and here.pci.boot_display:
-            uses += (HostUse("boot-display", "shows the host's console"),)
+            uses += (host_use("boot-display"),)
         if here and here.keyboard_of and self.only_keyboards_of(self.target(device) or device):
-            uses += (HostUse("keyboard", f"the only keyboard of {here.keyboard_of}"),)
+            uses += (host_use("keyboard", seat=here.keyboard_of),)
+        if here and here.pci and here.pci.vfio_device and not any(hold.live for hold in self.holds_on(device)):
+            uses += (host_use("vfio", driver=here.driver),)
         return uses
 
     def only_keyboards_of(self, device: str) -> str:

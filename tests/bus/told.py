@@ -52,7 +52,7 @@ def device(**changes: Any) -> dict[str, Any]:
         "Blockers": [[ONE, "hub", "never", {"what": Variant("s", "One")}, "It is a hub."]],
         "Companions": [],
         "Holders": [["/org/hostpassd1/machines/a", {"kind": Variant("s", "hostdev"), "live": Variant("b", True)}]],
-        "HostUses": [],
+        "HostUses": [[ONE, "keyboard", {"seat": Variant("s", "seat0")}, "It is a keyboard."]],
     }
     return values | changes
 

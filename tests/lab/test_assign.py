@@ -108,7 +108,7 @@ def test_the_stick_and_the_disk_there_and_back(
 @pytest.mark.parametrize(
     ("spelling", "codes", "words"),
     [
-        ("/dev/vda", {"host-system"}, "/ on /dev/vda"),
+        ("/dev/vda", {"host-system"}, "mounted at /"),
         ("0000:00:04.0", {"network-in-use"}, "10.0.2.15"),
         ("00:1f.2", {"group-not-viable", "class-excluded"}, "0000:00:1f.0 (lpc_ich)"),
         ("00:05.0", {"bridge"}, "0000:00:05.0"),

@@ -8,7 +8,7 @@ import pytest
 
 from hostpassd import errors
 from hostpassd.model.device import Device, Mdev
-from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, MachineRead, host_use
 from hostpassd.model.machine import Claim, Machine, NodeSource, Ports
 from hostpassd.passthrough.request import Options
 from hostpassd.passthrough.steps import Attach, Detach, Store
@@ -96,7 +96,7 @@ def test_a_token_changes_with_what_the_plan_rests_on_and_with_nothing_else() -> 
     state.apply(DeviceSeen(usb("1-7", number=30, product=9)))
     state.apply(DeviceGone(STICK.sysfs_path))
     assert assign(state, NIC).token == token
-    state.apply(HostUsesRead({NIC.name: (HostUse("address", "192.0.2.1/24"),)}))
+    state.apply(HostUsesRead({NIC.name: (host_use("address", addresses=("192.0.2.1/24",)),)}))
     assert assign(state, NIC).token != token
     state.apply(HostUsesRead({}))
     assert assign(state, NIC).token == token

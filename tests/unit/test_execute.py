@@ -18,12 +18,12 @@ from hostpassd.model.events import (
     DeviceGone,
     DeviceSeen,
     Event,
-    HostUse,
     HostUsesRead,
     HypervisorChanged,
     MachineGone,
     MachineRead,
     MachinesListed,
+    host_use,
 )
 from hostpassd.model.job import Job
 from hostpassd.passthrough.assign import Assign
@@ -628,7 +628,7 @@ async def test_a_replug_between_prompt_and_job_is_a_stale_plan(tmp_path: Path) -
     [
         MachineRead(machine(running=False)),
         MachineRead(machine("renamed")),
-        HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}),
+        HostUsesRead({LUN.name: (host_use("mount", mount_points=("/srv",)),)}),
         DeviceSeen(dataclasses.replace(LUN, label="another label")),
     ],
     ids=["stopped", "renamed", "mounted", "relabelled"],
@@ -731,7 +731,7 @@ async def test_a_queued_job_does_not_go_past_a_blocker_that_nobody_authorised(tm
     async with world.executor.alone((LUN.name,)):
         options = Options(override=frozenset({"mounted"}))
         control = await world.operations.start(Assign("vm", (LUN.name,), options, 0), authorise)
-        world.emit(HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}))
+        world.emit(HostUsesRead({LUN.name: (host_use("mount", mount_points=("/srv",)),)}))
     await control.ended.wait()
     assert error_name(control.job) == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
 

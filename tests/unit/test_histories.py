@@ -43,6 +43,7 @@ from hostpassd.model.events import (
     HostUsesRead,
     HypervisorChanged,
     MachinesListed,
+    host_use,
 )
 from hostpassd.model.machine import Claim, InterfaceSource, Machine, NodeSource, UsbSource
 from hostpassd.passthrough.intent_rows import Unfinished
@@ -619,7 +620,7 @@ class Histories(Operations):
     def use(self, used: set[str], system: bool) -> None:
         """The host mounts, unmounts, brings interfaces up and down."""
         here = [device for device in map(self._here, sorted(used)) if device]
-        self.host.uses = {d.name: (HostUse(_USE[d.kind], f"/{d.name}", system and d.kind == "block"),) for d in here}
+        self.host.uses = {d.name: (_use(d, system=system),) for d in here}
         self.host.uses_due = True
 
     # --- machines, by others ---
@@ -715,7 +716,10 @@ class Histories(Operations):
         self.host.uses_due = True
 
 
-_USE = {"net": "address", "block": "mount"}
+def _use(device: Device, *, system: bool) -> HostUse:
+    if device.kind == "net":
+        return host_use("address", addresses=(f"/{device.name}",))
+    return host_use("mount", mount_points=(f"/{device.name}",), system=system)
 
 
 def _packed(options: dict[str, Any]) -> dict[str, Variant]:

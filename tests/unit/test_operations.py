@@ -12,7 +12,16 @@ import pytest
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.device import Device
-from hostpassd.model.events import DeviceGone, DeviceSeen, Event, HostUse, HostUsesRead, MachineGone, MachineRead
+from hostpassd.model.events import (
+    DeviceGone,
+    DeviceSeen,
+    Event,
+    HostUse,
+    HostUsesRead,
+    MachineGone,
+    MachineRead,
+    host_use,
+)
 from hostpassd.model.machine import Machine, MachineKey
 from hostpassd.passthrough.assign import Assign
 from hostpassd.passthrough.jobs import RunningJob
@@ -24,8 +33,8 @@ from tests.sim.world import OTHER, REQUESTS, URI, UUID, block, error_name, hostd
 
 DISK = block("sda", STICK)
 WIRE = net("enp4s1", PAIR[0])
-SCRATCH = HostUse("mount", "/mnt/scratch on /dev/sda")
-DATABASE = HostUse("mount", "/srv/database on /dev/sda")
+SCRATCH = host_use("mount", mount_points=("/mnt/scratch",))
+DATABASE = host_use("mount", mount_points=("/srv/database",))
 MOUNTED = Options(override=frozenset({"mounted"}), timeout=5)
 
 
@@ -189,7 +198,7 @@ def use(house: House, *uses: HostUse) -> None:
         ((), "done"),
         ((DATABASE,), "StalePlan"),
         ((SCRATCH, DATABASE), "StalePlan"),
-        ((SCRATCH, HostUse("storage-stack", "LUKS x")), "Blocked"),
+        ((SCRATCH, host_use("storage-stack", volumes=("LUKS x",))), "Blocked"),
     ],
 )
 async def test_an_override_is_for_what_was_in_the_way_and_not_for_what_is_called_the_same(
@@ -200,10 +209,17 @@ async def test_an_override_is_for_what_was_in_the_way_and_not_for_what_is_called
     assert await when(house, STICK, MOUNTED, lambda: use(house, *later)) == end
 
 
+@at_any_time
+async def test_an_override_outlasts_a_part_of_what_was_in_the_way(house: House, when: When) -> None:
+    house.emit(DeviceSeen(DISK))
+    use(house, SCRATCH, DATABASE)
+    assert await when(house, STICK, MOUNTED, lambda: use(house, DATABASE)) == "done"
+
+
 async def test_each_device_is_asked_about_with_what_is_in_its_own_way(house: House) -> None:
     for function in (DISK, WIRE):
         house.emit(DeviceSeen(function))
-    house.emit(HostUsesRead({WIRE.name: (HostUse("address", "192.0.2.1/24"),)}))
+    house.emit(HostUsesRead({WIRE.name: (host_use("address", addresses=("192.0.2.1/24",)),)}))
     options = Options(override=frozenset({"network-in-use", "mounted"}), timeout=5)
     control, asked = await start(house, PAIR[1].name, options)
     await control.ended.wait()

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 from hostpassd import names
-from hostpassd.bus.present import device_interfaces, machine_properties
+from hostpassd.bus.present import device_interfaces, machine_properties, manager_properties
+from hostpassd.bus.router import Variant
 from hostpassd.model.codes import BLOCKERS, say
 from hostpassd.model.device import Device, Input, Usb
-from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, HypervisorChanged, MachineRead, host_use
 from hostpassd.state import State
 from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
@@ -101,6 +102,30 @@ def test_a_reason_has_its_details_by_their_types_and_its_message_is_made_of_them
     }
     assert message == say(BLOCKERS[code].sentence, {key: value.value for key, value in details.items()})
     assert second[1:3] == ["held-config", "override"]
+
+
+def test_a_fact_has_the_device_and_its_arrays() -> None:
+    state = state_of(PORT, NIC, WIRE)
+    carried = ("192.0.2.7/24", "2001:db8::7/64")
+    state.apply(HostUsesRead({WIRE.name: (host_use("address", addresses=carried),)}))
+    [[path, code, details, message]] = told(state, WIRE)["HostUses"]
+    assert (path, code) == (names.device_path(WIRE.name), "address")
+    assert {key: (value.signature, value.value) for key, value in details.items()} == {
+        "addresses": ("as", list(carried)),
+        "what": ("s", WIRE.label),
+    }
+    assert message == f"The host has the addresses 192.0.2.7/24, 2001:db8::7/64 on {WIRE.label}."
+    assert told(state, NIC)["HostUses"] == []
+
+
+def test_a_hypervisor_says_why_it_is_not_connected() -> None:
+    state = state_of()
+    state.apply(HypervisorChanged("qemu:///system", connected=True))
+    state.apply(HypervisorChanged("xen:///system", connected=False, error="no such socket"))
+    assert manager_properties(state, running=True, generation=1)["Hypervisors"] == [
+        ["qemu:///system", True, {}],
+        ["xen:///system", False, {"error": Variant("s", "no such socket")}],
+    ]
 
 
 def test_of_a_bridge_nothing_else_matters() -> None:

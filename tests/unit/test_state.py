@@ -24,6 +24,7 @@ from hostpassd.model.events import (
     MachineRead,
     MachinesListed,
     Releasing,
+    host_use,
 )
 from hostpassd.model.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
 from hostpassd.passthrough.assign import blockers_for
@@ -107,7 +108,7 @@ def test_an_identity_that_cannot_be_read_or_is_another_loses_nothing_below() -> 
     lun = dataclasses.replace(lun, facts=(Scsi(2, 0, 0, 0, "disk", "naa.1"),))
     disk = block("sda", lun)
     state = state_of(lun, disk)
-    uses = HostUsesRead({disk.name: (HostUse("mount", "/ on /dev/sda", system=True),)})
+    uses = HostUsesRead({disk.name: (host_use("mount", mount_points=("/",), system=True),)})
     state.apply(uses)
     first = state.devices[lun.name].instance
     state.apply(DeviceSeen(dataclasses.replace(lun, facts=(Scsi(2, 0, 0, 0, "disk", ""),))))
@@ -123,7 +124,7 @@ def test_an_identity_that_cannot_be_read_or_is_another_loses_nothing_below() -> 
 def test_a_device_that_cannot_be_read_now_is_not_gone() -> None:
     one, two, three = (pci(f"0000:0{n}:00.0", group=n) for n in (1, 2, 3))
     state = state_of(one, two, three)
-    state.apply(HostUsesRead({two.name: (HostUse("address", "192.0.2.7/24"),)}))
+    state.apply(HostUsesRead({two.name: (host_use("address", addresses=("192.0.2.7/24",)),)}))
     state.apply(DevicesScanned((one,), unread=(two.sysfs_path, "/sys/devices/never/seen")))
     assert set(state.devices) == {one.name, two.name}
     assert [b.code for b in blockers(state, state.devices[two.name])] == ["network-in-use"]
@@ -132,7 +133,7 @@ def test_a_device_that_cannot_be_read_now_is_not_gone() -> None:
 def test_an_interface_in_another_namespace_blocks_its_device() -> None:
     card = pci("0000:01:00.0", group=1)
     state = state_of(card)
-    state.apply(HostUsesRead({card.name: (HostUse("namespace", "a network interface in another network namespace"),)}))
+    state.apply(HostUsesRead({card.name: (host_use("upper-link", where="another network namespace"),)}))
     [blocker] = blockers(state, state.devices[card.name])
     assert (blocker.code, blocker.severity) == ("network-in-use", "override")
 
@@ -449,7 +450,7 @@ _events = st.one_of(
         lambda ask: Releasing(MachineKey(ask[0], ask[1]), ask[2], ask[3])
     ),
     st.tuples(_used, _nodes).map(
-        lambda read: HostUsesRead({n: (HostUse("mount", f"/mnt/{n}"),) for n in read[0]}, read[1])
+        lambda read: HostUsesRead({n: (host_use("mount", mount_points=(f"/mnt/{n}",)),) for n in read[0]}, read[1])
     ),
 )
 
