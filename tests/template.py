@@ -6,7 +6,7 @@ import json
 
 from hostpassd.model import codes
 
-HEADER = r"""# The sentences of hostpassd's reasons and facts. {fields} are details; a [part] is left out where it has none.
+HEADER = r"""# The sentences of hostpassd's reasons and facts. {fields} are details; a [part] goes where it has none.
 msgid ""
 msgstr ""
 "Project-Id-Version: hostpassd\n"
