@@ -16,6 +16,7 @@ from hostpassd.model.naming import identity_id, location, role
 from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Plan
 from hostpassd.state import Entity, HypervisorState, State, eligibility
+from hostpassd.state.problems import problems
 
 Properties = dict[str, Any]
 
@@ -236,6 +237,7 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
         "Version": __version__,
         "Features": [],
         "State": word if running else "starting",
+        "Problems": [fact_row(problem) for problem in problems(state)],
         "Hypervisors": [_hypervisor_row(hypervisor) for hypervisor in state.hypervisors.values()],
         "Generation": generation,
     }

@@ -26,6 +26,7 @@ KEYS: Mapping[str, str] = {
     "class": "s",  # of a PCI function: 0c05
     "devices": "as",  # for people: Label (Location)
     "driver": "s",  # of the kernel
+    "error": "s",  # whoever failed said so
     "functions": "as",  # names of virtual functions
     "group": "i",  # number of the IOMMU group
     "interfaces": "as",  # names of network interfaces
@@ -41,6 +42,7 @@ KEYS: Mapping[str, str] = {
     "places": "i",  # free ones
     "routes": "as",  # default via 192.0.2.1
     "seat": "s",
+    "uri": "s",  # of a hypervisor
     "uses": "as",  # codes of host uses
     "volumes": "as",  # what lies on a device, topmost first: LVM volume vg-data on LUKS safe on /dev/sda2
     "what": "s",  # the device that the row is about, for people
@@ -248,6 +250,38 @@ HOST_USES = _table(
     ),
 )
 
+# What is wrong with the host as a whole.
+PROBLEMS = _table(
+    Code(
+        "no-iommu",
+        FACT,
+        "No device of this host is in an IOMMU group, so no PCI device can be assigned: enable the IOMMU in the "
+        "firmware and on the kernel's command line.",
+        "There are PCI devices, and none of them is in an IOMMU group.",
+    ),
+    Code(
+        "hypervisor-unreachable",
+        FACT,
+        "The hypervisor {uri} cannot be reached[ ({error})]: what it told last stands, and its machines cannot be "
+        "changed.",
+        "One row for each hypervisor that is configured and not connected.",
+    ),
+    Code(
+        "no-polkit",
+        FACT,
+        "Only root may change anything, as polkit is not on the bus: have it installed and started.",
+        "polkit was not on the bus when it was last to be asked whether a caller may do something.",
+    ),
+    Code(
+        "state-folder",
+        FACT,
+        "No operation can begin[ ({error})].",
+        "The intent log cannot be read or written, and nothing is begun that a crash would leave half done.",
+    ),
+)
+
+_FACTS = {**HOST_USES, **PROBLEMS}
+
 # Whatever else there is, of a device with one of these it does not matter.
 ALONE = frozenset({"not-assignable-kind", "hub", "bridge"})
 
@@ -317,7 +351,7 @@ def blocker(code: str, device: str, **details: Detail) -> Blocker:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing that is so, of a device ('': of the host as a whole), from the table HOST_USES."""
+    """One thing that is so, from the table HOST_USES, or of the host as a whole (no device) from the table PROBLEMS."""
 
     code: str
     device: str
@@ -326,7 +360,7 @@ class Fact:
     @property
     def message(self) -> str:
         """One sentence."""
-        return say(HOST_USES[self.code].sentence, dict(self.details))
+        return say(_FACTS[self.code].sentence, dict(self.details))
 
 
 def detailed(**details: Detail) -> Details:

@@ -22,7 +22,7 @@ def test_a_message_is_the_sentence_and_the_details_and_nothing_else(row: codes.C
     assert found.message.endswith(".")
 
 
-@pytest.mark.parametrize("row", codes.HOST_USES.values(), ids=lambda row: row.code)
+@pytest.mark.parametrize("row", [*codes.HOST_USES.values(), *codes.PROBLEMS.values()], ids=lambda row: row.code)
 def test_a_fact_is_told_as_a_reason_is_but_has_no_severity(row: codes.Code) -> None:
     assert row.severity == codes.FACT and set(row.fields) <= codes.KEYS.keys()
     shown = {key: EXAMPLES[key] for key in row.fields}

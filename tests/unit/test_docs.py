@@ -70,7 +70,7 @@ def test_the_blockers_are_those_of_the_code() -> None:
     assert sections("docs/blockers.md") == codes.BLOCKERS.keys()
 
 
-@pytest.mark.parametrize(("first", "known"), [("host use", codes.HOST_USES)])
+@pytest.mark.parametrize(("first", "known"), [("host use", codes.HOST_USES), ("problem", codes.PROBLEMS)])
 def test_the_facts_are_those_of_the_code(first: str, known: dict[str, codes.Code]) -> None:
     rows = {word(code): (meaning, details) for code, meaning, details in table("docs/facts.md", first)}
     assert rows == {code: (row.meaning, keys_of(row)) for code, row in known.items()}
