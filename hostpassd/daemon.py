@@ -49,13 +49,14 @@ class Daemon:
         # Each hears of every event after the state has taken it in. The publisher first: what others then bring about
         # is told after it. The audit log last: it asks whether a job is still at work.
         self._listeners = (self.publisher, self.executor, self.operations, self._audit)
-        access = Access(self.router, log=logging.getLogger("hostpassd.access"))
+        access = Access(self.router, ends.inlet.emit, log=logging.getLogger("hostpassd.access"))
         options = Options(timeout=config.timeout)
         ManagerMethods(self.state, self.router, access, self.operations, self.publisher, sync, ends.inlet.emit, options)
         self._tasks = Tasks()  # what nothing works without: if one fails, the daemon ends, to be started afresh
         self._told = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ends.inlet.open(self._take)
+        self.intents.announce(ends.inlet.emit)
 
     async def run(self) -> None:
         """Starts, serves until a signal or the loss of the bus, and stops."""

@@ -18,6 +18,7 @@ from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Plan
 from hostpassd.passthrough.steps import told
 from hostpassd.state import Entity, HypervisorState, State, eligibility
+from hostpassd.state.problems import problems
 
 Properties = dict[str, Any]
 
@@ -261,6 +262,7 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
         "Version": __version__,
         "Features": list(FEATURES),
         "State": word if running else "starting",
+        "Problems": [fact_row(problem) for problem in problems(state)],
         "Hypervisors": [_hypervisor_row(hypervisor) for hypervisor in state.hypervisors.values()],
         "Generation": generation,
     }

@@ -26,6 +26,7 @@ KEYS: Mapping[str, str] = {
     "class": "s",  # of a PCI function: 0c05
     "devices": "as",  # for people: Label (Location)
     "driver": "s",  # of the kernel
+    "error": "s",  # whoever failed said so
     "functions": "as",  # names of virtual functions
     "group": "i",  # number of the IOMMU group
     "interfaces": "as",  # names of network interfaces
@@ -41,6 +42,7 @@ KEYS: Mapping[str, str] = {
     "places": "i",  # free ones
     "routes": "as",  # default via 192.0.2.1
     "seat": "s",
+    "uri": "s",  # of a hypervisor
     "uses": "as",  # codes of host uses
     "volumes": "as",  # what lies on a device, topmost first: LVM volume vg-data on LUKS safe on /dev/sda2
     "what": "s",  # the device that the row is about, for people
@@ -322,10 +324,41 @@ HOST_USES = _table(
     ),
 )
 
+# What is wrong with the host as a whole.
+PROBLEMS = _table(
+    Code(
+        "no-iommu",
+        FACT,
+        "No device of this host is in an IOMMU group, so no PCI device can be assigned: enable the IOMMU in the "
+        "firmware and on the kernel's command line.",
+        "There are PCI devices, and none of them is in an IOMMU group.",
+    ),
+    Code(
+        "hypervisor-unreachable",
+        FACT,
+        "The hypervisor {uri} cannot be reached[ ({error})]: what it told last stands, and its machines cannot be "
+        "changed.",
+        "One row for each hypervisor that is configured and not connected.",
+    ),
+    Code(
+        "no-polkit",
+        FACT,
+        "Only root may change anything, as polkit is not on the bus: have it installed and started.",
+        "polkit was not on the bus when it was last to be asked whether a caller may do something.",
+    ),
+    Code(
+        "state-folder",
+        FACT,
+        "No operation can begin[ ({error})].",
+        "The intent log cannot be read or written, and nothing is begun that a crash would leave half done.",
+    ),
+)
+
 # All tables, by what their rows are.
 TABLES: Mapping[str, Mapping[str, Code]] = {
     "blocker": BLOCKERS,
     "host-use": HOST_USES,
+    "problem": PROBLEMS,
     "step": STEPS,
     "consequence": CONSEQUENCES,
 }

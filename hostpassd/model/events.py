@@ -75,6 +75,15 @@ class HostUsesRead:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ProblemChanged:
+    """Something is wrong with the host as a whole, or (`there` false) no longer is."""
+
+    code: str  # of the table PROBLEMS
+    there: bool
+    details: Details = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class HypervisorChanged:
     """A hypervisor connection came or went. `error` is '' while connected."""
 
@@ -189,6 +198,7 @@ Event = (
     | DevicesScanned
     | FilesHang
     | HostUsesRead
+    | ProblemChanged
     | HypervisorChanged
     | MachineRead
     | MachineGone

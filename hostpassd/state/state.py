@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 from hostpassd.model.category import category
-from hostpassd.model.codes import Blocker
+from hostpassd.model.codes import Blocker, Details
 from hostpassd.model.device import Device, Key, same_thing
 from hostpassd.model.events import (
     CancelAnswered,
@@ -27,6 +27,7 @@ from hostpassd.model.events import (
     MachinesListed,
     OperationRecovered,
     OperationRefused,
+    ProblemChanged,
     Releasing,
     RemovalFailed,
     host_use,
@@ -66,6 +67,8 @@ class State:
         self.jobs: dict[int, Job] = {}
         self.hypervisors: dict[str, HypervisorState] = {}
         self.hanging: tuple[str, ...] = ()  # files of the kernel that do not answer
+        self.told_problems: dict[str, Details] = {}  # of the host as a whole, by code
+        self._lacked_iommu = False
         self.excluded_classes = excluded_classes
         self.never = never
         self._categories: dict[str, str] = {}
@@ -203,6 +206,11 @@ class State:
         """Whether a hypervisor cannot be reached, or something of the host cannot be read."""
         return bool(self.hanging) or any(not h.connected for h in self.hypervisors.values())
 
+    @property
+    def lacks_iommu(self) -> bool:
+        """Whether there are PCI devices, and none of them is in an IOMMU group."""
+        return bool(self.tree.kinds["pci"]) and not any(True for _ in self.tree.groups.groups())
+
     # --- writing ---
 
     def apply(self, event: Event) -> list[Changes]:
@@ -226,6 +234,8 @@ class State:
                 self.holdings.lose(key)
             case MachinesListed(uri, machines):
                 self._listed(uri, machines)
+            case ProblemChanged(code, there, details):
+                self._problem(code, details if there else None)
             case HypervisorChanged(uri, connected, error):
                 self._hypervisor(HypervisorState(uri, connected, error))
             case Releasing(key, alias, asked):
@@ -240,6 +250,7 @@ class State:
             case DeviceAdded() | RemovalFailed() | OperationRefused() | CancelAnswered() | OperationRecovered():
                 pass
         self.tree.find_only_keyboards()
+        self._look_for_iommu()
         batches = self._batches.take()
         for changes in batches:
             self._categorise(changes)
@@ -343,6 +354,21 @@ class State:
         device = self.device(name)
         if device:
             self.spread.again(_physical(device))
+
+    # --- the host as a whole ---
+
+    def _problem(self, code: str, details: Details | None) -> None:
+        if self.told_problems.get(code) == details:
+            return
+        self.told_problems.pop(code, None)
+        if details is not None:
+            self.told_problems[code] = details
+        self._batches.current.change(MANAGER)
+
+    def _look_for_iommu(self) -> None:
+        if self.lacks_iommu != self._lacked_iommu:
+            self._lacked_iommu = not self._lacked_iommu
+            self._batches.current.change(MANAGER)
 
     # --- machines ---
 

@@ -49,7 +49,7 @@ async def polkit(bus: PrivateBus) -> AsyncIterator[Polkit]:
 
 @pytest.fixture
 def access(router: Router) -> Access:
-    return Access(router, log=logging.getLogger("hostpassd"))
+    return Access(router, lambda event: None, log=logging.getLogger("hostpassd"))
 
 
 @pytest.fixture

@@ -115,6 +115,10 @@ async def device(client: Client, name: str, interface: str = "org.hostpassd1.Dev
     return plain((await client.call(DEVICES + name, PROPERTIES, "GetAll", "s", interface))[0])  # type: ignore[no-any-return]
 
 
+async def problems(client: Client) -> list[list[Any]]:
+    return plain(await client.call(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "Problems"))[0]  # type: ignore[no-any-return]
+
+
 def fold(tree: dict[str, Any], heard: list[Heard]) -> dict[str, Any]:
     """The signals folded onto an earlier GetManagedObjects."""
     tree = {path: {name: dict(values) for name, values in interfaces.items()} for path, interfaces in tree.items()}
@@ -252,10 +256,13 @@ async def test_without_a_state_folder_it_serves_all_the_same_and_operations_are_
         await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert refused.value.name == "org.hostpassd1.Error.Failed"
     assert f"{tmp_path}/state/intents cannot be read or written" in refused.value.message
+    [[path, code, details, message]] = await problems(client)
+    assert (path, code) == ("/", "state-folder") and details["error"] in message
     (tmp_path / "state").unlink()
     while not (await device(client, "usb_1_1_2"))["Holders"]:
         with contextlib.suppress(Refused):  # for a moment the last attempt to write stands for the next
             await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
+    assert [row[1] for row in await problems(client)] == ["no-polkit"]
     words = await daemon.stop()
     assert "Traceback" not in words and "mistake" not in words, words
 
@@ -272,6 +279,7 @@ async def test_without_polkit_only_root_may(daemon: Daemon, client: Client) -> N
         await manager(client, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert refused.value.name == "org.hostpassd1.Error.NotAuthorized"
     assert (await device(client, "usb_1_1_2"))["Holders"] == []
+    assert [row[:3] for row in await problems(client)] == [["/", "no-polkit", {}]]
 
 
 async def test_plug_and_unplug_are_told_and_fold_to_the_truth(

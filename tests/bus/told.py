@@ -26,7 +26,15 @@ STANDARD_ERROR = names.STANDARD_ERROR_PREFIX
 
 
 def manager(**changes: Any) -> dict[str, Any]:
-    return {"Version": "1", "Features": [], "State": "running", "Hypervisors": [], "Generation": 0, **changes}
+    return {
+        "Version": "1",
+        "Features": [],
+        "State": "running",
+        "Problems": [],
+        "Hypervisors": [],
+        "Generation": 0,
+        **changes,
+    }
 
 
 def device(**changes: Any) -> dict[str, Any]:

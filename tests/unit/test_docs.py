@@ -72,7 +72,12 @@ def test_the_blockers_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize(
     ("first", "known"),
-    [("host use", codes.HOST_USES), ("step", codes.STEPS), ("consequence", codes.CONSEQUENCES)],
+    [
+        ("host use", codes.HOST_USES),
+        ("problem", codes.PROBLEMS),
+        ("step", codes.STEPS),
+        ("consequence", codes.CONSEQUENCES),
+    ],
 )
 def test_the_facts_are_those_of_the_code(first: str, known: dict[str, codes.Code]) -> None:
     rows = {word(code): (meaning, details) for code, meaning, details in table("docs/facts.md", first)}

@@ -28,6 +28,7 @@ from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.rowfile import rows_in
 from hostpassd.passthrough.steps import Attach, Detach, Reattach, Store, Unplug, Unstore
+from hostpassd.state.problems import problems
 from tests.sim.disk import Disk, no_room
 from tests.sim.ends import daemon_on, simulated
 from tests.sim.world import OTHER, URI, UUID, error_name, hostdev, pci, usb
@@ -286,9 +287,17 @@ async def test_the_service_manager_is_told_why_there_are_no_operations(tmp_path:
     with pytest.raises(errors.StateFolderError):
         await daemon.intents.catch_up()
     assert daemon.status().endswith("; no operations: " + daemon.intents.problem) and "full" in daemon.status()
+    [problem] = problems(daemon.state)
+    assert problem.code == "state-folder" and dict(problem.details)["error"] == daemon.intents.problem[:-1]
     disk.at = fine
     await daemon.intents.catch_up()
-    assert "operations" not in daemon.status()
+    assert "operations" not in daemon.status() and problems(daemon.state) == ()
+
+
+async def test_what_is_wrong_at_the_start_is_a_problem_of_the_host(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("no folder")
+    [problem] = problems(daemon_on(simulated(tmp_path / "state")).state)
+    assert problem.code == "state-folder" and f"{tmp_path}/state/intents cannot be read" in problem.message
 
 
 async def test_a_file_that_can_be_read_late_is_put_in_order_then(

@@ -8,9 +8,17 @@ from typing import Any
 from hostpassd import names
 from hostpassd.bus.present import device_interfaces, machine_properties, manager_properties
 from hostpassd.bus.router import Variant
-from hostpassd.model.codes import BLOCKERS, say
+from hostpassd.model.codes import BLOCKERS, PROBLEMS, say
 from hostpassd.model.device import Device, Input, Usb
-from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, HypervisorChanged, MachineRead, host_use
+from hostpassd.model.events import (
+    DeviceGone,
+    DeviceSeen,
+    HostUsesRead,
+    HypervisorChanged,
+    MachineRead,
+    ProblemChanged,
+    host_use,
+)
 from hostpassd.state import State
 from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
@@ -126,6 +134,13 @@ def test_a_hypervisor_says_why_it_is_not_connected() -> None:
         ["qemu:///system", True, {}],
         ["xen:///system", False, {"error": Variant("s", "no such socket")}],
     ]
+
+
+def test_a_problem_is_of_no_device() -> None:
+    state = state_of()
+    state.apply(ProblemChanged("no-polkit", there=True))
+    [[path, code, details, message]] = manager_properties(state, running=True, generation=1)["Problems"]
+    assert (path, code, details, message) == ("/", "no-polkit", {}, PROBLEMS["no-polkit"].sentence)
 
 
 def test_of_a_bridge_nothing_else_matters() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hostpassd.model.codes import Detail, detailed
 from hostpassd.model.device import Device, Scsi, same_thing
 from hostpassd.model.events import (
     DeviceGone,
@@ -23,15 +24,17 @@ from hostpassd.model.events import (
     MachineGone,
     MachineRead,
     MachinesListed,
+    ProblemChanged,
     Releasing,
     host_use,
 )
 from hostpassd.model.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
 from hostpassd.passthrough.assign import blockers_for
-from hostpassd.state import Changes, State
+from hostpassd.state import MANAGER, Changes, State
 from hostpassd.state.eligibility import blockers, companions, is_leaf, use_blockers
 from hostpassd.state.holdings import Holdings
 from hostpassd.state.multimap import Multimap
+from hostpassd.state.problems import problems
 from hostpassd.state.tree import Tree
 from tests.sim.world import (
     KEY,
@@ -225,6 +228,31 @@ def test_an_update_keeps_the_instance_and_says_nothing_when_nothing_differs() ->
     first = state.devices[STICK.name].instance
     state.apply(DeviceSeen(dataclasses.replace(STICK, driver="")))
     assert state.devices[STICK.name].instance == first
+
+
+def test_problems_are_told_in_order_and_go_with_what_they_come_of() -> None:
+    state = State()
+
+    def after(event: Event) -> list[tuple[str, dict[str, Detail]]]:
+        [batch] = state.apply(event)
+        assert MANAGER in batch.changed
+        assert all(fact.device == "" for fact in problems(state))
+        return [(fact.code, dict(fact.details)) for fact in problems(state)]
+
+    bare, grouped = pci("0000:00:03.0", group=-1), pci("0000:00:04.0", group=4)
+    full = ProblemChanged("state-folder", True, detailed(error="It is full"))
+    assert after(full) == [("state-folder", {"error": "It is full"})]
+    assert state.apply(full) == []
+    assert after(DeviceSeen(bare)) == [("no-iommu", {}), ("state-folder", {"error": "It is full"})]
+    lost = [("hypervisor-unreachable", {"uri": uri, "error": "gone"}) for uri in ("a:///", "b:///")]
+    after(HypervisorChanged("a:///", False, "gone"))
+    assert after(HypervisorChanged("b:///", False, "gone"))[1:3] == lost
+    assert after(HypervisorChanged("a:///", True))[1:2] == lost[1:]
+    assert [code for code, _ in after(DeviceSeen(grouped))] == ["hypervisor-unreachable", "state-folder"]
+    assert [code for code, _ in after(ProblemChanged("state-folder", False))] == ["hypervisor-unreachable"]
+    assert "no-iommu" in [code for code, _ in after(DeviceGone(grouped.sysfs_path))]
+    after(DeviceGone(bare.sysfs_path))
+    assert after(HypervisorChanged("b:///", True)) == []
 
 
 def test_an_unreachable_hypervisor_leaves_holds_stale_and_signals_no_removal() -> None:
@@ -477,6 +505,7 @@ def _told(state: State) -> dict[str, object]:
             sorted(map(repr, state.holds_of(uuid))),
             sorted(map(repr, state.missing.get(uuid, ()))),
         )
+    rows["problems"] = [fact for fact in problems(state) if fact.code != "hypervisor-unreachable"]
     return rows
 
 
