@@ -165,8 +165,9 @@ def _port_blockers(machine: Machine, to_attach: list[Device]) -> Iterable[Blocke
     ):
         needed = [d for d in to_attach if d.pci and d.pci.express is express]
         if len(needed) > free:
-            names, told = tuple(d.name for d in needed), machine.shown_name
-            yield blocker("no-free-port", names[0], machine_name=told, devices=names, places=free, needs=what)
+            names = tuple(shown(d) for d in needed)
+            told = machine.shown_name
+            yield blocker("no-free-port", needed[0].name, machine_name=told, devices=names, places=free, needs=what)
 
 
 # The kinds of node that are what a device does for the host.

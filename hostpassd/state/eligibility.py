@@ -10,7 +10,7 @@ from hostpassd.model.codes import ALONE, BLOCKERS, HOST_USES, Blocker, Detail, F
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Pci
 from hostpassd.model.events import HostUse
 from hostpassd.model.machine import Hold
-from hostpassd.model.naming import is_bridge
+from hostpassd.model.naming import is_bridge, shown
 
 # 05 memory, 07 communication (serial ports: the original's own rule), 08 system peripherals, 0c05 SMBus.
 EXCLUDED_CLASSES = ("05", "07", "08", "0c05")
@@ -89,7 +89,7 @@ def use_blockers(view: View, device: Device) -> tuple[Blocker, ...]:
 
 def _kind_blockers(view: View, device: Device) -> list[Blocker]:
     """The blockers that come of what the device is; they stay on it."""
-    name, what = device.name, device.label
+    name, what = device.name, shown(device)
     if device.kind not in ASSIGNABLE_KINDS or view.target(name) != name:
         target = view.target(name) or name
         owner = target if target != name else ""
@@ -104,7 +104,7 @@ def _kind_blockers(view: View, device: Device) -> list[Blocker]:
 
 
 def _pci_blockers(view: View, device: Device, pci: Pci) -> list[Blocker]:
-    name, what = device.name, pci.address
+    name, what = device.name, shown(device)
     if pci.off_bus or pci.header_type == 0x7F:
         return [blocker("not-responding", name, what=what)]
     found = []
@@ -148,7 +148,7 @@ def host_uses(view: View, device: Device) -> tuple[Fact, ...]:
     for use in view.uses_of(device.name):
         found.setdefault(use.code, []).append(use)
     return tuple(
-        fact(HOST_USES[code], device.name, **(gathered(use.details for use in found[code]) | {"what": device.label}))
+        fact(HOST_USES[code], device.name, **(gathered(use.details for use in found[code]) | {"what": shown(device)}))
         for code in HOST_USES
         if code in found
     )
@@ -160,7 +160,7 @@ def _host_blockers(view: View, device: Device) -> Iterable[Blocker]:
         if code := "host-system" if use.system else _USE_CODES.get(use.code):
             found.setdefault(code, []).append(use)
     for code, uses in found.items():
-        yield blocker(code, device.name, **_details_of(code, uses) | {"what": device.label})
+        yield blocker(code, device.name, **_details_of(code, uses) | {"what": shown(device)})
 
 
 def _details_of(code: str, uses: list[HostUse]) -> dict[str, Detail]:
@@ -174,7 +174,7 @@ def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
     for name in sorted(view.virtual_functions(device.name)):
         for hold in view.holds_on(name):
             if hold.live:
-                yield _hold_blocker(view, "held-live", device, hold, f"{name}, a virtual function of {device.label}")
+                yield _hold_blocker(view, "held-live", device, hold, f"{name}, a virtual function of {shown(device)}")
     for hold in view.holds_on(device.name):
         yield from hold_blockers(view, device, hold)
 
@@ -182,9 +182,9 @@ def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
 def hold_blockers(view: View, device: Device, hold: Hold) -> Iterable[Blocker]:
     """Of one HOLD on DEVICE itself."""
     if hold.live:
-        yield _hold_blocker(view, "held-live", device, hold, device.label)
+        yield _hold_blocker(view, "held-live", device, hold, shown(device))
     if hold.config:
-        yield _hold_blocker(view, "held-config", device, hold, device.label)
+        yield _hold_blocker(view, "held-config", device, hold, shown(device))
 
 
 def _hold_blocker(view: View, code: str, device: Device, hold: Hold, what: str) -> Blocker:

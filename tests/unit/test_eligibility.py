@@ -8,7 +8,7 @@ import pytest
 
 from hostpassd.model.device import Device
 from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead, host_use
-from hostpassd.model.naming import STRUCTURE, SUBJECT, role
+from hostpassd.model.naming import STRUCTURE, SUBJECT, role, shown
 from hostpassd.state import State
 from hostpassd.state.eligibility import blockers, companions, host_uses
 from tests.sim.world import OTHER, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
@@ -150,22 +150,22 @@ def test_uses_of_one_code_are_one_row_and_what_the_host_needs_is_apart() -> None
             {
                 "mount-points": ("/boot", "/home", "/srv"),
                 "volumes": ("/dev/sda1", "/dev/sda3"),
-                "what": disk.label,
+                "what": shown(disk),
             },
         ),
-        ("swap", disk.name, {"volumes": ("/dev/sda2",), "what": disk.label}),
+        ("swap", disk.name, {"volumes": ("/dev/sda2",), "what": shown(disk)}),
     ]
     assert [(row.code, row.device, row.message) for row in blockers(state, lun)] == [
         (
             "host-system",
             disk.name,
-            f"The host runs from {disk.label} (mount, swap on /dev/sda1, /dev/sda2), mounted at /boot: it stays with "
+            f"The host runs from {shown(disk)} (mount, swap on /dev/sda1, /dev/sda2), mounted at /boot: it stays with "
             "the host.",
         ),
         (
             "mounted",
             disk.name,
-            f"The host has /home, /srv mounted from {disk.label} (/dev/sda3): unmount it first.",
+            f"The host has /home, /srv mounted from {shown(disk)} (/dev/sda3): unmount it first.",
         ),
     ]
 
@@ -186,7 +186,7 @@ def test_addresses_routes_and_interfaces_are_one_row() -> None:
         "addresses": ("192.0.2.7/24", "198.51.100.1/24"),
         "interfaces": ("tagged",),
         "routes": ("default via 192.0.2.1",),
-        "what": interface.label,
+        "what": shown(interface),
     }
 
 
@@ -197,7 +197,7 @@ def test_a_vfio_driver_is_a_use_while_no_running_machine_has_the_device() -> Non
     state = state_of(ready)
     state.apply(MachineRead(machine(config=(hostdev(ready),))))
     [row] = host_uses(state, ready)
-    assert (row.code, dict(row.details)) == ("vfio", {"driver": "vfio-pci", "what": ready.label})
+    assert (row.code, dict(row.details)) == ("vfio", {"driver": "vfio-pci", "what": shown(ready)})
     assert {code for code, _ in codes(state, ready)} == {"held-config"}
     [batch] = state.apply(MachineRead(machine(live=(hostdev(ready),))))
     assert host_uses(state, ready) == () and ("device", ready.name) in batch.changed

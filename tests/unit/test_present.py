@@ -19,6 +19,7 @@ from hostpassd.model.events import (
     ProblemChanged,
     host_use,
 )
+from hostpassd.model.naming import shown
 from hostpassd.state import State
 from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
@@ -106,7 +107,7 @@ def test_a_reason_has_its_details_by_their_types_and_its_message_is_made_of_them
     assert {key: (value.signature, value.value) for key, value in details.items()} == {
         "machine": ("o", names.machine_path(UUID)),
         "machine-name": ("s", "vm"),
-        "what": ("s", NIC.label),
+        "what": ("s", shown(NIC)),
     }
     assert message == say(BLOCKERS[code].sentence, {key: value.value for key, value in details.items()})
     assert second[1:3] == ["held-config", "override"]
@@ -120,9 +121,9 @@ def test_a_fact_has_the_device_and_its_arrays() -> None:
     assert (path, code) == (names.device_path(WIRE.name), "address")
     assert {key: (value.signature, value.value) for key, value in details.items()} == {
         "addresses": ("as", list(carried)),
-        "what": ("s", WIRE.label),
+        "what": ("s", shown(WIRE)),
     }
-    assert message == f"The host has the addresses 192.0.2.7/24, 2001:db8::7/64 on {WIRE.label}."
+    assert message == f"The host has the addresses 192.0.2.7/24, 2001:db8::7/64 on {shown(WIRE)}."
     assert told(state, NIC)["HostUses"] == []
 
 
