@@ -255,8 +255,8 @@ def _path_element(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
 
 
-def manager_properties(state: State, running: bool, generation: int) -> Properties:
-    """The properties of the Manager."""
+def manager_properties(state: State, running: bool) -> Properties:
+    """The properties of the Manager, but for those that are of the batches that were told."""
     word = "degraded" if state.degraded else "running"
     return {
         "Version": __version__,
@@ -264,7 +264,6 @@ def manager_properties(state: State, running: bool, generation: int) -> Properti
         "State": word if running else "starting",
         "Problems": [fact_row(problem) for problem in problems(state)],
         "Hypervisors": [_hypervisor_row(hypervisor) for hypervisor in state.hypervisors.values()],
-        "Generation": generation,
     }
 
 

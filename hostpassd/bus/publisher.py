@@ -10,6 +10,7 @@ from hostpassd.bus.present import OBJECTS, Properties, error_row, hold_row, inte
 from hostpassd.bus.router import Batch, Interfaces, Router, Signal
 from hostpassd.model.events import Event
 from hostpassd.state import MANAGER, Changes, Entity, State
+from hostpassd.state.counters import Counters
 
 
 class Publisher:
@@ -18,14 +19,16 @@ class Publisher:
     In each batch: objects added, properties changed, holds, objects removed, and last the Manager's Generation.
     """
 
-    def __init__(self, state: State, router: Router) -> None:
+    def __init__(self, state: State, router: Router, counters: Counters) -> None:
         self._state = state
         self._router = router
+        self._counters = counters
         self._pending = Changes()
         self._scheduled: asyncio.Handle | None = None
         self.generation = 0
         self.running = False
         router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: self._manager()}}))
+        router.show_live(names.MANAGER, "Counters", counters.now)
 
     def notice(self, event: Event, batches: Sequence[Changes]) -> None:
         """Takes the changes of an event in; they go out at the end of this turn of the loop, or with `flush`."""
@@ -68,7 +71,7 @@ class Publisher:
             changed=dict(self._present(changes.changed)),
             signals=list(self._signals(changes)),
             removed=[path_of(entity) for entity in changes.removed],
-            last={names.MANAGER_PATH: {names.MANAGER: {"Generation": self.generation}}},
+            last={names.MANAGER_PATH: {names.MANAGER: self._last()}},
         )
 
     def _present(self, entities: Iterable[Entity]) -> Iterable[tuple[str, Interfaces]]:
@@ -78,7 +81,7 @@ class Publisher:
         """
         for entity in entities:
             if entity == MANAGER:
-                rows = {key: value for key, value in self._manager().items() if key != "Generation"}
+                rows = {key: value for key, value in self._manager().items() if key not in self._last()}
                 yield names.MANAGER_PATH, {names.MANAGER: rows}
                 continue
             interfaces = interfaces_of(self._state, entity)
@@ -86,7 +89,11 @@ class Publisher:
                 yield path_of(entity), dict.fromkeys(OBJECTS[entity[0]].passing) | interfaces
 
     def _manager(self) -> Properties:
-        return manager_properties(self._state, self.running, self.generation)
+        return manager_properties(self._state, self.running) | self._last()
+
+    def _last(self) -> Properties:
+        """What is different after each batch."""
+        return {"Generation": self.generation, "Counters": self._counters.now()}
 
     def _signals(self, changes: Changes) -> Iterable[Signal]:
         for member, holds in (("HoldRemoved", changes.holds_removed), ("HoldAdded", changes.holds_added)):

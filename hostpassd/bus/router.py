@@ -182,6 +182,7 @@ class Router:
         self.table = Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
         self._quick: set[tuple[str, str]] = set()
+        self._live: dict[str, dict[str, Callable[[], Any]]] = {}  # by interface, of properties
         self._connect = connection
         self.connection: Connection | None = None
         self._named = False
@@ -294,6 +295,10 @@ class Router:
         self._handlers[interface, member] = handler
         if quick:
             self._quick.add((interface, member))
+
+    def show_live(self, interface: str, key: str, value: Callable[[], Any]) -> None:
+        """Has Get and GetAll tell a property as VALUE makes it then, not as it was published."""
+        self._live.setdefault(interface, {})[key] = value
 
     # --- what comes in ---
 
@@ -500,11 +505,13 @@ class Router:
         """The values of INTERFACE's properties; of all interfaces if it is empty."""
         thing = self.table.objects.get(path)
         interfaces = thing.interfaces if thing else {}
-        if not interface:
-            return interfaces
-        if interface not in self._interfaces_at(path):
+        if interface and interface not in self._interfaces_at(path):
             raise errors.UnknownInterface(f"{path} has no interface {interface}.")
-        return {interface: interfaces[interface]} if interface in interfaces else {}
+        return {name: self._as_now(name, values) for name, values in interfaces.items() if interface in ("", name)}
+
+    def _as_now(self, interface: str, values: dict[str, Any]) -> dict[str, Any]:
+        live = self._live.get(interface, {})
+        return values | {key: self._wire.fit_property(interface, key, value()) for key, value in live.items()}
 
     def managed_objects(self) -> bytes:
         array = join([self._entry(path, thing) for path, thing in self.table.objects.items()])

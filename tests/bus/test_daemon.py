@@ -108,7 +108,10 @@ async def manager(client: Client, member: str, signature: str = "", *body: Any) 
 
 
 async def objects(client: Client) -> dict[str, Any]:
-    return plain((await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects"))[0])  # type: ignore[no-any-return]
+    """GetManagedObjects without what no signal tells."""
+    found: dict[str, Any] = plain((await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects"))[0])
+    del found[MANAGER_PATH][MANAGER]["Counters"]
+    return found
 
 
 async def device(client: Client, name: str, interface: str = "org.hostpassd1.Device") -> dict[str, Any]:
@@ -310,6 +313,34 @@ async def test_plug_and_unplug_are_told_and_fold_to_the_truth(
     ]
     generations = [number for number in told if number is not None]
     assert generations == sorted(set(generations))
+
+
+async def test_counters_are_told_to_who_asks_and_by_no_signal(
+    daemon: Daemon, client: Client, root: Client, host: MockHost
+) -> None:
+    async def counters() -> dict[str, int]:
+        one = plain(await client.call(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "Counters"))[0]
+        assert plain(await client.call(MANAGER_PATH, PROPERTIES, "GetAll", "s", MANAGER))[0]["Counters"] == one
+        return {name: count for name, count in one.items() if count}
+
+    async def in_the_snapshot() -> dict[str, int]:
+        [found] = await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects")
+        return {name: count for name, count in plain(found)[MANAGER_PATH][MANAGER]["Counters"].items() if count}
+
+    await client.match()
+    assert await counters() == {}
+    stick = host.plug_usb("1-3", product=0x0002, serial="NEW")
+    await manager(client, "Sync")
+    host.unplug(stick)
+    await manager(client, "Sync")
+    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+    told = {"plugs": 1, "unplugs": 1, "jobs-done": 1}
+    assert await counters() == await in_the_snapshot() == told
+    with pytest.raises(Refused):
+        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+    assert await in_the_snapshot() == told  # nothing changed but the count
+    assert await counters() == told | {"refused": 1}
+    assert not any("Counters" in plain(s.body)[1] for s in signals(client) if s.member == "PropertiesChanged")
 
 
 def _machine(name: str) -> tuple[str, str, str, str, str, str]:

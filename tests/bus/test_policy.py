@@ -78,7 +78,15 @@ async def test_all_can_read_and_call(router: Router, new_client: NewClient, uid:
     async def assign(_: Call) -> Sequence[Any]:
         return [names.ROOT]
 
-    manager = {"Version": "1", "Features": [], "State": "", "Problems": [], "Hypervisors": [], "Generation": 0}
+    manager = {
+        "Version": "1",
+        "Features": [],
+        "State": "",
+        "Problems": [],
+        "Counters": {},
+        "Hypervisors": [],
+        "Generation": 0,
+    }
     router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
     router.handle(names.MANAGER, "Assign", assign)
     client = await new_client(uid)

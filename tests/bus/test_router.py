@@ -684,6 +684,23 @@ async def test_get_and_get_all(served: Router, client: Client) -> None:
     assert strip(await client.call(MANAGER_PATH, PROPERTIES, "GetAll", "s", MANAGER)) == [manager()]
 
 
+async def test_a_live_value_is_as_it_is_when_it_is_asked_for(served: Router, client: Client) -> None:
+    counts = {"asked": 0}
+
+    def ask() -> dict[str, int]:
+        counts["asked"] += 1
+        return dict(counts)
+
+    served.show_live(MANAGER, "Counters", ask)
+    assert await client.call(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "Counters") == [
+        {"v": ["a{st}", {"asked": 1}]}
+    ]
+    [everything] = strip(await client.call(MANAGER_PATH, PROPERTIES, "GetAll", "s", MANAGER))
+    assert everything == manager(Counters={"asked": 2})
+    [objects] = await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects")
+    assert strip(objects[MANAGER_PATH]) == {MANAGER: manager()}
+
+
 async def test_peer(served: Router, client: Client) -> None:
     for path in (ROOT, "/", "/nowhere"):
         assert await client.call(path, PEER, "Ping") == []

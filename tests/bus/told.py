@@ -31,6 +31,7 @@ def manager(**changes: Any) -> dict[str, Any]:
         "Features": [],
         "State": "running",
         "Problems": [],
+        "Counters": {},
         "Hypervisors": [],
         "Generation": 0,
         **changes,

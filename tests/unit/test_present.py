@@ -131,7 +131,7 @@ def test_a_hypervisor_says_why_it_is_not_connected() -> None:
     state = state_of()
     state.apply(HypervisorChanged("qemu:///system", connected=True))
     state.apply(HypervisorChanged("xen:///system", connected=False, error="no such socket"))
-    assert manager_properties(state, running=True, generation=1)["Hypervisors"] == [
+    assert manager_properties(state, running=True)["Hypervisors"] == [
         ["qemu:///system", True, {}],
         ["xen:///system", False, {"error": Variant("s", "no such socket")}],
     ]
@@ -140,7 +140,7 @@ def test_a_hypervisor_says_why_it_is_not_connected() -> None:
 def test_a_problem_is_of_no_device() -> None:
     state = state_of()
     state.apply(ProblemChanged("no-polkit", there=True))
-    [[path, code, details, message]] = manager_properties(state, running=True, generation=1)["Problems"]
+    [[path, code, details, message]] = manager_properties(state, running=True)["Problems"]
     assert (path, code, details, message) == ("/", "no-polkit", {}, PROBLEMS["no-polkit"].sentence)
 
 

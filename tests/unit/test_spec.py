@@ -44,13 +44,13 @@ def test_direction_defaults_as_the_dbus_specification_says() -> None:
     assert interface.signals["S"].signature == "ty"
 
 
-def test_const_and_true() -> None:
+def test_only_what_is_true_is_told() -> None:
     interface = parse(
         f'<property name="C" type="s" access="read">{EMITS.format("const")}</property>'
         f'<property name="T" type="as" access="read">{EMITS.format("true")}</property>'
+        f'<property name="F" type="t" access="read">{EMITS.format("false")}</property>'
     )
-    assert interface.properties["C"].const
-    assert not interface.properties["T"].const
+    assert {name for name, declared in interface.properties.items() if declared.told} == {"T"}
     assert interface.properties["T"].signature == "as"
 
 
@@ -67,7 +67,7 @@ def test_text_is_the_file_without_comments() -> None:
     [
         ('<property name="P" type="s" access="readwrite"/>', "only read is served"),
         ('<property name="P" type="s" access="read"/>', "needs one .* annotation"),
-        (f'<property name="P" type="s" access="read">{EMITS.format("invalidates")}</property>', "const or true"),
+        (f'<property name="P" type="s" access="read">{EMITS.format("invalidates")}</property>', "const, true or false"),
         ('<method name="M"/><method name="M"/>', "declared twice"),
         ('<method name="M"><arg name="a" direction="in"/></method>', "has no type"),
         ("<method/>", "has no name"),
