@@ -38,7 +38,8 @@ class Counters:
         for job in (job for changes in batches for job in changes.jobs_ended):
             self._counts[f"jobs-{job.state}"] += 1
         came, gone = self._came(batches), self._gone(batches)
-        self._subjects = (self._subjects - gone) | came
+        self._subjects -= gone
+        self._subjects |= came
         if self.counts_plugs:
             self._counts["plugs"] += len(came - gone)
             self._counts["unplugs"] += len(gone - came)

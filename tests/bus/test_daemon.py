@@ -333,11 +333,11 @@ async def test_counters_are_told_to_who_asks_and_by_no_signal(
     await manager(client, "Sync")
     host.unplug(stick)
     await manager(client, "Sync")
-    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     told = {"plugs": 1, "unplugs": 1, "jobs-done": 1}
     assert await counters() == await in_the_snapshot() == told
     with pytest.raises(Refused):
-        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+        await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert await in_the_snapshot() == told  # nothing changed but the count
     assert await counters() == told | {"refused": 1}
     assert not any("Counters" in plain(s.body)[1] for s in signals(client) if s.member == "PropertiesChanged")
