@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from hostpassd import names
-from hostpassd.bus.present import OBJECTS, Properties, error_row, hold_row, interfaces_of, manager_properties, path_of
+from hostpassd.bus.present import (
+    OBJECTS,
+    Properties,
+    error_row,
+    hold_row,
+    interfaces_of,
+    manager_properties,
+    missing_row,
+    path_of,
+)
 from hostpassd.bus.router import Batch, Interfaces, Router, Signal
 from hostpassd.model.events import Event
+from hostpassd.model.machine import Hold
 from hostpassd.state import MANAGER, Changes, Entity, State
 from hostpassd.state.counters import Counters
 
@@ -96,10 +107,23 @@ class Publisher:
         return {"Generation": self.generation, "Counters": self._counters.now()}
 
     def _signals(self, changes: Changes) -> Iterable[Signal]:
-        for member, holds in (("HoldRemoved", changes.holds_removed), ("HoldAdded", changes.holds_added)):
-            for hold in holds:
-                body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
-                yield Signal(names.MANAGER_PATH, names.MANAGER, member, body)
+        for hold in changes.holds_removed:
+            yield _of_hold("HoldRemoved", hold, hold_row(hold))
+        for lost in changes.holds_missing:
+            for row in lost.rows:
+                yield _of_hold("HoldMissing", lost.hold, missing_row(row))
+        for before, after in changes.holds_changed:
+            old, new = hold_row(before), hold_row(after)
+            if old != new:
+                yield _of_hold("HoldChanged", after, new, old)
+        for hold in changes.holds_added:
+            yield _of_hold("HoldAdded", hold, hold_row(hold))
         for job in changes.jobs_ended:
             name, details, message = error_row(job.error)
             yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, name, message, details])
+
+
+def _of_hold(member: str, hold: Hold, *rows: Any) -> Signal:
+    """The signal MEMBER about HOLD, with ROWS."""
+    body = [names.device_path(hold.device), names.machine_path(hold.machine), *rows]
+    return Signal(names.MANAGER_PATH, names.MANAGER, member, body)

@@ -228,6 +228,16 @@ class Hold:
     alias: str
     releasing: bool = False
     stale: bool = False
+    claims: tuple[str, ...] = ()  # ids of the claims that make it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Look:
+    """What a device is to people."""
+
+    label: str = ""
+    category: str = ""
+    location: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -240,3 +250,4 @@ class Missing:
     config: bool
     alias: str
     kind: str = "hostdev"
+    look: Look = Look()  # as last known; of a device that never was here nothing is

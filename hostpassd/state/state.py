@@ -76,7 +76,7 @@ class State:
         self._batches = Batches()
         self.tree = Tree(self._batches)
         self.spread = Spread(self.tree, lambda device: eligibility.use_blockers(self, device))
-        self.holdings = Holdings(self.tree, self._batches, self._held_otherwise)
+        self.holdings = Holdings(self.tree, self._batches, self._held_otherwise, self.category)
 
     # --- reading: devices ---
 
@@ -98,8 +98,8 @@ class State:
         return self.device(self.tree.by_location.get(location, ""))
 
     def category(self, name: str) -> str:
-        """The Category of the device NAME."""
-        return self._categories[name]
+        """The Category of the device NAME; '' before its event is taken in."""
+        return self._categories.get(name, "")
 
     def children(self, name: str) -> list[str]:
         """The names of the devices directly below, sorted."""
@@ -288,6 +288,7 @@ class State:
                 )
                 parent = self.device(device.parent or "")
                 self._categories[name] = category(device, below, parent, self._categories.get(name, ""))
+                self.holdings.look_again(name)
 
     def _insert(self, device: Device) -> None:
         self._categories.pop(device.name, None)

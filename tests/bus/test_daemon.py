@@ -361,10 +361,16 @@ async def test_a_replug_is_a_new_instance_and_the_missing_is_dismissed_by_where_
     host.unplug(host.path("1-1.2"))
     await manager(client, "Sync")
     await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.3"], {})
+    await client.match()
     host.unplug(host.path("1-1.3"))
     await manager(client, "Sync")
+    [missing] = await client.wait_for("HoldMissing")
+    assert plain(missing.body[2]) == plain((await client.call(*_machine("Missing")))[0])[0]
+    assert missing.body[0] == DEVICES + "usb_1_1_3" and "HoldRemoved" not in [s.member for s in signals(client)]
     await manager(root, "Dismiss", "sasa{sv}", "demo", ["usb_1_1_3"], {})
     assert plain((await client.call(*_machine("Missing")))[0]) == []
+    [removed] = await client.wait_for("HoldRemoved")
+    assert removed.body[:2] == missing.body[:2]
     host.plug_usb("1-1.3")
     await manager(client, "Sync")
     assert (await device(client, "usb_1_1_3"))["Instance"] > before

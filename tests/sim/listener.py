@@ -154,7 +154,9 @@ class Client:
 
     def __init__(self) -> None:
         self.tree: Tree = {}
-        self.holds: set[tuple[str, str, str]] = set()  # by HoldAdded and HoldRemoved
+        self.holds: set[tuple[str, str, str]] = set()  # by HoldAdded, HoldMissing and HoldRemoved
+        self.missing: set[tuple[str, str, str]] = set()  # what HoldMissing told, and is not back
+        self.absent: set[str] = set()  # the machines that missed something at first
         self.complaints: list[str] = []
         self.batch: list[tuple[int, str]] = []  # stage and what was said in it, since the last Generation
         self.listens = False
@@ -162,7 +164,8 @@ class Client:
     def start(self, tree: Tree) -> None:
         """Forgets what was folded, for what is there now."""
         self.tree, self.batch, self.listens = tree, [], True
-        self.holds = set(rows_of_devices(tree))
+        self.holds, self.missing = set(rows_of_devices(tree)), set()
+        self.absent = {path for path, faces in tree.items() if faces.get(names.MACHINE, {}).get("Missing")}
 
     def hear(self, path: str, interface: str, member: str, body: list[Any]) -> None:
         """Takes one signal in."""
@@ -179,7 +182,7 @@ class Client:
                     self._remove(*body)
                 case "PropertiesChanged":
                     self._properties(path, *body)
-                case "HoldAdded" | "HoldRemoved":
+                case "HoldAdded" | "HoldChanged" | "HoldMissing" | "HoldRemoved":
                     self._stage(_SIGNAL, f"{member} {body}")
                     self._hold(member, *body)
                 case "Completed":
@@ -232,14 +235,20 @@ class Client:
             self._stage(_CHANGED, f"PropertiesChanged {path} {interface}")
         here.update(values)
 
-    def _hold(self, member: str, device: str, machine: str, hold: dict[str, Any]) -> None:
-        row = (device, machine, hold["kind"])
+    def _hold(self, member: str, device: str, machine: str, told: dict[str, Any], before: Any = None) -> None:
+        row = (device, machine, told["kind"])
         there = row in self.holds
-        if there is (member == "HoldAdded"):
+        # What was missing before this client came has no row that it knows, and what came and went at once had none.
+        lost = row in self.missing or machine in self.absent
+        fits = {"HoldAdded": not there, "HoldChanged": there, "HoldRemoved": there or lost, "HoldMissing": True}
+        if not fits[member]:
             self.complaints.append(f"{member} {row}, which is {'there already' if there else 'not there'}")
-        if device not in self.tree or machine not in self.tree:
+        if machine not in self.tree or (there and device not in self.tree):
             self.complaints.append(f"{member} {row}, which names what is not there")
-        (self.holds.add if member == "HoldAdded" else self.holds.discard)(row)
+        if before == told:
+            self.complaints.append(f"{member} {row}, of which nothing differs")
+        (self.holds.add if member in ("HoldAdded", "HoldChanged") else self.holds.discard)(row)
+        (self.missing.add if member == "HoldMissing" else self.missing.discard)(row)
 
 
 def rows_of_devices(tree: Tree) -> list[tuple[str, str, str]]:

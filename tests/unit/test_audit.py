@@ -13,7 +13,7 @@ import pytest
 
 from hostpassd import audit, errors, names
 from hostpassd.audit import Records
-from hostpassd.model.events import CancelAnswered, DeviceSeen, MachineGone, MachineRead
+from hostpassd.model.events import CancelAnswered, DeviceGone, DeviceSeen, MachineGone, MachineRead
 from hostpassd.model.job import Job
 from hostpassd.passthrough.assign import Assign
 from hostpassd.passthrough.permission import Check
@@ -65,6 +65,21 @@ async def test_what_others_do_right_after_a_job_is_theirs(house: House) -> None:
     house.emit(MachineRead(machine()))
     [gone] = house.records()
     assert gone["MESSAGE"].startswith("hold removed by others:")
+
+
+async def test_what_is_unplugged_is_missing_and_nobody_gave_it_back(house: House) -> None:
+    await house.do("assign", STICK)
+    house.records()
+    house.emit(DeviceGone(STICK.sysfs_path))
+    house.emit(DeviceSeen(STICK))
+    missing, found = house.records()
+    assert (missing["KIND"], missing["DEVICE"], missing["OPERATION"]) == ("foreign", STICK.name, "missing")
+    assert missing["MESSAGE"] == f"hold missing, its device is gone and nobody gave it back: vm and {STICK.name}"
+    assert (found["DEVICE"], found["OPERATION"]) == (STICK.name, "found")
+    house.emit(DeviceGone(STICK.sysfs_path))
+    house.records()
+    house.emit(MachineRead(machine()))
+    assert [row["OPERATION"] for row in house.records()] == ["removed"]
 
 
 def hostdev_alias(house: House) -> str:

@@ -750,7 +750,7 @@ def _differences(told: Tree, true: Tree) -> list[str]:
 
 
 def _comparable(tree: Tree) -> Tree:
-    """Without what is not the same for a daemon that starts now: instances, and who was asked to let go."""
+    """Without what a daemon that starts now cannot know: instances, who was asked to let go, what the missing was."""
     compared = json.loads(json.dumps(tree))
     for interfaces in compared.values():
         device, machine = interfaces.get(names.DEVICE), interfaces.get(names.MACHINE)
@@ -758,6 +758,9 @@ def _comparable(tree: Tree) -> Tree:
             del device["Instance"]
         for _, hold in device["Holders"] if device else machine["Devices"]:
             del hold["releasing"]
+        for row in machine["Missing"] if machine else ():
+            for key in ("label", "category", "location"):
+                row.pop(key, None)
     return dict(compared)
 
 

@@ -99,6 +99,24 @@ def test_a_machine_tells_whether_it_has_a_live_half_and_what_it_holds_in_tree_or
     assert (off["State"], off["Active"]) == ("shut-off", False)
 
 
+def test_what_is_missing_says_what_it_was_and_leaves_out_what_is_not_known() -> None:
+    state = state_of(XHCI, HUB, STICK)
+    elsewhere = usb("1-2", HUB, number=9)
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "a"), hostdev(elsewhere, "b")))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    first, second = machine_properties(state, state.machines[UUID])["Missing"]
+    assert {key: value.value for key, value in first.items() if key not in ("id", "source")} == {
+        "live": True,
+        "config": False,
+        "alias": "a",
+        "kind": "hostdev",
+        "label": STICK.label,
+        "category": "disk",
+        "location": "1-1",
+    }
+    assert second.keys() == {"id", "source", "live", "config", "alias", "kind"}
+
+
 def test_a_reason_has_its_details_by_their_types_and_its_message_is_made_of_them() -> None:
     state = state_of(PORT, NIC)
     state.apply(MachineRead(machine(live=(hostdev(NIC),), config=(hostdev(NIC),))))

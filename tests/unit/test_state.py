@@ -28,7 +28,7 @@ from hostpassd.model.events import (
     Releasing,
     host_use,
 )
-from hostpassd.model.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
+from hostpassd.model.machine import Claim, Hold, InterfaceSource, Look, MachineKey, NodeSource, UsbSource
 from hostpassd.passthrough.assign import blockers_for
 from hostpassd.state import MANAGER, Changes, State
 from hostpassd.state.eligibility import blockers, companions, is_leaf, use_blockers
@@ -84,9 +84,107 @@ def test_a_claim_finds_its_device_when_that_comes_and_is_missing_when_it_goes() 
     assert state.apply(DeviceSeen(STICK))[0].holds_added
     instance = state.devices[STICK.name].instance
     assert state.missing[UUID] == () and held(state) == {STICK.name: (False, True)}
-    assert state.apply(DeviceGone(STICK.sysfs_path))[0].holds_removed
+    [batch] = state.apply(DeviceGone(STICK.sysfs_path))
     assert held(state) == {} and len(state.missing[UUID]) == 1
+    [lost] = batch.holds_missing
+    assert lost.hold.device == STICK.name and lost.rows == state.missing[UUID] and not batch.holds_removed
     assert state.last_place(KEY, state.missing[UUID][0].id) == (STICK.name, instance)
+
+
+def test_what_is_missing_is_told_as_it_was_last_and_what_never_was_here_is_not_known() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(), on_node("/dev/not-here")))))
+    state.apply(DeviceSeen(dataclasses.replace(STICK, label="Data Traveler")))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    rows = {row.source: row.look for row in state.missing[UUID]}
+    assert rows == {"usb 46f4:0001": Look("Data Traveler", "disk", "1-1"), "/dev/not-here": Look()}
+
+
+def moved(batches: list[Changes]) -> list[tuple[str, str]]:
+    """What became of holds, and on which devices."""
+    return [
+        *(("removed", hold.device) for b in batches for hold in b.holds_removed),
+        *(("missing", lost.hold.device) for b in batches for lost in b.holds_missing),
+        *(("changed", hold.device) for b in batches for _, hold in b.holds_changed),
+        *(("added", hold.device) for b in batches for hold in b.holds_added),
+    ]
+
+
+def test_what_is_missing_comes_back_or_is_given_back() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    assert moved(state.apply(DeviceGone(STICK.sysfs_path))) == [("missing", STICK.name)]
+    assert moved(state.apply(DeviceSeen(STICK))) == [("added", STICK.name)]
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert moved(state.apply(MachineRead(machine("renamed", config=(by_ids(),))))) == []
+    assert moved(state.apply(MachineRead(machine()))) == [("removed", STICK.name)]
+    assert moved(state.apply(MachineRead(machine(config=(by_ids(),))))) == []  # it never was here
+    assert moved(state.apply(MachineGone(KEY))) == []
+
+
+def test_what_comes_back_elsewhere_is_held_there_and_was_never_given_back() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert moved(state.apply(DeviceSeen(TWIN))) == [("added", TWIN.name)]
+    assert moved(state.apply(MachineRead(machine()))) == [("removed", TWIN.name)]
+
+
+def test_what_another_device_makes_ambiguous_is_missing_and_not_given_back() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    assert moved(state.apply(DeviceSeen(TWIN))) == [("missing", STICK.name)]
+    assert moved(state.apply(DeviceGone(TWIN.sysfs_path))) == [("added", STICK.name)]
+
+
+def test_a_hold_beside_a_stale_claim_is_given_back_by_itself() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(live=(by_ids("old", 1, 3),))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    state.apply(DeviceSeen(usb("1-1", number=9, serial="A")))
+    fresh = by_ids("new", 1, 9)
+    assert moved(state.apply(MachineRead(machine(live=(by_ids("old", 1, 3), fresh))))) == [("added", STICK.name)]
+    assert moved(state.apply(MachineRead(machine(live=(by_ids("old", 1, 3),))))) == [("removed", STICK.name)]
+
+
+def test_a_machine_that_goes_gives_back_what_is_missing_too() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert moved(state.apply(MachineGone(KEY))) == [("removed", STICK.name)]
+
+
+def test_any_change_of_a_hold_is_told_with_what_it_was() -> None:
+    state = state_of(STICK)
+    state.apply(HypervisorChanged(URI, True))
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "ua-x"),))))
+    both = machine(live=(hostdev(STICK, "ua-x"),), config=(hostdev(STICK, "ua-x"),))
+    for event, field in (
+        (MachineRead(both), "config"),
+        (Releasing(KEY, "ua-x"), "releasing"),
+        (HypervisorChanged(URI, False), "stale"),
+    ):
+        [batch] = state.apply(event)
+        [(before, after)] = batch.holds_changed
+        assert (getattr(before, field), getattr(after, field)) == (False, True)
+        assert not batch.holds_added and not batch.holds_removed
+
+
+def test_a_device_that_goes_and_comes_back_in_one_batch_is_told_as_what_became_of_it() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    batch = Changes()
+    ambiguous_for_a_moment: list[Event] = [DeviceSeen(TWIN), DeviceGone(TWIN.sysfs_path)]
+    for event in ambiguous_for_a_moment:
+        for changes in state.apply(event):
+            batch.merge(changes)
+    assert moved([batch]) == []
+    for event in (*ambiguous_for_a_moment, MachineRead(machine(live=(by_ids(),)))):
+        for changes in state.apply(event):
+            batch.merge(changes)
+    [(before, after)] = batch.holds_changed
+    assert ((before.live, before.config), (after.live, after.config)) == ((False, True), (True, False))
+    assert moved([batch]) == [("changed", STICK.name)]
 
 
 def test_twins_are_told_apart_by_number_and_by_the_live_half() -> None:
@@ -182,7 +280,8 @@ def test_a_volume_is_held_on_every_disk_behind_it() -> None:
     state.apply(HostUsesRead({}, nodes))
     assert held(state) == {first.name: (True, True), second.name: (True, False)} and state.missing[UUID] == ()
     [batch] = state.apply(DeviceGone(disks[1].sysfs_path))
-    assert [hold.device for hold in batch.holds_removed] == [second.name]
+    assert moved([batch]) == [("missing", second.name)]  # the volume has lost a disk and stands on the other
+    assert [row.source for lost in batch.holds_missing for row in lost.rows] == ["/dev/vg/data"]
     # What is in its place now is another disk, until it has been looked at.
     state.apply(DeviceSeen(disks[1]))
     assert held(state) == {first.name: (True, True)}
@@ -503,7 +602,7 @@ def _told(state: State) -> dict[str, object]:
         rows[uuid] = (
             shown,
             sorted(map(repr, state.holds_of(uuid))),
-            sorted(map(repr, state.missing.get(uuid, ()))),
+            sorted(repr(dataclasses.replace(row, look=Look())) for row in state.missing.get(uuid, ())),
         )
     rows["problems"] = [fact for fact in problems(state) if fact.code != "hypervisor-unreachable"]
     return rows
@@ -566,13 +665,55 @@ def _check_holdings(holdings: Holdings) -> None:
     assert _pairs(holdings.leading) == leading
     assert set(holdings.machines) == {key.uuid for key in holdings.copies}
     assert set(holdings.by_machine) == set(holdings.missing_in) == set(holdings.copies)
+    absent = {(key.uuid, row.id) for key, rows in holdings.missing_in.items() for row in rows}
+    for uuid, lost in holdings.lost.items():
+        assert not set(lost) & set(holdings.told.get(uuid, {}))
+        assert all(any((uuid, claim) in absent for claim in hold.claims) for hold in lost.values())
+
+
+class Folded:
+    """What a listener knows that folds what is told of holds."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, str, str], Hold] = {}
+        self.missing: set[tuple[str, str, str]] = set()
+
+    def hear(self, batch: Changes) -> None:
+        for hold in batch.holds_removed:
+            assert self.held.pop(_row(hold), None) or _row(hold) in self.missing
+            self.missing.discard(_row(hold))
+        for lost in batch.holds_missing:
+            self.held.pop(_row(lost.hold), None)
+            self.missing.add(_row(lost.hold))
+        for before, after in batch.holds_changed:
+            assert self.held[_row(after)] == before
+            self.held[_row(after)] = after
+        for hold in batch.holds_added:
+            assert _row(hold) not in self.held
+            self.missing.discard(_row(hold))
+            self.held[_row(hold)] = hold
+
+
+def _row(hold: Hold) -> tuple[str, str, str]:
+    return (hold.machine, hold.device, hold.kind)
+
+
+def _check_told(event: Event, batches: list[Changes], folded: Folded, state: State) -> None:
+    for batch in batches:
+        folded.hear(batch)
+        # Unplugging is not giving back.
+        assert not (isinstance(event, DeviceGone) and batch.holds_removed)
+    told = [hold for uuid in state.machines for hold in state.holds_of(uuid)]
+    assert folded.held == {_row(hold): hold for hold in told}
+    lost = {(uuid, *row) for uuid, rows in state.holdings.lost.items() for row in rows}
+    assert lost <= folded.missing and not folded.missing & folded.held.keys()
 
 
 @settings(max_examples=600, deadline=None)
 @given(st.booleans(), st.lists(_events, max_size=25))
 def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[Event]) -> None:
     state = state_of(*_ALL) if whole else State()  # most has most to do where there is everything
-    readings = Readings()
+    readings, folded = Readings(), Folded()
     for event in events:
         devices, before = dict(state.devices), _told(state)
         batches = state.apply(event)
@@ -583,6 +724,7 @@ def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[
         _check_tree(state.tree)
         _check_spread(state)
         _check_holdings(state.holdings)
+        _check_told(event, batches, folded, state)
     fresh = State()
     fresh.apply(DevicesScanned(tuple(sorted(state.devices.values(), key=_depth))))
     fresh.apply(HostUsesRead(readings.uses, readings.nodes))
