@@ -409,8 +409,18 @@ async def test_whoever_asks_for_much_keeps_nobody_waiting_and_is_told_so(
             await asyncio.Event().wait()
         return await asked(access, call, *about, interactive=interactive)
 
+    known, in_line = access_module._person, asyncio.Semaphore(0)
+
+    async def person(uid: int) -> str:
+        found = await known(uid)
+        in_line.release()
+        return found
+
     monkeypatch.setattr(Access, "ask", ask)
+    monkeypatch.setattr(access_module, "_person", person)
     answers = [assign(busy) for _ in range(access_module.QUIET_PLACES)]
+    for _ in answers:  # all of them, so that none is let wait less long by what follows
+        await asyncio.wait_for(in_line.acquire(), PATIENCE)
     for _ in range(access_module.QUIET_PLACES_PER_PERSON):
         await asyncio.wait_for(held.acquire(), PATIENCE)
     assert (await refusal(assign(client)))[0] == INTERACTIVE_REQUIRED

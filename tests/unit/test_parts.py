@@ -38,7 +38,8 @@ def test_a_part_that_fails_does_not_hide_the_others(tmp_path: Path, capfd: pytes
         ["good", "1", "0", "1"],
     ]
     assert told[-1] == "2 passed, 3 failed, 1 skipped"
-    assert rows[6:-1] == ["FAILED test_bad::test_a", "FAILED test_broken"]
+    failed = [row.rpartition(".")[2] for row in rows[6:-1]]  # in a folder below pytest's root that comes before
+    assert [row.removeprefix("FAILED ") for row in failed] == ["test_bad::test_a", "test_broken"]
 
 
 def test_all_is_well_when_all_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
