@@ -526,6 +526,12 @@ async def test_a_plan_is_told_and_is_what_assign_executes(
     assert refused.value.name == "org.hostpassd1.Error.StalePlan"
 
 
+async def test_many_plans_at_once_are_all_answered(daemon: Daemon, root: Client) -> None:
+    plans = [root.begin(MANAGER_PATH, MANAGER, "PlanAssign", "ssa{sv}", "demo", "1-1.2", {}) for _ in range(300)]
+    tokens = {plain(body)[0]["token"] for body in await asyncio.gather(*plans)}
+    assert len(tokens) == 1
+
+
 async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -> None:
     [plan] = await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", {})
     assert [row[1] for row in plan["blockers"]] == ["boot-display"] and not plan["possible"]
