@@ -54,13 +54,13 @@ class ManagerMethods:
         self._sync = sync
         self._emit = emit
         self._default = default
-        router.handle(names.MANAGER, "FindDevices", self._find_devices)
+        router.handle(names.MANAGER, "FindDevices", self._find_devices, reads=True)
         router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
         router.handle(names.MANAGER, "ListCandidates", self._list_candidates)
         router.handle(names.MANAGER, "Assign", self._assign)
         router.handle(names.MANAGER, "Dismiss", self._dismiss)
-        router.handle(names.MANAGER, "PlanAssign", self._plan_assign)
-        router.handle(names.MANAGER, "PlanDismiss", self._plan_dismiss)
+        router.handle(names.MANAGER, "PlanAssign", self._plan_assign, reads=True)
+        router.handle(names.MANAGER, "PlanDismiss", self._plan_dismiss, reads=True)
         router.handle(names.MANAGER, "Sync", self._handle_sync)
         router.handle(names.MANAGER, "Rescan", self._handle_rescan)
         router.handle(names.JOB, "Cancel", self._cancel)

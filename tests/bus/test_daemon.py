@@ -561,6 +561,12 @@ async def test_several_devices_are_one_operation_and_what_could_be_given_is_one_
     assert [(await device(client, stick.rpartition("/")[2]))["Holders"] for stick in sticks] == [[], []]
 
 
+async def test_many_plans_at_once_are_all_answered(daemon: Daemon, root: Client) -> None:
+    plans = [root.begin(MANAGER_PATH, MANAGER, "PlanAssign", "sasa{sv}", "demo", ["1-1.2"], {}) for _ in range(300)]
+    tokens = {plain(body)[0]["token"] for body in await asyncio.gather(*plans)}
+    assert len(tokens) == 1
+
+
 async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -> None:
     [plan] = await manager(root, "PlanAssign", "sasa{sv}", "demo", ["00:02.0"], {})
     assert [row[1] for row in plan["blockers"]] == ["boot-display"] and not plan["possible"]

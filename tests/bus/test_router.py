@@ -495,6 +495,46 @@ async def test_where_all_wait_the_newest_of_who_has_most_is_refused(monkeypatch:
     assert len(served) == 10 and queue.weight == 0
 
 
+async def test_what_is_parked_counts_as_waiting_and_is_served_before_what_came_after_it() -> None:
+    served: list[Incoming] = []
+    refused: list[Incoming] = []
+    queue = queue_of(served, refused)
+    count = router_module.WAITING_PER_SENDER // (1024 + 200)
+    for serial in range(count):
+        queue.park(call_of("a", serial))
+    queue.put(call_of("a", 7777))
+    assert [call.serial for call in refused] == [7777]
+    await turn()
+    assert not served
+    queue.unpark("a")
+    queue.unpark("nobody")
+    await turn()
+    queue.put(call_of("a", 8888))
+    queue.unpark("a")
+    await turn()
+    assert [call.serial for call in served] == [0, 1, 8888]
+    while queue.parked:
+        queue.unpark("a")
+        await turn()
+    assert len(served) == count + 1 and queue.weight == 0 and not queue.lines
+
+
+async def test_where_all_wait_a_call_that_was_to_be_served_has_the_next_parked_one_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router_module, "WAITING", 10 * (1024 + 200))
+    served: list[Incoming] = []
+    refused: list[Incoming] = []
+    queue = queue_of(served, refused)
+    queue.park(call_of("a", 0, size=3000))
+    queue.park(call_of("a", 1))
+    queue.unpark("a")
+    queue.park(call_of("b", 0, size=1500))
+    assert [(call.sender, call.serial) for call in refused] == [("a", 0)]
+    await turn()
+    assert [(call.sender, call.serial) for call in served] == [("a", 1)]
+
+
 async def test_calls_wait_while_nothing_can_be_answered() -> None:
     served: list[Incoming] = []
     ready = False
@@ -537,6 +577,34 @@ async def test_calls_of_one_sender_are_limited(served: Router, client: Client, n
     assert await asyncio.gather(*waiting) == [[]] * 33
     assert await client.call(MANAGER_PATH, MANAGER, "Rescan") == []
     assert not served.running and not served.waiting
+
+
+async def test_calls_that_read_wait_for_their_turn_however_many_come_together(served: Router, client: Client) -> None:
+    at_work: list[Call] = []
+    most = 0
+    go = asyncio.Event()
+
+    async def find(call: Call) -> Sequence[Any]:
+        nonlocal most
+        at_work.append(call)
+        most = max(most, len(at_work))
+        await go.wait()
+        at_work.remove(call)
+        if call.args == ["bad"]:
+            raise errors.InvalidArgs("no")
+        return [[]]
+
+    served.handle(MANAGER, "FindDevices", find, reads=True)
+    method = Waiting(served)
+    texts = [str(number) for number in range(100)]  # dbus-daemon keeps no more than 128 calls of one caller
+    answers = [client.begin(MANAGER_PATH, MANAGER, "FindDevices", "s", text) for text in ["bad", *texts]]
+    other = client.begin(MANAGER_PATH, MANAGER, "Rescan")
+    await method.begun(1)  # what does not read does not wait for what does
+    go.set()
+    method.go.set()
+    found = await asyncio.wait_for(asyncio.gather(*answers, other, return_exceptions=True), PATIENCE)
+    assert str(found[0]) and found[1:] == [*[[[]]] * 100, []]
+    assert most == router_module.READS_PER_SENDER and not served.reading and not served.running
 
 
 async def test_calls_of_one_user_are_limited_however_many_connections(
