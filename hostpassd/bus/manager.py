@@ -56,7 +56,7 @@ class ManagerMethods:
         self._default = default
         router.handle(names.MANAGER, "FindDevices", self._find_devices, reads=True)
         router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
-        router.handle(names.MANAGER, "ListCandidates", self._list_candidates)
+        router.handle(names.MANAGER, "ListCandidates", self._list_candidates, reads=True)
         router.handle(names.MANAGER, "Assign", self._assign)
         router.handle(names.MANAGER, "Dismiss", self._dismiss)
         router.handle(names.MANAGER, "PlanAssign", self._plan_assign, reads=True)
