@@ -134,8 +134,21 @@ def _mdev_type(given: MdevType) -> dict[str, Variant]:
     }
 
 
+# The keys of a hold's settings, and their types.
+_SETTINGS = {
+    "managed": "b",
+    "startup-policy": "s",
+    "driver": "s",
+    "rom-bar": "b",
+    "mac-address": "s",
+    "vlan": "u",
+    "boot-order": "u",
+}
+
+
 def hold_row(hold: Hold) -> dict[str, Variant]:
-    """A hold as it goes over the bus."""
+    """A hold as it goes over the bus. What its claims do not say is left out."""
+    settings = {key: getattr(hold.settings, key.replace("-", "_")) for key in _SETTINGS}
     return {
         "kind": Variant("s", hold.kind),
         "live": Variant("b", hold.live),
@@ -143,6 +156,9 @@ def hold_row(hold: Hold) -> dict[str, Variant]:
         "alias": Variant("s", hold.alias),
         "releasing": Variant("b", hold.releasing),
         "stale": Variant("b", hold.stale),
+        "trial": Variant("b", False),
+        **({"guest-address": Variant("s", hold.guest_address)} if hold.guest_address else {}),
+        **{key: Variant(_SETTINGS[key], value) for key, value in settings.items() if value is not None},
     }
 
 

@@ -22,6 +22,7 @@ from hostpassd.model.machine import (
     PciSource,
     Ports,
     ScsiSource,
+    Settings,
     UsbSource,
 )
 from hostpassd.model.pci_address import PciAddress
@@ -221,6 +222,7 @@ def _claim(element: etree._Element, kind: str, source: ClaimSource) -> Claim:
         text=clean(source.text),
         missing=written is not None and written.get("missing") == "yes",
         guest_address=_guest_address(element),
+        settings=_settings(element),
     )
 
 
@@ -433,6 +435,44 @@ def _guest_address(element: etree._Element) -> str:
         return _pci_address(address)
     except _Broken:
         return ""  # "to be assigned": an address with nothing in it
+
+
+# Settings: whoever defines a machine can write anything, and what is none of the words that there are is left out.
+
+_YES_NO = {"yes": True, "no": False}
+_ON_OFF = {"on": True, "off": False}
+_POLICIES = frozenset({"mandatory", "requisite", "optional"})
+_DECIMAL = re.compile(r"[0-9]{1,10}")
+_DRIVER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+
+
+def _settings(element: etree._Element) -> Settings:
+    policy = _attribute(element, "source", "startupPolicy")
+    mac = _attribute(element, "mac", "address")
+    return Settings(
+        managed=_YES_NO.get(element.get("managed") or _attribute(element, "source", "managed")),
+        startup_policy=policy if policy in _POLICIES else None,
+        driver=_variant_driver(element),
+        rom_bar=_ON_OFF.get(_attribute(element, "rom", "bar")),
+        mac_address=mac.lower() if _MAC.fullmatch(mac) else None,
+        vlan=_whole(element, "vlan/tag", "id", 0, 4095),
+        boot_order=_whole(element, "boot", "order", 1, 0xFFFFFFFF),
+    )
+
+
+def _variant_driver(element: etree._Element) -> str | None:
+    """The kernel's driver that is asked for (libvirt 10.0). The driver's `name` is what QEMU takes it with: vfio."""
+    if element.tag != "hostdev" and element.get("type") != "hostdev":
+        return None
+    driver = _attribute(element, "driver", "model")
+    return driver if _DRIVER.fullmatch(driver) else None
+
+
+def _whole(element: etree._Element, path: str, name: str, lowest: int, highest: int) -> int | None:
+    written = _attribute(element, path, name)
+    number = int(written) if _DECIMAL.fullmatch(written) else -1
+    return number if lowest <= number <= highest else None
 
 
 # Writing.

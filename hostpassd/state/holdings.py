@@ -262,6 +262,8 @@ class Holdings:
             releasing=releasing,
             stale=machine.stale,
             claims=(claim.id,),
+            guest_address=claim.guest_address,
+            settings=claim.settings,
         )
 
     # --- what is told ---
@@ -346,7 +348,13 @@ def _merge_hold(rows: _Rows, hold: Hold) -> None:
     old = rows.get((hold.device, hold.kind))
     if old:
         halves = {name: getattr(old, name) or getattr(hold, name) for name in ("live", "config", "releasing", "stale")}
-        hold = dataclasses.replace(old, **halves, claims=tuple(dict.fromkeys((*old.claims, *hold.claims))))
+        hold = dataclasses.replace(
+            old,
+            **halves,
+            claims=tuple(dict.fromkeys((*old.claims, *hold.claims))),
+            guest_address=old.guest_address or hold.guest_address,
+            settings=old.settings.or_else(hold.settings),
+        )
     rows[(hold.device, hold.kind)] = hold
 
 

@@ -25,6 +25,7 @@ from hostpassd.model.machine import (
     PciSource,
     Ports,
     ScsiSource,
+    Settings,
     UsbSource,
 )
 
@@ -266,6 +267,48 @@ def test_missing_and_the_guest_address() -> None:
     address = "<address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x1'/>"
     assert only(hostdev("mdev", f"<address uuid='{MDEV_UUID}'/>", address)).guest_address == "0000:04:00.1"
     assert only(hostdev("mdev", f"<address uuid='{MDEV_UUID}'/>", "<address type='pci'/>")).guest_address == ""
+
+
+VF = "<source><address type='pci' domain='0' bus='3' slot='16' function='1'/></source>"
+
+
+@pytest.mark.parametrize(
+    ("element", "said"),
+    [
+        (pci("0x01"), Settings()),
+        (
+            hostdev("pci", "<address bus='1'/>", "<driver name='vfio'/><rom bar='off' file='/x'/><boot order='2'/>"),
+            Settings(rom_bar=False, boot_order=2),
+        ),
+        (
+            "<hostdev mode='subsystem' type='pci' managed='no'><driver name='vfio' model='mlx5_vfio_pci'/>"
+            "<source><address bus='1'/></source><rom bar='on'/></hostdev>",
+            Settings(managed=False, driver="mlx5_vfio_pci", rom_bar=True),
+        ),
+        (hostdev("usb", IDS, source_attributes="startupPolicy='optional'"), Settings(startup_policy="optional")),
+        (
+            f"<interface type='hostdev' managed='yes'>{VF}<mac address='52:54:00:AA:00:01'/>"
+            "<vlan trunk='yes'><tag id='42'/><tag id='47'/></vlan><driver model='vfio-pci'/></interface>",
+            Settings(managed=True, driver="vfio-pci", mac_address="52:54:00:aa:00:01", vlan=42),
+        ),
+        (
+            "<disk type='nvme'><driver name='qemu' model='x'/><source managed='yes'><address bus='2'/></source></disk>",
+            Settings(managed=True),
+        ),
+    ],
+)
+def test_how_a_machine_is_to_have_a_device(element: str, said: Settings) -> None:
+    assert only(element).settings == said
+
+
+@pytest.mark.parametrize("number", ["", "x", "-1", "4096", "9" * 4000, "\u0664", "1e3", "0x10", " 1"])
+def test_settings_that_make_no_sense_are_left_out(number: str) -> None:
+    element = (
+        f"<interface type='hostdev' managed='{number}'>{VF.replace('<source', f'<source startupPolicy={number!r}')}"
+        f"<mac address='52:54:00:00:00:{number}'/><vlan><tag id='{number}'/></vlan><rom bar='{number}'/>"
+        f"<driver model='../{number}'/><boot order='{'0' if number == '4096' else number}'/></interface>"
+    )
+    assert only(element).settings == Settings()
 
 
 def test_a_console_that_doubles_a_serial_port_counts_once() -> None:
@@ -546,8 +589,12 @@ _names = [
     "target",
     "unit",
     "missing",
+    "managed",
+    "order",
+    "model",
 ]
 _tags = ["hostdev", "interface", "disk", "source", "address", "vendor", "product", "adapter", "alias", "backend", "rng"]
+_tags += ["driver", "boot", "mac", "vlan", "tag", "rom"]
 
 
 @st.composite

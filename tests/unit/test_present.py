@@ -10,6 +10,7 @@ from hostpassd.bus.present import device_interfaces, machine_properties
 from hostpassd.model.codes import BLOCKERS, say
 from hostpassd.model.device import Device, Input, Usb
 from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
+from hostpassd.model.machine import Settings
 from hostpassd.state import State
 from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
@@ -87,6 +88,35 @@ def test_a_machine_tells_whether_it_has_a_live_half_and_what_it_holds_in_tree_or
     assert [path for path, _ in row["Devices"]] == [names.device_path(NIC.name), names.device_path(STICK.name)]
     off = machine_properties(state, machine(running=False))
     assert (off["State"], off["Active"]) == ("shut-off", False)
+
+
+def test_a_hold_says_how_the_machine_is_to_have_the_device_where_its_configuration_does() -> None:
+    state = state_of(PORT, NIC, XHCI, HUB, STICK)
+    said = Settings(
+        managed=False,
+        startup_policy="optional",
+        driver="mlx5_vfio_pci",
+        rom_bar=True,
+        mac_address="52:54:00:00:00:01",
+        vlan=0,
+        boot_order=7,
+    )
+    claim = dataclasses.replace(hostdev(NIC, "a"), guest_address="0000:04:00.0", settings=said)
+    bare = dataclasses.replace(hostdev(STICK, "b"), settings=Settings())
+    state.apply(MachineRead(machine(live=(claim, bare))))
+    [[_, full], [_, empty]] = machine_properties(state, state.machines[UUID])["Devices"]
+    assert {key: (value.signature, value.value) for key, value in full.items() if key not in empty} == {
+        "guest-address": ("s", "0000:04:00.0"),
+        "managed": ("b", False),
+        "startup-policy": ("s", "optional"),
+        "driver": ("s", "mlx5_vfio_pci"),
+        "rom-bar": ("b", True),
+        "mac-address": ("s", "52:54:00:00:00:01"),
+        "vlan": ("u", 0),
+        "boot-order": ("u", 7),
+    }
+    assert empty.keys() == {"kind", "live", "config", "alias", "releasing", "stale", "trial"}
+    assert empty["trial"].value is False
 
 
 def test_what_is_missing_says_what_it_was_and_leaves_out_what_is_not_known() -> None:

@@ -25,7 +25,7 @@ from hostpassd.model.events import (
     MachinesListed,
     Releasing,
 )
-from hostpassd.model.machine import Claim, Hold, InterfaceSource, Look, MachineKey, NodeSource, UsbSource
+from hostpassd.model.machine import Claim, Hold, InterfaceSource, Look, MachineKey, NodeSource, Settings, UsbSource
 from hostpassd.passthrough.assign import blockers_for
 from hostpassd.state import Changes, State
 from hostpassd.state.eligibility import blockers, companions, is_leaf, use_blockers
@@ -164,6 +164,22 @@ def test_any_change_of_a_hold_is_told_with_what_it_was() -> None:
         [(before, after)] = batch.holds_changed
         assert (getattr(before, field), getattr(after, field)) == (False, True)
         assert not batch.holds_added and not batch.holds_removed
+
+
+def test_of_several_claims_the_first_that_says_something_is_told() -> None:
+    state = state_of(STICK)
+    first = dataclasses.replace(by_ids(bus=1, number=3), settings=Settings(boot_order=1, managed=False))
+    second = dataclasses.replace(by_ids(), settings=Settings(boot_order=2, startup_policy="optional"))
+    state.apply(
+        MachineRead(machine(live=(first,), config=(dataclasses.replace(second, guest_address="0000:04:00.0"),)))
+    )
+    [hold] = state.holds_on(STICK.name)
+    assert hold.settings == Settings(boot_order=1, managed=False, startup_policy="optional")
+    assert hold.guest_address == "0000:04:00.0"
+    assert hold.claims == (first.id, second.id)
+    state.apply(MachineRead(machine(config=(second,))))
+    [hold] = state.holds_on(STICK.name)
+    assert (hold.settings, hold.guest_address) == (second.settings, "")
 
 
 def test_a_device_that_goes_and_comes_back_in_one_batch_is_told_as_what_became_of_it() -> None:
