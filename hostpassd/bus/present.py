@@ -8,7 +8,7 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
-from hostpassd.model.codes import KEYS, Blocker, Detail
+from hostpassd.model.codes import KEYS, Blocker, Detail, Details, Fact
 from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, MdevType, Net, Pci, Scsi, Usb
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
@@ -175,6 +175,7 @@ def machine_properties(state: State, machine: Machine) -> Properties:
         "Persistent": machine.persistent,
         "Devices": [[names.device_path(h.device), hold_row(h)] for h in _in_tree_order(state, holds)],
         "Missing": [missing_row(row) for row in state.missing.get(machine.uuid, ())],
+        "Warnings": [fact_row(fact) for fact in machine.warnings],
     }
 
 
@@ -194,8 +195,18 @@ def missing_row(row: Missing) -> dict[str, Variant]:
 
 def reason_row(blocker: Blocker) -> list[Any]:
     """A reason: device, code, severity, details, message."""
-    details = {key: _detail(key, value) for key, value in blocker.details}
-    return [names.device_path(blocker.device), blocker.code, blocker.severity, details, blocker.message]
+    device = names.device_path(blocker.device)
+    return [device, blocker.code, blocker.severity, _details(blocker.details), blocker.message]
+
+
+def fact_row(fact: Fact) -> list[Any]:
+    """A fact: device (/ for none), code, details, message."""
+    device = names.device_path(fact.device) if fact.device else "/"
+    return [device, fact.code, _details(fact.details), fact.message]
+
+
+def _details(details: Details) -> dict[str, Variant]:
+    return {key: _detail(key, value) for key, value in details}
 
 
 def _detail(key: str, value: Detail) -> Variant:

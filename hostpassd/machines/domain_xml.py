@@ -12,6 +12,7 @@ from typing import Any
 
 from lxml import etree
 
+from hostpassd.model.codes import Fact, warning
 from hostpassd.model.device import Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.model.machine import (
     Claim,
@@ -49,18 +50,41 @@ _PARSING = threading.Lock()
 class _Broken(ValueError):
     """This element claims something, but not in a way that can be read."""
 
+    def warning(self, tag: str) -> Fact:
+        """What is told of it, an element with TAG."""
+        return warning("unreadable-hold", element=tag, fault=clean(str(self)))
 
-def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[str]]:
-    """The claims on host devices in XML, one half of a domain, and a warning for each that cannot be read.
+
+class _Unknown(_Broken):
+    """This element claims something in a way of which nothing is known."""
+
+    def warning(self, tag: str) -> Fact:
+        return warning("unknown-reference", element=tag, fault=clean(str(self)))
+
+
+class _InPool(_Broken):
+    """This element claims a volume of a storage pool."""
+
+    def __init__(self, pool: str, volume: str) -> None:
+        super().__init__(pool, volume)
+        self._pool, self._volume = pool, volume
+
+    def warning(self, tag: str) -> Fact:
+        return warning("pool-unavailable", pool=clean(self._pool), volume=clean(self._volume))
+
+
+def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[Fact]]:
+    """The claims on host devices in XML, one half of a domain, and a warning for each that is not understood.
 
     ValueError: XML is no XML at all, has a document type, which libvirt never writes, or is longer than it can send.
     """
     claims: list[Claim] = []
-    warnings: list[str] = []
-    for element, claim in _claims_in(_parse(xml), warnings):
+    warnings: list[Fact] = []
+    domain = _parse(xml)
+    for element, claim in _claims_in(domain, warnings):
         if not _doubles_serial(element, claim, claims):
             claims.append(claim)
-    return tuple(claims), warnings
+    return tuple(claims), [*warnings, *_on_command_line(domain)]
 
 
 def is_live(xml: str) -> bool:
@@ -77,7 +101,7 @@ def claim_of(element_xml: str) -> Claim:
     """The claim that one element makes. ValueError: it makes none that can be read."""
     claims, warnings = read_claims(f"<domain><devices>{element_xml}</devices></domain>")
     if not claims:
-        raise ValueError(warnings[0] if warnings else "The element claims no device of this host.")
+        raise ValueError(warnings[0].message if warnings else "The element claims no device of this host.")
     return claims[0]
 
 
@@ -196,7 +220,7 @@ def _text(element: etree._Element) -> str:
     return str(etree.tostring(element, encoding="unicode", with_tail=False))
 
 
-def _claims_in(domain: etree._Element, warnings: list[str]) -> Iterator[tuple[etree._Element, Claim]]:
+def _claims_in(domain: etree._Element, warnings: list[Fact]) -> Iterator[tuple[etree._Element, Claim]]:
     for element in domain.iterfind("devices/*"):
         reader = _READERS.get(element.tag) if isinstance(element.tag, str) else None
         if reader is None:
@@ -204,10 +228,24 @@ def _claims_in(domain: etree._Element, warnings: list[str]) -> Iterator[tuple[et
         try:
             read = reader(element)
         except _Broken as error:
-            warnings.append(f"A <{element.tag}> element was left out: {clean(str(error))}.")
+            warnings.append(error.warning(element.tag))
             continue
         if read is not None:
             yield element, _claim(element, *read)
+
+
+# QEMU's own command line, which libvirt hands on. A device of the host is named there by one of these, or by its node.
+_ARGUMENTS = "{http://libvirt.org/schemas/domain/qemu/1.0}commandline/{*}arg"
+_OF_THE_HOST = re.compile(r"\b(?:vfio-|usb-host|input-linux)|(?<![\w/])/dev/(?P<node>[^,\s]+)")
+# What these nodes give everybody has, or they are none of a device.
+_SHARED_NODES = re.compile(r"(?:u?random|null|zero|kvm|net/tun|vhost-net|vhost-vsock|shm/.*|hugepages.*|fd/.*|pts/.*)")
+
+
+def _on_command_line(domain: etree._Element) -> Iterator[Fact]:
+    for argument in domain.iterfind(_ARGUMENTS):
+        value = argument.get("value", "")
+        if any(not _SHARED_NODES.fullmatch(found["node"] or "-") for found in _OF_THE_HOST.finditer(value)):
+            yield warning("unknown-reference", element="qemu:arg", fault=clean(value))
 
 
 def _claim(element: etree._Element, kind: str, source: ClaimSource) -> Claim:
@@ -248,10 +286,10 @@ def _read_hostdev(element: etree._Element) -> _Read:
     if mode == "capabilities":
         return _read_capabilities(element, kind)
     if mode != "subsystem":
-        raise _Broken(f"its mode {mode!r} is not known")
+        raise _Unknown(f"its mode {mode!r} is not known")
     reader = _SUBSYSTEMS.get(kind)
     if reader is None:
-        raise _Broken(f"its type {kind!r} is not known")
+        raise _Unknown(f"its type {kind!r} is not known")
     source = reader(element)
     return ("hostdev", source) if source is not None else None
 
@@ -261,7 +299,7 @@ def _read_capabilities(element: etree._Element, kind: str) -> _Read:
         return "capabilities", InterfaceSource(_content(element, "source/interface"))
     if kind in _NODE_TAGS:
         return "capabilities", NodeSource(_content(element, f"source/{_NODE_TAGS[kind]}"))
-    raise _Broken(f"its type {kind!r} is not known")
+    raise _Unknown(f"its type {kind!r} is not known")
 
 
 def _read_interface(element: etree._Element) -> _Read:
@@ -277,7 +315,7 @@ def _read_interface(element: etree._Element) -> _Read:
         return "interface", _read_pci(element)
     if address.get("type") == "usb":
         return "interface", _read_usb(element)
-    raise _Broken(f"its source is of the type {address.get('type')!r}, which is not known")
+    raise _Unknown(f"its source is of the type {address.get('type')!r}, which is not known")
 
 
 def _read_disk(element: etree._Element) -> _Read:
@@ -285,6 +323,8 @@ def _read_disk(element: etree._Element) -> _Read:
     if kind == "block":
         path = _attribute(element, "source", "dev")  # an empty drive has none
         return ("disk", NodeSource(path)) if path else None
+    if kind == "volume" and (volume := _attribute(element, "source", "volume")):
+        raise _InPool(_attribute(element, "source", "pool"), volume)
     return ("disk", _read_pci(element)) if kind == "nvme" else None
 
 

@@ -24,6 +24,8 @@ KEYS: Mapping[str, str] = {
     "class": "s",  # of a PCI function: 0c05
     "detail": "s",  # of a use, for people: /home on /dev/sda2
     "devices": "as",  # for people: Label (Location)
+    "element": "s",  # of a machine's XML, by its tag
+    "fault": "s",  # what is wrong, in English
     "functions": "as",  # names of virtual functions
     "group": "i",  # number of the IOMMU group
     "kind": "s",  # of a device or of a use
@@ -33,7 +35,9 @@ KEYS: Mapping[str, str] = {
     "needs": "s",  # what a machine lacks
     "owner": "s",  # the device to name instead
     "places": "i",  # free ones
+    "pool": "s",
     "seat": "s",
+    "volume": "s",
     "what": "s",  # the device that the row is about, for people
 }
 
@@ -223,3 +227,50 @@ def blocker(code: str, device: str, **details: Detail) -> Blocker:
     """The blocker CODE on DEVICE; an underscore in a key stands for its dash, and an empty detail is left out."""
     told = {key.replace("_", "-"): value for key, value in details.items() if value != ""}
     return Blocker(code, BLOCKERS[code].severity, device, tuple(sorted(told.items())))
+
+
+FACT = ""  # it is so; whether anything follows from it, a reason tells
+
+# What looks like a hold in a machine's configuration and is not understood.
+WARNINGS = _table(
+    Code(
+        "unreadable-hold",
+        FACT,
+        "The machine's configuration has a <{element}> that cannot be read ({fault}): what it holds is not known.",
+        "An element hands a device of the host to the machine, and does not say which in a way that can be read.",
+    ),
+    Code(
+        "pool-unavailable",
+        FACT,
+        "Where the volume {volume} of the storage pool {pool} is cannot be told: what the machine holds by it is not "
+        "known.",
+        "A disk is a volume of a storage pool, which this version does not look up: it can be on any disk of the host.",
+    ),
+    Code(
+        "unknown-reference",
+        FACT,
+        "The machine's configuration has a <{element}> that names something of the host in an unknown way ({fault}): "
+        "what it holds is not known.",
+        "An element is of a type or in a mode that this version does not know, or QEMU's own command line names a "
+        "device of the host.",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing that is so, on a device or on none, from the table WARNINGS."""
+
+    code: str
+    device: str
+    details: Details = ()
+
+    @property
+    def message(self) -> str:
+        """One sentence."""
+        return say(WARNINGS[self.code].sentence, dict(self.details))
+
+
+def warning(code: str, **details: str) -> Fact:
+    """The warning CODE; an empty detail is left out."""
+    return Fact(code, "", tuple(sorted((key, value) for key, value in details.items() if value)))

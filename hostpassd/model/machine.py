@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from typing import NamedTuple
 
+from hostpassd.model.codes import Fact
 from hostpassd.model.device import Key
 from hostpassd.model.text import clean
 
@@ -218,6 +219,7 @@ class Machine:
     ports: Ports = Ports()  # of the live half
     config_ports: Ports = Ports()
     title: str = ""
+    warnings: tuple[Fact, ...] = ()  # what looks like a claim in either half, and is not understood
 
     @property
     def key(self) -> MachineKey:

@@ -22,6 +22,16 @@ def test_a_message_is_the_sentence_and_the_details_and_nothing_else(row: codes.C
     assert found.message.endswith(".")
 
 
+@pytest.mark.parametrize("row", codes.WARNINGS.values(), ids=lambda row: row.code)
+def test_a_warning_is_told_as_a_reason_is_and_has_no_severity(row: codes.Code) -> None:
+    assert row.severity == codes.FACT and set(row.fields) <= codes.KEYS.keys()
+    shown = {key: f"a {key}" for key in row.fields}
+    found = codes.warning(row.code, **shown)
+    assert found.message == codes.say(row.sentence, dict(found.details)) and found.message.endswith(".")
+    assert all(text in found.message for text in shown.values()) and not set("{}[]") & set(found.message)
+    assert codes.warning(row.code, **dict.fromkeys(row.fields, "")).details == ()
+
+
 def test_a_part_in_brackets_is_left_out_where_a_detail_is_missing() -> None:
     found = codes.blocker("not-assignable-kind", "net_enp1s0", what="enp1s0", kind="net", owner="")
     assert found.message == "enp1s0 is of a kind that cannot be assigned (net)."

@@ -70,6 +70,14 @@ def test_the_blockers_are_those_of_the_code() -> None:
     assert sections("docs/blockers.md") == codes.BLOCKERS.keys()
 
 
+def test_the_warnings_are_those_of_the_code() -> None:
+    told = {word(code): (details, meaning) for code, details, meaning in table("docs/holds.md", "warning")}
+    assert told == {
+        code: (" ".join(f"`{key}` {codes.KEYS[key]}" for key in row.fields), row.meaning)
+        for code, row in codes.WARNINGS.items()
+    }
+
+
 def test_every_blocker_says_what_to_do() -> None:
     parts = re.split("^### (.+)$", text_of("docs/blockers.md"), flags=re.MULTILINE)
     for code, prose in zip(parts[1::2], parts[2::2], strict=True):

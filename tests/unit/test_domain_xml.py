@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from hostpassd.machines.domain_xml import hostdev_xml, read_claims, read_ports, with_claim, without_claim
+from hostpassd.machines.domain_xml import claim_of, hostdev_xml, read_claims, read_ports, with_claim, without_claim
 from hostpassd.model.device import Block, Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.model.machine import (
     Claim,
@@ -185,6 +186,7 @@ def test_each_way_to_hold_a_device_is_read(element: str, kind: str, source: Clai
         hostdev("scsi_host", "", source_attributes="protocol='vhost' wwpn='naa.5123456789abcde0'"),
         "<disk type='file'><source file='/var/lib/x.img'/></disk>",
         "<disk type='block' device='cdrom'><target dev='sda'/></disk>",
+        "<disk type='volume' device='cdrom'><target dev='sda'/></disk>",
         "<interface type='network'><source network='default'/></interface>",
         "<interface type='direct'><source network='lan'/></interface>",
         "<input type='tablet' bus='usb'/>",
@@ -236,7 +238,62 @@ def test_a_broken_element_is_one_warning_and_costs_the_others_nothing(element: s
     claims, warnings = read_claims(domain(pci("0x01"), element, hostdev("usb", IDS)))
     assert [claim.id for claim in claims] == ["hostdev:pci:0000:01:00.0", "hostdev:usb:0951:1666"]
     assert len(warnings) == 1
-    assert len(warnings[0]) < 400
+    assert warnings[0].code in ("unreadable-hold", "unknown-reference")
+    assert len(warnings[0].message) < 400
+
+
+@pytest.mark.parametrize(
+    ("element", "code", "details"),
+    [
+        (hostdev("cxl", ""), "unknown-reference", {"element": "hostdev", "fault": "its type 'cxl' is not known"}),
+        (
+            "<hostdev mode='teleport' type='usb'/>",
+            "unknown-reference",
+            {"element": "hostdev", "fault": "its mode 'teleport' is not known"},
+        ),
+        (
+            pci("0x01", slot="0x20"),
+            "unreadable-hold",
+            {"element": "hostdev", "fault": "its slot '0x20' is out of range"},
+        ),
+        ("<input type='evdev'/>", "unreadable-hold", {"element": "input", "fault": "it names no device node"}),
+        (
+            "<disk type='volume' device='disk'><source pool='vms' volume='root'/></disk>",
+            "pool-unavailable",
+            {"pool": "vms", "volume": "root"},
+        ),
+    ],
+)
+def test_what_is_not_understood_is_a_warning_that_says_what(element: str, code: str, details: dict[str, str]) -> None:
+    claims, [found] = read_claims(domain(element))
+    assert claims == () and (found.code, dict(found.details)) == (code, details)
+    with pytest.raises(ValueError, match=re.escape(found.message)):
+        claim_of(element)
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("vfio-pci,host=0000:01:00.0", True),
+        ("vfio-pci-nohotplug,sysfsdev=/sys/bus/pci/devices/0000:01:00.0", True),
+        ("usb-host,hostbus=1,hostaddr=4", True),
+        ("input-linux,id=kbd1,evdev=/dev/input/by-id/usb-keyboard,grab_all=on", True),
+        ("file=/dev/sdb,format=raw", True),
+        ("/dev/disk/by-id/ata-X", True),
+        ("memory-backend-file,mem-path=/dev/shm/looking-glass,size=32M", False),
+        ("rng-random,filename=/dev/urandom", False),
+        ("isa-applesmc,osk=x", False),
+        ("file=/srv/dev/sdb.img", False),
+        ("", False),
+    ],
+)
+def test_a_device_of_the_host_on_the_command_line_is_a_warning(argument: str, told: bool) -> None:
+    lines = f"<qemu:commandline><qemu:arg value='-device'/><qemu:arg value='{argument}'/></qemu:commandline></domain>"
+    claims, warnings = read_claims(domain(pci("0x01")).replace("</domain>", lines))
+    assert len(claims) == 1
+    assert [(found.code, dict(found.details)) for found in warnings] == (
+        [("unknown-reference", {"element": "qemu:arg", "fault": argument})] if told else []
+    )
 
 
 @pytest.mark.parametrize(

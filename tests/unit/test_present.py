@@ -7,7 +7,7 @@ from typing import Any
 
 from hostpassd import names
 from hostpassd.bus.present import device_interfaces, machine_properties
-from hostpassd.model.codes import BLOCKERS, say
+from hostpassd.model.codes import BLOCKERS, say, warning
 from hostpassd.model.device import Device, Input, Usb
 from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
 from hostpassd.model.machine import Settings
@@ -117,6 +117,20 @@ def test_a_hold_says_how_the_machine_is_to_have_the_device_where_its_configurati
     }
     assert empty.keys() == {"kind", "live", "config", "alias", "releasing", "stale", "trial"}
     assert empty["trial"].value is False
+
+
+def test_what_is_not_understood_of_a_machine_is_told_with_its_details() -> None:
+    state = state_of(NIC)
+    found = warning("pool-unavailable", pool="vms", volume="root")
+    state.apply(MachineRead(machine()))
+    [batch] = state.apply(MachineRead(dataclasses.replace(machine(), warnings=(found,))))
+    assert ("machine", UUID) in batch.changed
+    [[device, code, details, message]] = machine_properties(state, state.machines[UUID])["Warnings"]
+    assert (device, code, message) == ("/", "pool-unavailable", found.message)
+    assert {key: (value.signature, value.value) for key, value in details.items()} == {
+        "pool": ("s", "vms"),
+        "volume": ("s", "root"),
+    }
 
 
 def test_what_is_missing_says_what_it_was_and_leaves_out_what_is_not_known() -> None:
