@@ -118,6 +118,18 @@ def test_what_is_missing_comes_back_or_is_given_back() -> None:
     assert moved(state.apply(MachineGone(KEY))) == []
 
 
+def test_what_is_missing_is_told_as_it_is_at_the_end_of_the_batch() -> None:
+    state = state_of(STICK)
+    both = machine(live=(by_ids(),), config=(by_ids(),))
+    state.apply(MachineRead(both))
+    batch = Changes()
+    for event in (DeviceGone(STICK.sysfs_path), MachineRead(dataclasses.replace(both, config=()))):
+        for changes in state.apply(event):
+            batch.merge(changes)
+    [lost] = batch.holds_missing
+    assert lost.rows == state.missing[UUID] and [(row.live, row.config) for row in lost.rows] == [(True, False)]
+
+
 def test_what_comes_back_elsewhere_is_held_there_and_was_never_given_back() -> None:
     state = state_of(STICK)
     state.apply(MachineRead(machine(config=(by_ids(),))))
@@ -654,7 +666,7 @@ def _check_holdings(holdings: Holdings) -> None:
     absent = {(key.uuid, row.id) for key, rows in holdings.missing_in.items() for row in rows}
     for uuid, lost in holdings.lost.items():
         assert not set(lost) & set(holdings.told.get(uuid, {}))
-        assert all(any((uuid, claim) in absent for claim in hold.claims) for hold in lost.values())
+        assert all(any((uuid, claim) in absent for claim in each.hold.claims) for each in lost.values())
 
 
 class Folded:
