@@ -140,8 +140,21 @@ def _mdev_type(given: MdevType) -> dict[str, Variant]:
     }
 
 
+# The keys of a hold's settings, and their types.
+_SETTINGS = {
+    "managed": "b",
+    "startup-policy": "s",
+    "driver": "s",
+    "rom-bar": "b",
+    "mac-address": "s",
+    "vlan": "u",
+    "boot-order": "u",
+}
+
+
 def hold_row(hold: Hold) -> dict[str, Variant]:
-    """A hold as it goes over the bus."""
+    """A hold as it goes over the bus. What its claims do not say is left out."""
+    settings = {key: getattr(hold.settings, key.replace("-", "_")) for key in _SETTINGS}
     return {
         "kind": Variant("s", hold.kind),
         "live": Variant("b", hold.live),
@@ -149,6 +162,9 @@ def hold_row(hold: Hold) -> dict[str, Variant]:
         "alias": Variant("s", hold.alias),
         "releasing": Variant("b", hold.releasing),
         "stale": Variant("b", hold.stale),
+        "trial": Variant("b", False),
+        **({"guest-address": Variant("s", hold.guest_address)} if hold.guest_address else {}),
+        **{key: Variant(_SETTINGS[key], value) for key, value in settings.items() if value is not None},
     }
 
 
@@ -165,6 +181,7 @@ def machine_properties(state: State, machine: Machine) -> Properties:
         "Persistent": machine.persistent,
         "Devices": [[names.device_path(h.device), hold_row(h)] for h in _in_tree_order(state, holds)],
         "Missing": [missing_row(row) for row in state.missing.get(machine.uuid, ())],
+        "Warnings": [fact_row(fact) for fact in machine.warnings],
     }
 
 

@@ -27,6 +27,8 @@ KEYS: Mapping[str, str] = {
     "devices": "as",  # for people: Label (Location)
     "driver": "s",  # of the kernel
     "error": "s",  # whoever failed said so
+    "element": "s",  # of a machine's XML, by its tag
+    "fault": "s",  # what is wrong, in English
     "functions": "as",  # names of virtual functions
     "group": "i",  # number of the IOMMU group
     "interfaces": "as",  # names of network interfaces
@@ -40,10 +42,12 @@ KEYS: Mapping[str, str] = {
     "owner": "s",  # the device to name instead
     "paths": "as",  # of files and folders on a device
     "places": "i",  # free ones
+    "pool": "s",
     "routes": "as",  # default via 192.0.2.1
     "seat": "s",
     "uri": "s",  # of a hypervisor
     "uses": "as",  # codes of host uses
+    "volume": "s",
     "volumes": "as",  # what lies on a device, topmost first: LVM volume vg-data on LUKS safe on /dev/sda2
     "what": "s",  # the device that the row is about, for people
     "where": "s",  # another place, for people
@@ -354,11 +358,37 @@ PROBLEMS = _table(
     ),
 )
 
+# What looks like a hold in a machine's configuration and is not understood.
+WARNINGS = _table(
+    Code(
+        "unreadable-hold",
+        FACT,
+        "The machine's configuration has a <{element}> that cannot be read ({fault}): what it holds is not known.",
+        "An element hands a device of the host to the machine, and does not say which in a way that can be read.",
+    ),
+    Code(
+        "pool-unavailable",
+        FACT,
+        "Where the volume {volume} of the storage pool {pool} is cannot be told: what the machine holds by it is not "
+        "known.",
+        "A disk is a volume of a storage pool, which this version does not look up: it can be on any disk of the host.",
+    ),
+    Code(
+        "unknown-reference",
+        FACT,
+        "The machine's configuration has a <{element}> that names something of the host in an unknown way ({fault}): "
+        "what it holds is not known.",
+        "An element is of a type or in a mode that this version does not know, or QEMU's own command line names a "
+        "device of the host.",
+    ),
+)
+
 # All tables, by what their rows are.
 TABLES: Mapping[str, Mapping[str, Code]] = {
     "blocker": BLOCKERS,
     "host-use": HOST_USES,
     "problem": PROBLEMS,
+    "warning": WARNINGS,
     "step": STEPS,
     "consequence": CONSEQUENCES,
 }

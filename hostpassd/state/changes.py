@@ -20,7 +20,7 @@ class Lost:
     """What becomes of a hold whose device goes while its claims stay: HOLD as it was last, ROWS that are missing."""
 
     hold: Hold
-    rows: tuple[Missing, ...] = dataclasses.field(default=(), compare=False)
+    rows: tuple[Missing, ...]
 
 
 # What a row of the holds is. None: neither held nor missing.

@@ -79,7 +79,7 @@ class Holdings:
         self.by_machine: dict[MachineKey, _Rows] = {}
         self.missing_in: dict[MachineKey, tuple[Missing, ...]] = {}
         self.told: dict[str, _Rows] = {}
-        self.lost: dict[str, _Rows] = {}
+        self.lost: dict[str, dict[tuple[str, str], Lost]] = {}
         self.by_device: Multimap[str, tuple[str, str]] = Multimap()
         self.asked: dict[MachineKey, set[str]] = {}  # the aliases that a guest was asked for
         self._places: dict[MachineKey, dict[str, _Place]] = {}  # where each claim of a machine stood last
@@ -262,6 +262,8 @@ class Holdings:
             releasing=releasing,
             stale=machine.stale,
             claims=(claim.id,),
+            guest_address=claim.guest_address,
+            settings=claim.settings,
         )
 
     # --- what is told ---
@@ -313,10 +315,10 @@ class Holdings:
         claimed, missing = self._claimed(uuid)
         self.lost[uuid] = {}
         for row in dict.fromkeys((*lost, *changed)):
-            before: Hold | Lost | None = old.get(row) or (Lost(lost[row]) if row in lost else None)
+            before = old.get(row) or lost.get(row)
             after = new.get(row) or (_left(before, claimed, missing, gone=gone) if before else None)
             if isinstance(after, Lost) and any(claim in missing for claim in after.hold.claims):
-                self.lost[uuid][row] = after.hold
+                self.lost[uuid][row] = after
             self._batches.current.stand((uuid, *row), before, after)
         if changed:
             self._take(uuid, new, changed)
@@ -329,7 +331,9 @@ class Holdings:
                 for claim in claims:
                     if not (live and claim.missing):
                         _merge_missing(claimed, claim, live, Look())
-        return claimed, {row.id: row for key in self._copies_of[uuid] for row in self.missing_in[key]}
+        missing = {row.id: row for key in self._copies_of[uuid] for row in self.missing_in[key]}
+        foremost = self.missing_in.get(self.machines[uuid].key, ())  # what the machine itself is told to miss
+        return claimed, missing | {row.id: row for row in foremost}
 
     def _take(self, uuid: str, new: _Rows, changed: list[tuple[str, str]]) -> None:
         """NEW is told of the machine with UUID from now on; the rows CHANGED are others than before."""
@@ -346,7 +350,13 @@ def _merge_hold(rows: _Rows, hold: Hold) -> None:
     old = rows.get((hold.device, hold.kind))
     if old:
         halves = {name: getattr(old, name) or getattr(hold, name) for name in ("live", "config", "releasing", "stale")}
-        hold = dataclasses.replace(old, **halves, claims=tuple(dict.fromkeys((*old.claims, *hold.claims))))
+        hold = dataclasses.replace(
+            old,
+            **halves,
+            claims=tuple(dict.fromkeys((*old.claims, *hold.claims))),
+            guest_address=old.guest_address or hold.guest_address,
+            settings=old.settings.or_else(hold.settings),
+        )
     rows[(hold.device, hold.kind)] = hold
 
 

@@ -245,6 +245,9 @@ class Client:
             self.complaints.append(f"{member} {row}, which is {'there already' if there else 'not there'}")
         if machine not in self.tree or (there and device not in self.tree):
             self.complaints.append(f"{member} {row}, which names what is not there")
+        absent = {row["id"]: row for row in self.tree.get(machine, {}).get(names.MACHINE, {}).get("Missing", ())}
+        if member == "HoldMissing" and absent.get(told["id"], told) != told:
+            self.complaints.append(f"{member} {told}, which the machine tells as {absent[told['id']]}")
         if before == told:
             self.complaints.append(f"{member} {row}, of which nothing differs")
         (self.holds.add if member in ("HoldAdded", "HoldChanged") else self.holds.discard)(row)

@@ -84,6 +84,11 @@ def test_the_facts_are_those_of_the_code(first: str, known: dict[str, codes.Code
     assert rows == {code: (row.meaning, keys_of(row)) for code, row in known.items()}
 
 
+def test_the_warnings_are_those_of_the_code() -> None:
+    told = {word(code): (details, meaning) for code, details, meaning in table("docs/holds.md", "warning")}
+    assert told == {code: (keys_of(row), row.meaning) for code, row in codes.WARNINGS.items()}
+
+
 def keys_of(row: codes.Code) -> str:
     return " ".join(f"`{key}` {codes.KEYS[key]}" for key in dict.fromkeys(row.fields))
 

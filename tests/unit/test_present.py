@@ -8,7 +8,7 @@ from typing import Any
 from hostpassd import names
 from hostpassd.bus.present import device_interfaces, machine_properties, manager_properties
 from hostpassd.bus.router import Variant
-from hostpassd.model.codes import BLOCKERS, PROBLEMS, say
+from hostpassd.model.codes import BLOCKERS, PROBLEMS, WARNINGS, fact, say
 from hostpassd.model.device import Device, Input, Usb
 from hostpassd.model.events import (
     DeviceGone,
@@ -19,6 +19,7 @@ from hostpassd.model.events import (
     ProblemChanged,
     host_use,
 )
+from hostpassd.model.machine import Settings
 from hostpassd.model.naming import shown
 from hostpassd.state import State
 from tests.sim.world import UUID, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
@@ -97,6 +98,49 @@ def test_a_machine_tells_whether_it_has_a_live_half_and_what_it_holds_in_tree_or
     assert [path for path, _ in row["Devices"]] == [names.device_path(NIC.name), names.device_path(STICK.name)]
     off = machine_properties(state, machine(running=False))
     assert (off["State"], off["Active"]) == ("shut-off", False)
+
+
+def test_a_hold_says_how_the_machine_is_to_have_the_device_where_its_configuration_does() -> None:
+    state = state_of(PORT, NIC, XHCI, HUB, STICK)
+    said = Settings(
+        managed=False,
+        startup_policy="optional",
+        driver="mlx5_vfio_pci",
+        rom_bar=True,
+        mac_address="52:54:00:00:00:01",
+        vlan=0,
+        boot_order=7,
+    )
+    claim = dataclasses.replace(hostdev(NIC, "a"), guest_address="0000:04:00.0", settings=said)
+    bare = dataclasses.replace(hostdev(STICK, "b"), settings=Settings())
+    state.apply(MachineRead(machine(live=(claim, bare))))
+    [[_, full], [_, empty]] = machine_properties(state, state.machines[UUID])["Devices"]
+    assert {key: (value.signature, value.value) for key, value in full.items() if key not in empty} == {
+        "guest-address": ("s", "0000:04:00.0"),
+        "managed": ("b", False),
+        "startup-policy": ("s", "optional"),
+        "driver": ("s", "mlx5_vfio_pci"),
+        "rom-bar": ("b", True),
+        "mac-address": ("s", "52:54:00:00:00:01"),
+        "vlan": ("u", 0),
+        "boot-order": ("u", 7),
+    }
+    assert empty.keys() == {"kind", "live", "config", "alias", "releasing", "stale", "trial"}
+    assert empty["trial"].value is False
+
+
+def test_what_is_not_understood_of_a_machine_is_told_with_its_details() -> None:
+    state = state_of(NIC)
+    found = fact(WARNINGS["pool-unavailable"], "", pool="vms", volume="root")
+    state.apply(MachineRead(machine()))
+    [batch] = state.apply(MachineRead(dataclasses.replace(machine(), warnings=(found,))))
+    assert ("machine", UUID) in batch.changed
+    [[device, code, details, message]] = machine_properties(state, state.machines[UUID])["Warnings"]
+    assert (device, code, message) == ("/", "pool-unavailable", found.message)
+    assert {key: (value.signature, value.value) for key, value in details.items()} == {
+        "pool": ("s", "vms"),
+        "volume": ("s", "root"),
+    }
 
 
 def test_what_is_missing_says_what_it_was_and_leaves_out_what_is_not_known() -> None:

@@ -28,7 +28,7 @@ from hostpassd.model.events import (
     Releasing,
     host_use,
 )
-from hostpassd.model.machine import Claim, Hold, InterfaceSource, Look, MachineKey, NodeSource, UsbSource
+from hostpassd.model.machine import Claim, Hold, InterfaceSource, Look, MachineKey, NodeSource, Settings, UsbSource
 from hostpassd.passthrough.assign import blockers_for
 from hostpassd.state import MANAGER, Changes, State
 from hostpassd.state.eligibility import blockers, companions, is_leaf, use_blockers
@@ -122,6 +122,18 @@ def test_what_is_missing_comes_back_or_is_given_back() -> None:
     assert moved(state.apply(MachineGone(KEY))) == []
 
 
+def test_what_is_missing_is_told_as_it_is_at_the_end_of_the_batch() -> None:
+    state = state_of(STICK)
+    both = machine(live=(by_ids(),), config=(by_ids(),))
+    state.apply(MachineRead(both))
+    batch = Changes()
+    for event in (DeviceGone(STICK.sysfs_path), MachineRead(dataclasses.replace(both, config=()))):
+        for changes in state.apply(event):
+            batch.merge(changes)
+    [lost] = batch.holds_missing
+    assert lost.rows == state.missing[UUID] and [(row.live, row.config) for row in lost.rows] == [(True, False)]
+
+
 def test_what_comes_back_elsewhere_is_held_there_and_was_never_given_back() -> None:
     state = state_of(STICK)
     state.apply(MachineRead(machine(config=(by_ids(),))))
@@ -168,6 +180,22 @@ def test_any_change_of_a_hold_is_told_with_what_it_was() -> None:
         [(before, after)] = batch.holds_changed
         assert (getattr(before, field), getattr(after, field)) == (False, True)
         assert not batch.holds_added and not batch.holds_removed
+
+
+def test_of_several_claims_the_first_that_says_something_is_told() -> None:
+    state = state_of(STICK)
+    first = dataclasses.replace(by_ids(bus=1, number=3), settings=Settings(boot_order=1, managed=False))
+    second = dataclasses.replace(by_ids(), settings=Settings(boot_order=2, startup_policy="optional"))
+    state.apply(
+        MachineRead(machine(live=(first,), config=(dataclasses.replace(second, guest_address="0000:04:00.0"),)))
+    )
+    [hold] = state.holds_on(STICK.name)
+    assert hold.settings == Settings(boot_order=1, managed=False, startup_policy="optional")
+    assert hold.guest_address == "0000:04:00.0"
+    assert hold.claims == (first.id, second.id)
+    state.apply(MachineRead(machine(config=(second,))))
+    [hold] = state.holds_on(STICK.name)
+    assert (hold.settings, hold.guest_address) == (second.settings, "")
 
 
 def test_a_device_that_goes_and_comes_back_in_one_batch_is_told_as_what_became_of_it() -> None:
@@ -668,7 +696,7 @@ def _check_holdings(holdings: Holdings) -> None:
     absent = {(key.uuid, row.id) for key, rows in holdings.missing_in.items() for row in rows}
     for uuid, lost in holdings.lost.items():
         assert not set(lost) & set(holdings.told.get(uuid, {}))
-        assert all(any((uuid, claim) in absent for claim in hold.claims) for hold in lost.values())
+        assert all(any((uuid, claim) in absent for claim in each.hold.claims) for each in lost.values())
 
 
 class Folded:
