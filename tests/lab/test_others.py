@@ -96,9 +96,10 @@ def test_a_stick_that_is_pulled_out_is_missing_and_not_given_back(
 
 
 def _lasting(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without jobs, which go whenever their time is over, and the Generation, which counts that."""
+    """Without jobs, which go whenever their time is over, and what counts that."""
+    counts = ("Generation", "Counters")
     return {
-        path: {name: {key: values[key] for key in values if key != "Generation"} for name, values in interfaces.items()}
+        path: {name: {key: values[key] for key in values if key not in counts} for name, values in interfaces.items()}
         for path, interfaces in tree.items()
         if "/jobs/" not in path
     }
