@@ -91,7 +91,7 @@ def test_a_stick_that_is_pulled_out_is_missing_and_not_given_back(
     running.detach(xml, "--config")
     recording.wait_for("HoldRemoved", DEVICES + STICK)
     front.sync()
-    records = host.run(f"journalctl HOSTPASSD_DEVICE={STICK} -o json -n 4").stdout.splitlines()
+    records = host.run(f"journalctl --sync && journalctl HOSTPASSD_DEVICE={STICK} -o json -n 4").stdout.splitlines()
     assert [json.loads(row)["HOSTPASSD_OPERATION"] for row in records] == ["added", "missing", "found", "removed"]
 
 

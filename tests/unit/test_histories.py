@@ -54,7 +54,7 @@ from hostpassd.sync import RESCAN_PAUSE
 from tests.sim.clockwork import Clockwork
 from tests.sim.disk import Disk, no_room
 from tests.sim.ends import daemon_on, simulated
-from tests.sim.listener import OBJECT_MANAGER, Bus, Reply, Tree, plain, rows_of_devices, rows_of_machines
+from tests.sim.listener import OBJECT_MANAGER, Bus, Reply, Tree, holds_of_devices, holds_of_machines, plain
 from tests.sim.truth import STUBS, URI, Ear, Elsewhere, Host, HostEnd, Libvirt
 from tests.sim.world import block, bridge, hostdev, keyboard, mdev, net, pci, scsi, usb
 
@@ -456,7 +456,7 @@ class Operations(RuleBasedStateMachine):
         assert {p: f[names.JOB] for p, f in client.tree.items() if p.startswith(names.JOBS)} == {
             names.job_path(job.number): plain(present.job_properties(job)) for job in jobs
         }
-        assert sorted(rows_of_devices(client.tree)) == sorted(rows_of_machines(client.tree)) == sorted(client.holds)
+        assert holds_of_devices(client.tree) == holds_of_machines(client.tree) == client.holds
         self.sound = True
 
     def _fresh(self) -> Tree:
