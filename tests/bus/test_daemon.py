@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import sys
@@ -341,6 +342,36 @@ async def test_counters_are_told_to_who_asks_and_by_no_signal(
     assert await in_the_snapshot() == told  # nothing changed but the count
     assert await counters() == told | {"refused": 1}
     assert not any("Counters" in plain(s.body)[1] for s in signals(client) if s.member == "PropertiesChanged")
+
+
+async def test_gdbus_own_client_of_object_managers_has_what_is_told(
+    daemon: Daemon, bus: PrivateBus, client: Client, root: Client, host: MockHost
+) -> None:
+    program = [sys.executable, "-B", str(Path(__file__).with_name("gdbus.py")), bus.address]
+    gdbus = await asyncio.create_subprocess_exec(
+        *program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 24
+    )
+    ask, told = gdbus.stdin, gdbus.stdout
+    assert ask and told
+
+    async def known() -> dict[str, Any]:
+        tree: dict[str, Any] = json.loads(await asyncio.wait_for(told.readline(), PATIENCE))
+        del tree[MANAGER_PATH][MANAGER]["Counters"]
+        return tree
+
+    first = await known()
+    assert first == await objects(client)
+    host.plug_usb("1-9", product=7, serial="NEW")
+    host.unplug(host.path("1-1.3"))
+    await manager(client, "Sync")
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-9", "1-1.2"], {})
+    host.unplug(host.path("1-9"))
+    await manager(client, "Sync")
+    ask.write(b"\n")
+    assert (last := await known()) == await objects(client) != first
+    assert DEVICES + "usb_1_9" not in last and len(last[ROOT + "/jobs/1"]["org.hostpassd1.Job"]["Devices"]) == 2
+    ask.close()
+    assert await asyncio.wait_for(gdbus.wait(), PATIENCE) == 0
 
 
 def _machine(name: str) -> tuple[str, str, str, str, str, str]:
