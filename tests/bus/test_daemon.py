@@ -594,8 +594,11 @@ async def test_several_devices_are_one_operation_and_what_could_be_given_is_one_
 
 async def test_many_plans_at_once_are_all_answered(daemon: Daemon, root: Client) -> None:
     plans = [root.begin(MANAGER_PATH, MANAGER, "PlanAssign", "sasa{sv}", "demo", ["1-1.2"], {}) for _ in range(300)]
-    tokens = {plain(body)[0]["token"] for body in await asyncio.gather(*plans)}
-    assert len(tokens) == 1
+    answers = await asyncio.gather(*plans, return_exceptions=True)
+    refused = [answer.name for answer in answers if isinstance(answer, Refused)]
+    # dbus-daemon itself refuses what would have one connection wait for more than 128 answers.
+    assert set(refused) <= {"org.freedesktop.DBus.Error.LimitsExceeded"} and len(answers) - len(refused) >= 128
+    assert len({plain(answer)[0]["token"] for answer in answers if not isinstance(answer, Refused)}) == 1
 
 
 async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -> None:
