@@ -12,7 +12,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
 from hostpassd import names
-from hostpassd.model.events import CancelAnswered, Event, OperationRecovered, OperationRefused
+from hostpassd.model.events import (
+    CancelAnswered,
+    Event,
+    MachineGone,
+    MachineRead,
+    MachinesListed,
+    OperationRecovered,
+    OperationRefused,
+)
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold
 from hostpassd.model.text import clean
@@ -21,6 +29,9 @@ from hostpassd.state import Changes, State
 log = logging.getLogger(__name__)
 
 JOURNAL = "/run/systemd/journal/socket"
+
+# What can come of a change that others made to a machine. All else is devices that come and go.
+_BY_LIBVIRT = (MachineRead, MachineGone, MachinesListed)
 
 # Characters of a value.
 _VALUE_LIMIT = 4096
@@ -60,12 +71,12 @@ class AuditLog:
             for job in changes.jobs_ended:
                 self._ended(job)
             if self.tells_foreign:
-                self._tell_foreign(changes)
+                self._tell_foreign(changes, by_libvirt=isinstance(event, _BY_LIBVIRT))
 
     def _ended(self, job: Job) -> None:
         why = f" ({job.error})" if job.error else ""
         for device in job.devices:
-            along = "" if device == job.device else f", along with {job.device}"
+            along = "" if device in job.asked else f", along with {', '.join(job.asked)}"
             self._records.write(
                 names.MESSAGE_OPERATION,
                 f"{job.operation} of {device}{along}: {job.state}{why}",
@@ -80,21 +91,23 @@ class AuditLog:
     def _refused(self, event: OperationRefused) -> None:
         self._records.refusal(
             event.uid,
-            f"{event.operation} of {event.device or event.spelt} refused ({event.error})",
-            device=event.device,
-            spelt="" if event.device else event.spelt,
+            f"{event.operation} of {', '.join(event.devices) or event.spelt} refused ({event.error})",
+            device=next(iter(event.devices), ""),
+            spelt="" if event.devices else event.spelt,
             **self._of_machine(event.machine),
             operation=event.operation,
             result=_result(event.error),
         )
 
     def _cancelled(self, job: Job, uid: int, error: Exception | None) -> None:
-        text = f"cancel of job {job.number}, the {job.operation} of {job.device}"
-        fields = {"device": job.device, **self._of_machine(job.machine), "operation": "cancel", "job": str(job.number)}
+        text = f"cancel of job {job.number}, the {job.operation} of {', '.join(job.asked)}"
+        fields = {**self._of_machine(job.machine), "operation": "cancel", "job": str(job.number)}
         if error:
-            self._records.refusal(uid, f"{text} refused ({error})", **fields, result=_result(error))
-        else:
-            self._records.write(names.MESSAGE_OPERATION, text, **fields, result="done", uid=str(uid))
+            text = f"{text} refused ({error})"
+            self._records.refusal(uid, text, device=job.asked[0], **fields, result=_result(error))
+            return
+        for device in job.devices:
+            self._records.write(names.MESSAGE_OPERATION, text, device=device, **fields, result="done", uid=str(uid))
 
     def _recovered(self, event: OperationRecovered) -> None:
         for device in event.devices:
@@ -108,13 +121,9 @@ class AuditLog:
                 result="recovered",
             )
 
-    def _tell_foreign(self, changes: Changes) -> None:
-        """What became of holds without a job of ours at work on them."""
-        moved = [("added", "added by others", hold) for hold in changes.holds_added]
-        moved += [(*_gone(hold), hold) for hold in changes.holds_removed]
-        for before, hold in changes.holds_changed:
-            moved += [(word, f"{text} in its {half} half", hold) for word, text, half in _halves(before, hold)]
-        for operation, text, hold in moved:
+    def _tell_foreign(self, changes: Changes, *, by_libvirt: bool) -> None:
+        """What became of holds without a job of ours at work on them; only what libvirt tells did others do."""
+        for operation, text, hold in [*_missing(changes), *(_by_others(changes) if by_libvirt else _back(changes))]:
             if not self._is_ours(hold.machine, hold.device):
                 name = self._state.machine_name(hold.machine)
                 self._records.write(
@@ -131,6 +140,30 @@ class AuditLog:
 
 def _result(error: Exception | None) -> str:
     return names.error_name(error) if error else ""
+
+
+# A row of what became of a hold: in a word and in some, and the hold.
+_Moves = Iterator[tuple[str, str, Hold]]
+
+
+def _missing(changes: Changes) -> _Moves:
+    for lost in changes.holds_missing:
+        yield "missing", "missing, its device is gone and nobody gave it back", lost.hold
+
+
+def _back(changes: Changes) -> _Moves:
+    for hold in changes.holds_added:
+        yield "found", "found, its device is here", hold
+
+
+def _by_others(changes: Changes) -> _Moves:
+    for hold in changes.holds_added:
+        yield "added", "added by others", hold
+    for hold in changes.holds_removed:
+        yield *_gone(hold), hold
+    for before, hold in changes.holds_changed:
+        for word, text, half in _halves(before, hold):
+            yield word, f"{text} in its {half} half", hold
 
 
 def _gone(hold: Hold) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.request import Options
 from hostpassd.state import State
+from hostpassd.state.counters import Counters
 from hostpassd.sync import Sync
 
 # Seconds that a start waits for libvirt.
@@ -40,22 +41,25 @@ class Daemon:
         # Instances must not repeat over a restart: no daemon hands out a million in a second.
         self.state = State(time.monotonic_ns() // 1000, config.excluded_classes, config.never)
         self.router = Router(Specification.load(), log=logging.getLogger("hostpassd.bus"), connection=ends.connection)
-        self.publisher = Publisher(self.state, self.router)
+        self.counters = Counters(self.state)
+        self.publisher = Publisher(self.state, self.router, self.counters)
         self.intents = IntentLog(ends.state_folder / "intents", config.hypervisors)
         sync = Sync(ends.host, ends.hypervisors.values())
         self.executor = Executor(self.state, ends.hypervisors.__getitem__, sync.settle, ends.inlet.emit, self.intents)
         self.operations = Operations(self.state, self.executor, ends.inlet.emit, self.intents)
         self._audit = AuditLog(self.state, Records(), self.operations.moves)
-        # Each hears of every event after the state has taken it in. The publisher first: what others then bring about
-        # is told after it. The audit log last: it asks whether a job is still at work.
-        self._listeners = (self.publisher, self.executor, self.operations, self._audit)
-        access = Access(self.router, log=logging.getLogger("hostpassd.access"))
+        # Each hears of every event after the state has taken it in. The counters first, for the publisher tells them.
+        # The publisher next: what others then bring about is told after it. The audit log last: it asks whether a job
+        # is still at work.
+        self._listeners = (self.counters, self.publisher, self.executor, self.operations, self._audit)
+        access = Access(self.router, ends.inlet.emit, log=logging.getLogger("hostpassd.access"))
         options = Options(timeout=config.timeout)
         ManagerMethods(self.state, self.router, access, self.operations, self.publisher, sync, ends.inlet.emit, options)
         self._tasks = Tasks()  # what nothing works without: if one fails, the daemon ends, to be started afresh
         self._told = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ends.inlet.open(self._take)
+        self.intents.announce(ends.inlet.emit)
 
     async def run(self) -> None:
         """Starts, serves until a signal or the loss of the bus, and stops."""
@@ -92,6 +96,7 @@ class Daemon:
     def announce_running(self) -> None:
         """The start is over: what changes from here on is somebody's change."""
         self.publisher.announce_running()
+        self.counters.counts_plugs = True
         self._audit.tells_foreign = True
 
     async def _until_over(self, stop: asyncio.Event) -> None:

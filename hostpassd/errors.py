@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from hostpassd.model.codes import Blocker
 from hostpassd.model.text import clean
 
 # Characters of a message. What the bus carries of it is less.
@@ -49,7 +52,13 @@ class AmbiguousMachine(HostpassError):
 
 
 class Blocked(HostpassError):
+    """What blocks it is in `blockers`: those that the caller does not accept, or cannot."""
+
     name = "Blocked"
+
+    def __init__(self, message: str, blockers: Sequence[Blocker] = ()) -> None:
+        super().__init__(message)
+        self.blockers = tuple(blockers)
 
 
 class TimedOut(HostpassError):

@@ -131,7 +131,7 @@ async def demonstrate(front: Front) -> None:
     """One assign into and one dismiss from a stored configuration, on the simulated host."""
     machine = await front.manager("GetMachine", "s", "demo")
     for member in ("Assign", "Dismiss"):
-        job = await front.manager(member, "ssa{sv}", "demo", "1-1.2", {"config": Variant("b", True)})
+        job = await front.manager(member, "sasa{sv}", "demo", ["1-1.2"], {"config": Variant("b", True)})
         row = (await front.objects())[machine]
         held = ", ".join(path.rpartition("/")[2] for path, _ in row["Devices"]) or "nothing"
         print(f"{member} demo 1-1.2: {job} is done; the stored configuration of demo now has {held}")
@@ -156,6 +156,8 @@ async def show(arguments: argparse.Namespace, daemon: asyncio.subprocess.Process
     if arguments.once:
         return 0
     print(f"hostpassd answers there (hypervisor {uri}); try: {shlex.join([*busctl, 'tree', NAME])}")
+    print("Front ends find it there, too, when they are started in a shell after this line:")
+    print(f"export DBUS_SYSTEM_BUS_ADDRESS={shlex.quote(address)}")
     print("Ctrl-C ends it.", flush=True)
     raise Failed(f"The daemon has ended by itself, with status {await daemon.wait()}.")
 
@@ -214,6 +216,9 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads this, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import logging
 import unicodedata
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hostpassd import names
 from hostpassd.base.tasks import first
 from hostpassd.bus.router import BusCallError, Call, Router, Variant
 from hostpassd.errors import Cancelled, InteractiveAuthorizationRequired, LimitExceeded, NotAuthorized
+from hostpassd.model.events import Event, ProblemChanged
 from hostpassd.passthrough.permission import Check
 
 POLKIT = "org.freedesktop.PolicyKit1"
@@ -68,10 +69,12 @@ CLAIMS = frozenset({"device.label", "device.serial", "machine.name"})
 
 
 class Access:
-    """Asks polkit about callers, through ROUTER."""
+    """Asks polkit about callers, through ROUTER. EMIT is told when polkit turns out not to be there, or to be back."""
 
-    def __init__(self, router: Router, *, log: logging.Logger) -> None:
+    def __init__(self, router: Router, emit: Callable[[Event], None], *, log: logging.Logger) -> None:
         self._router = router
+        self._emit = emit
+        self._is_absent = False
         self._log = log
         self._quiet = asyncio.Semaphore(QUIET_PLACES)
         self._quiet_of: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()  # by person
@@ -187,10 +190,12 @@ class Access:
         except asyncio.CancelledError:
             self._router.tell(POLKIT, AUTHORITY_PATH, AUTHORITY, "CancelCheckAuthorization", "s", [number])
             raise
+        self._note_absence(absent=False)
         self._troubles = {trouble for trouble in self._troubles if trouble[0] != action}
         return authorized, challenge, answer
 
     async def _without_answer(self, call: Call, action: str, error: BusCallError) -> None:
+        self._note_absence(absent=error.name.startswith(ABSENT))
         if error.name.startswith(ABSENT):
             if await self._router.uid_of(call.sender) == 0:
                 return
@@ -203,6 +208,11 @@ class Access:
             else:
                 self._log.error("polkit cannot say who may do %s: %s", action, error)
         raise NotAuthorized("polkit cannot say whether you may do this: the log of hostpassd has the reason.")
+
+    def _note_absence(self, *, absent: bool) -> None:
+        if absent != self._is_absent:
+            self._is_absent = absent
+            self._emit(ProblemChanged("no-polkit", absent))
 
 
 async def _unless(gone: asyncio.Event, checking: Coroutine[Any, Any, None]) -> None:

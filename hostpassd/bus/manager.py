@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hostpassd import errors, names
 from hostpassd.bus import options
 from hostpassd.bus.access import Access
-from hostpassd.bus.present import plan_row
+from hostpassd.bus.present import candidate_row, plan_row
 from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.router import Call, Router
 from hostpassd.bus.spelling import device_text, machine_text
 from hostpassd.model.events import CancelAnswered, Event
 from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.candidates import plans, subjects
 from hostpassd.passthrough.dismiss import Dismiss
 from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.operations import Operations
 from hostpassd.passthrough.permission import Check, checks
+from hostpassd.passthrough.plan import check_number
 from hostpassd.passthrough.request import Options, Request
 from hostpassd.state import State, find
 
@@ -51,12 +54,13 @@ class ManagerMethods:
         self._sync = sync
         self._emit = emit
         self._default = default
-        router.handle(names.MANAGER, "FindDevices", self._find_devices)
+        router.handle(names.MANAGER, "FindDevices", self._find_devices, reads=True)
         router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
+        router.handle(names.MANAGER, "ListCandidates", self._list_candidates, reads=True)
         router.handle(names.MANAGER, "Assign", self._assign)
         router.handle(names.MANAGER, "Dismiss", self._dismiss)
-        router.handle(names.MANAGER, "PlanAssign", self._plan_assign)
-        router.handle(names.MANAGER, "PlanDismiss", self._plan_dismiss)
+        router.handle(names.MANAGER, "PlanAssign", self._plan_assign, reads=True)
+        router.handle(names.MANAGER, "PlanDismiss", self._plan_dismiss, reads=True)
         router.handle(names.MANAGER, "Sync", self._handle_sync)
         router.handle(names.MANAGER, "Rescan", self._handle_rescan)
         router.handle(names.JOB, "Cancel", self._cancel)
@@ -68,6 +72,17 @@ class ManagerMethods:
     async def _get_machine(self, call: Call) -> Sequence[Any]:
         return [names.machine_path(find.one_machine(self._state, machine_text(call.args[0])).uuid)]
 
+    async def _list_candidates(self, call: Call) -> Sequence[Any]:
+        text, wanted = call.args
+        everything = options.given(wanted, options.LIST_CANDIDATES).get("all", False)
+        machine = find.one_machine(self._state, machine_text(text))
+        rows = []
+        for plan in plans(self._state, machine, subjects(self._state), everything=everything):
+            await asyncio.sleep(0)  # a plan each turn of the loop: there can be thousands
+            if plan:
+                rows.append(candidate_row(plan, await self._access.would(call, checks(self._state, plan))))
+        return [sorted(rows, key=lambda row: not row[1])]
+
     async def _assign(self, call: Call) -> Sequence[Any]:
         return await self._operate(call, Assign, options.ASSIGN)
 
@@ -75,21 +90,22 @@ class ManagerMethods:
         return await self._operate(call, Dismiss, options.DISMISS)
 
     async def _plan_assign(self, call: Call) -> Sequence[Any]:
-        return await self._preview(call, Assign, options.PLAN_ASSIGN)
+        return await self._preview(call, Assign, options.ASSIGN)
 
     async def _plan_dismiss(self, call: Call) -> Sequence[Any]:
-        return await self._preview(call, Dismiss, options.PLAN_DISMISS)
+        return await self._preview(call, Dismiss, options.DISMISS)
 
     async def _request(self, call: Call, kind: type[Request], known: Mapping[str, str], uid: int) -> Request:
-        machine, device, given = call.args
+        machine, devices, given = call.args
+        check_number(devices)
         wanted = options.read(given, known, self._default)
-        return kind(machine_text(machine), await device_text(device), wanted, uid)
+        return kind(machine_text(machine), tuple([await device_text(text) for text in devices]), wanted, uid)
 
     async def _preview(self, call: Call, kind: type[Request], known: Mapping[str, str]) -> Sequence[Any]:
         """The dry run: nobody is asked, nothing is done."""
         plan = (await self._request(call, kind, known, 0)).plan(self._state)
         answer = await self._access.would(call, checks(self._state, plan))
-        return [plan_row(plan, answer)]
+        return [plan_row(self._state, plan, answer)]
 
     async def _operate(self, call: Call, kind: type[Request], known: Mapping[str, str]) -> Sequence[Any]:
         return await self._run(call, await self._request(call, kind, known, await self._router.uid_of(call.sender)))

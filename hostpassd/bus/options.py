@@ -12,11 +12,9 @@ from hostpassd.bus.router import Variant
 from hostpassd.model.codes import BLOCKERS, OVERRIDABLE
 from hostpassd.passthrough.request import Options
 
-_COMMON = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b"}
-PLAN_ASSIGN = {**_COMMON, "guest-address": "s", "rom-bar": "b", "override": "as"}
-PLAN_DISMISS = _COMMON
-ASSIGN = {**PLAN_ASSIGN, "plan": "s"}
-DISMISS = {**PLAN_DISMISS, "plan": "s"}
+DISMISS = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b", "plan": "s"}
+ASSIGN = {**DISMISS, "guest-address": "s", "rom-bar": "b", "override": "as"}
+LIST_CANDIDATES = {"all": "b"}
 
 _GUEST_ADDRESS = re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]")
 
@@ -25,8 +23,14 @@ _LONGEST = 3600
 
 
 def read(options: Mapping[str, Variant], known: Mapping[str, str], default: Options) -> Options:
-    """OPTIONS as a caller gave them, of those KNOWN (name: signature), on top of DEFAULT."""
-    values: dict[str, Any] = {}
+    """OPTIONS as a caller gave them, of those KNOWN (name: signature), on top of DEFAULT. Error: InvalidOption."""
+    values = {name.replace("-", "_"): value for name, value in given(options, known).items()}
+    _check(values)
+    return dataclasses.replace(default, **values)
+
+
+def given(options: Mapping[str, Variant], known: Mapping[str, str]) -> dict[str, Any]:
+    """The values of OPTIONS, all of them KNOWN (name: signature). Error: InvalidOption."""
     for name, variant in options.items():
         if name not in known:
             raise errors.InvalidOption(
@@ -34,9 +38,7 @@ def read(options: Mapping[str, Variant], known: Mapping[str, str], default: Opti
             )
         if variant.signature != known[name]:
             raise errors.InvalidOption(f"The option {name} is of type {known[name]}, not {variant.signature[:40]}.")
-        values[name.replace("-", "_")] = variant.value
-    _check(values)
-    return dataclasses.replace(default, **values)
+    return {name: variant.value for name, variant in options.items()}
 
 
 def _check(values: dict[str, Any]) -> None:

@@ -8,16 +8,22 @@ from typing import Any
 
 from hostpassd import __version__, names
 from hostpassd.bus.router import Interfaces, Variant
-from hostpassd.model.codes import KEYS, Blocker, Detail
+from hostpassd.errors import Blocked
+from hostpassd.model.codes import KEYS, NEVER, Blocker, Detail, Details, Fact
 from hostpassd.model.device import Block, Device, Facts, Mdev, MdevParent, MdevType, Net, Pci, Scsi, Usb
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
 from hostpassd.model.naming import identity_id, location, role
 from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Plan
-from hostpassd.state import Entity, State, eligibility
+from hostpassd.passthrough.steps import told
+from hostpassd.state import Entity, HypervisorState, State, eligibility
+from hostpassd.state.problems import problems
 
 Properties = dict[str, Any]
+
+# What this build does of what the interface provides for.
+FEATURES = ("several", "candidates")
 
 
 def path_of(entity: Entity) -> str:
@@ -60,7 +66,7 @@ def device_interfaces(state: State, device: Device) -> Interfaces:
             "Blockers": [reason_row(b) for b in blockers],
             "Companions": _paths(in_tree_order(state, eligibility.companions(state, device))),
             "Holders": [[names.machine_path(h.machine), hold_row(h)] for h in _sorted(state.holds_on(device.name))],
-            "HostUses": [[use.kind, use.detail] for use in state.uses_of(device.name)],
+            "HostUses": [fact_row(fact) for fact in eligibility.host_uses(state, device)],
         },
     }
     for facts in device.facts:
@@ -134,8 +140,21 @@ def _mdev_type(given: MdevType) -> dict[str, Variant]:
     }
 
 
+# The keys of a hold's settings, and their types.
+_SETTINGS = {
+    "managed": "b",
+    "startup-policy": "s",
+    "driver": "s",
+    "rom-bar": "b",
+    "mac-address": "s",
+    "vlan": "u",
+    "boot-order": "u",
+}
+
+
 def hold_row(hold: Hold) -> dict[str, Variant]:
-    """A hold as it goes over the bus."""
+    """A hold as it goes over the bus. What its claims do not say is left out."""
+    settings = {key: getattr(hold.settings, key.replace("-", "_")) for key in _SETTINGS}
     return {
         "kind": Variant("s", hold.kind),
         "live": Variant("b", hold.live),
@@ -143,6 +162,9 @@ def hold_row(hold: Hold) -> dict[str, Variant]:
         "alias": Variant("s", hold.alias),
         "releasing": Variant("b", hold.releasing),
         "stale": Variant("b", hold.stale),
+        "trial": Variant("b", False),
+        **({"guest-address": Variant("s", hold.guest_address)} if hold.guest_address else {}),
+        **{key: Variant(_SETTINGS[key], value) for key, value in settings.items() if value is not None},
     }
 
 
@@ -159,24 +181,32 @@ def machine_properties(state: State, machine: Machine) -> Properties:
         "Persistent": machine.persistent,
         "Devices": [[names.device_path(h.device), hold_row(h)] for h in _in_tree_order(state, holds)],
         "Missing": [missing_row(row) for row in state.missing.get(machine.uuid, ())],
+        "Warnings": [fact_row(fact) for fact in machine.warnings],
     }
 
 
 def missing_row(row: Missing) -> dict[str, Variant]:
-    """A claim on something that is not here, as it goes over the bus."""
+    """A claim on something that is not here, as it goes over the bus. What is not known of it is left out."""
+    known = {"label": row.look.label, "category": row.look.category, "location": row.look.location}
     return {
         "id": Variant("s", row.id),
         "source": Variant("s", row.source),
         "live": Variant("b", row.live),
         "config": Variant("b", row.config),
         "alias": Variant("s", row.alias),
+        "kind": Variant("s", row.kind),
+        **{key: Variant("s", text) for key, text in known.items() if text},
     }
 
 
 def reason_row(blocker: Blocker) -> list[Any]:
     """A reason: device, code, severity, details, message."""
-    details = {key: _detail(key, value) for key, value in blocker.details}
-    return [names.device_path(blocker.device), blocker.code, blocker.severity, details, blocker.message]
+    path = names.device_path(blocker.device)
+    return [path, blocker.code, blocker.severity, _details(blocker.details), blocker.message]
+
+
+def _details(details: Details) -> dict[str, Variant]:
+    return {key: _detail(key, value) for key, value in details}
 
 
 def _detail(key: str, value: Detail) -> Variant:
@@ -185,18 +215,32 @@ def _detail(key: str, value: Detail) -> Variant:
     return Variant(KEYS[key], list(value) if isinstance(value, tuple) else value)
 
 
-def plan_row(plan: Plan, authorization: str) -> dict[str, Variant]:
-    """A plan as it goes over the bus."""
+def fact_row(fact: Fact) -> list[Any]:
+    """A fact: device or /, code, details, message."""
+    path = names.device_path(_path_element(fact.device)) if fact.device else "/"
+    return [path, fact.code, _details(fact.details), fact.message]
+
+
+def plan_row(state: State, plan: Plan, authorization: str) -> dict[str, Variant]:
+    """A plan as it goes over the bus. It has no steps where nobody can accept what blocks it."""
+    steps = () if any(b.severity == NEVER for b in plan.blockers) else plan.steps
     return {
         "token": Variant("s", plan.token),
         "possible": Variant("b", not plan.refused),
         "devices": Variant("ao", [names.device_path(_path_element(name)) for name in plan.devices]),
         "blockers": Variant("a(ossa{sv}s)", [reason_row(b) for b in plan.blockers]),
         "loses": Variant("ao", _paths(plan.loses)),
-        "steps": Variant("as", [step.text for step in plan.steps]),
-        "consequences": Variant("as", list(plan.consequences)),
+        "steps": Variant("a(osa{sv}s)", [fact_row(told(state, step)) for step in steps]),
+        "consequences": Variant("a(osa{sv}s)", [fact_row(fact) for fact in plan.consequences]),
         "authorization": Variant("s", authorization),
     }
+
+
+def candidate_row(plan: Plan, authorization: str) -> list[Any]:
+    """What a machine could be given, as it goes over the bus: the devices, whether, the reasons, more."""
+    more = {"loses": Variant("ao", _paths(plan.loses)), "authorization": Variant("s", authorization)}
+    moving = dict.fromkeys((*plan.asked, *plan.devices))
+    return [_paths(moving), not plan.refused, [reason_row(b) for b in plan.blockers], more]
 
 
 def job_properties(job: Job) -> Properties:
@@ -204,14 +248,26 @@ def job_properties(job: Job) -> Properties:
     return {
         "Operation": job.operation,
         "Machine": names.machine_path(job.machine) if job.machine else "/",
-        "Device": names.device_path(_path_element(job.device)),
+        "Devices": [names.device_path(_path_element(name)) for name in job.devices],
         "StartedByUid": job.started_by_uid,
         "State": job.state,
-        "Step": job.step,
-        "Progress": job.progress,
-        "ErrorName": names.error_name(job.error) if job.error else "",
-        "ErrorMessage": str(job.error or ""),
+        "Step": fact_row(job.step) if job.step else ["/", "", {}, ""],
+        "StepNumber": job.step_number,
+        "StepCount": job.step_count,
+        "Deadline": job.deadline,
+        "Error": error_row(job.error),
     }
+
+
+def error_row(error: Exception | None) -> list[Any]:
+    """An error as it goes over the bus: name, details, message; all empty for none."""
+    return [names.error_name(error), _error_details(error), str(error)] if error else ["", {}, ""]
+
+
+def _error_details(error: Exception) -> dict[str, Variant]:
+    if not isinstance(error, Blocked):
+        return {}
+    return {"blockers": Variant("a(ossa{sv}s)", [reason_row(b) for b in error.blockers])}
 
 
 def _path_element(name: str) -> str:
@@ -219,16 +275,21 @@ def _path_element(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
 
 
-def manager_properties(state: State, running: bool, generation: int) -> Properties:
-    """The properties of the Manager."""
+def manager_properties(state: State, running: bool) -> Properties:
+    """The properties of the Manager, but for those that are of the batches that were told."""
     word = "degraded" if state.degraded else "running"
     return {
         "Version": __version__,
-        "Features": [],
+        "Features": list(FEATURES),
         "State": word if running else "starting",
-        "Hypervisors": [[h.uri, h.connected, h.error] for h in state.hypervisors.values()],
-        "Generation": generation,
+        "Problems": [fact_row(problem) for problem in problems(state)],
+        "Hypervisors": [_hypervisor_row(hypervisor) for hypervisor in state.hypervisors.values()],
     }
+
+
+def _hypervisor_row(hypervisor: HypervisorState) -> list[Any]:
+    details = {"error": Variant("s", hypervisor.error)} if hypervisor.error else {}
+    return [hypervisor.uri, hypervisor.connected, details]
 
 
 def _paths(devices: Iterable[str]) -> list[str]:

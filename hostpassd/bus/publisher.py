@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from hostpassd import names
-from hostpassd.bus.present import OBJECTS, Properties, hold_row, interfaces_of, manager_properties, path_of
+from hostpassd.bus.present import (
+    OBJECTS,
+    Properties,
+    error_row,
+    hold_row,
+    interfaces_of,
+    manager_properties,
+    missing_row,
+    path_of,
+)
 from hostpassd.bus.router import Batch, Interfaces, Router, Signal
 from hostpassd.model.events import Event
+from hostpassd.model.machine import Hold
 from hostpassd.state import MANAGER, Changes, Entity, State
+from hostpassd.state.counters import Counters
 
 
 class Publisher:
@@ -18,14 +30,16 @@ class Publisher:
     In each batch: objects added, properties changed, holds, objects removed, and last the Manager's Generation.
     """
 
-    def __init__(self, state: State, router: Router) -> None:
+    def __init__(self, state: State, router: Router, counters: Counters) -> None:
         self._state = state
         self._router = router
+        self._counters = counters
         self._pending = Changes()
         self._scheduled: asyncio.Handle | None = None
         self.generation = 0
         self.running = False
         router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: self._manager()}}))
+        router.show_live(names.MANAGER, "Counters", counters.now)
 
     def notice(self, event: Event, batches: Sequence[Changes]) -> None:
         """Takes the changes of an event in; they go out at the end of this turn of the loop, or with `flush`."""
@@ -68,7 +82,7 @@ class Publisher:
             changed=dict(self._present(changes.changed)),
             signals=list(self._signals(changes)),
             removed=[path_of(entity) for entity in changes.removed],
-            last={names.MANAGER_PATH: {names.MANAGER: {"Generation": self.generation}}},
+            last={names.MANAGER_PATH: {names.MANAGER: self._last()}},
         )
 
     def _present(self, entities: Iterable[Entity]) -> Iterable[tuple[str, Interfaces]]:
@@ -78,7 +92,7 @@ class Publisher:
         """
         for entity in entities:
             if entity == MANAGER:
-                rows = {key: value for key, value in self._manager().items() if key != "Generation"}
+                rows = {key: value for key, value in self._manager().items() if key not in self._last()}
                 yield names.MANAGER_PATH, {names.MANAGER: rows}
                 continue
             interfaces = interfaces_of(self._state, entity)
@@ -86,13 +100,30 @@ class Publisher:
                 yield path_of(entity), dict.fromkeys(OBJECTS[entity[0]].passing) | interfaces
 
     def _manager(self) -> Properties:
-        return manager_properties(self._state, self.running, self.generation)
+        return manager_properties(self._state, self.running) | self._last()
+
+    def _last(self) -> Properties:
+        """What is different after each batch."""
+        return {"Generation": self.generation, "Counters": self._counters.now()}
 
     def _signals(self, changes: Changes) -> Iterable[Signal]:
-        for member, holds in (("HoldRemoved", changes.holds_removed), ("HoldAdded", changes.holds_added)):
-            for hold in holds:
-                body = [names.device_path(hold.device), names.machine_path(hold.machine), hold_row(hold)]
-                yield Signal(names.MANAGER_PATH, names.MANAGER, member, body)
+        for hold in changes.holds_removed:
+            yield _of_hold("HoldRemoved", hold, hold_row(hold))
+        for lost in changes.holds_missing:
+            for row in lost.rows:
+                yield _of_hold("HoldMissing", lost.hold, missing_row(row))
+        for before, after in changes.holds_changed:
+            old, new = hold_row(before), hold_row(after)
+            if old != new:
+                yield _of_hold("HoldChanged", after, new, old)
+        for hold in changes.holds_added:
+            yield _of_hold("HoldAdded", hold, hold_row(hold))
         for job in changes.jobs_ended:
-            name = names.error_name(job.error) if job.error else ""
-            yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, name, str(job.error or "")])
+            name, details, message = error_row(job.error)
+            yield Signal(names.job_path(job.number), names.JOB, "Completed", [job.state, name, message, details])
+
+
+def _of_hold(member: str, hold: Hold, *rows: Any) -> Signal:
+    """The signal MEMBER about HOLD, with ROWS."""
+    body = [names.device_path(hold.device), names.machine_path(hold.machine), *rows]
+    return Signal(names.MANAGER_PATH, names.MANAGER, member, body)

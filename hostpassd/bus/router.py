@@ -40,6 +40,9 @@ CALLS_PER_SENDER = 32
 CALLS_PER_USER = 128
 CALLS = 512
 
+# Of those that only read, the others of a sender wait for their turn: a program may ask for all that it wants at once.
+READS_PER_SENDER = 4
+
 # In each turn of the loop, seconds and calls for those who call; everything else has its turn in between. Short, for
 # the socket holds some 200 KB, and a call can only be seen when what came before it has been read.
 SHARE = 0.001
@@ -97,6 +100,9 @@ class CallQueue:
 
     Each turn of the loop has a bounded share for them, and so has each sender of what may wait: what is over it REFUSE
     gets at once. READY says whether any may be served at all; `wake` has to be called when it does so again.
+
+    What SERVE cannot begin yet it can `park`: that waits, within the same share, until `unpark` has its sender's first
+    served again, before whatever else of that sender waits.
     """
 
     def __init__(
@@ -106,23 +112,47 @@ class CallQueue:
         self._refuse = refuse
         self._ready = ready
         self.lines: dict[str, _Line] = {}  # by sender, who is next first
+        self.parked: dict[str, _Line] = {}
         self.weight = 0
         self.awake = False
 
     def put(self, call: Incoming) -> None:
         """Takes CALL in, or refuses it or another one for it."""
-        line = self.lines.get(call.sender)
-        if line and line.weight + _weight(call) > WAITING_PER_SENDER:
+        self._keep(self.lines, call)
+        self.wake()
+
+    def park(self, call: Incoming) -> None:
+        """Takes CALL, which was served, back until `unpark`; or refuses it or another one for it."""
+        self._keep(self.parked, call)
+
+    def unpark(self, sender: str) -> None:
+        """Has the first parked call of SENDER, if there is one, served next of all of SENDER's."""
+        if sender not in self.parked:
+            return
+        call = self._take(self.parked, sender, self.parked[sender].calls.popleft)
+        line = self.lines.setdefault(sender, _Line())
+        line.calls.appendleft(call)
+        self._weigh(line, _weight(call))
+        self.wake()
+
+    def _keep(self, lines: dict[str, _Line], call: Incoming) -> None:
+        """Has CALL wait in its sender's of LINES, or refuses it or another one for it."""
+        held = sum(line.weight for kind in (self.lines, self.parked) if (line := kind.get(call.sender)))
+        if held and held + _weight(call) > WAITING_PER_SENDER:
             self._refuse(call)
             return
-        if line is None:
-            line = self.lines[call.sender] = _Line()
+        line = lines.setdefault(call.sender, _Line())
         line.calls.append(call)
         self._weigh(line, _weight(call))
         if self.weight > WAITING:
-            sender, heaviest = max(self.lines.items(), key=lambda item: item[1].weight)
-            self._refuse(self._take(sender, heaviest.calls.pop))
-        self.wake()
+            self._refuse_heaviest()
+
+    def _refuse_heaviest(self) -> None:
+        """Refuses the newest call of the longest line."""
+        every = [(line.weight, sender, kind) for kind in (self.lines, self.parked) for sender, line in kind.items()]
+        _, sender, lines = max(every, key=lambda row: row[0])
+        self._refuse(self._take(lines, sender, lines[sender].calls.pop))
+        self.unpark(sender)  # it may have been one that was to be served
 
     def wake(self) -> None:
         """Has calls served, if there are any, when the loop comes to it."""
@@ -137,19 +167,19 @@ class CallQueue:
             if not self.lines or not self._ready() or time.monotonic() >= end:
                 break
             sender, line = next(iter(self.lines.items()))
-            call = self._take(sender, line.calls.popleft)
+            call = self._take(self.lines, sender, line.calls.popleft)
             if line.calls:
                 self.lines[sender] = self.lines.pop(sender)  # to the end
             self._serve(call)
         if self._ready():
             self.wake()
 
-    def _take(self, sender: str, take: Callable[[], Incoming]) -> Incoming:
-        """One call of SENDER's line."""
-        call, line = take(), self.lines[sender]
+    def _take(self, lines: dict[str, _Line], sender: str, take: Callable[[], Incoming]) -> Incoming:
+        """One call of SENDER's of LINES."""
+        call, line = take(), lines[sender]
         self._weigh(line, -_weight(call))
         if not line.calls:
-            del self.lines[sender]
+            del lines[sender]
         return call
 
     def _weigh(self, line: _Line, weight: int) -> None:
@@ -182,6 +212,8 @@ class Router:
         self.table = Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
         self._quick: set[tuple[str, str]] = set()
+        self._reads: set[tuple[str, str]] = set()
+        self._live: dict[str, dict[str, Callable[[], Any]]] = {}  # by interface, of properties
         self._connect = connection
         self.connection: Connection | None = None
         self._named = False
@@ -189,7 +221,8 @@ class Router:
         self.tasks: set[asyncio.Task[None]] = set()
         self._over_share = self._wire.marshal("s", ["You call faster than you are served: wait for answers."])
         self._calls = CallQueue(self._serve, self._refuse, self._can_answer)
-        self.running: collections.Counter[str] = collections.Counter()  # calls at work by sender
+        self.running: collections.Counter[str] = collections.Counter()  # calls at work by sender, but for
+        self.reading: collections.Counter[str] = collections.Counter()  # those that only read
         self.waiting: collections.Counter[int] = collections.Counter()  # those that are not quick, by user id
         self.counters: collections.Counter[str] = collections.Counter()
         self.peers = peers.Peers(self.send, self._wire, self.counters)
@@ -284,16 +317,25 @@ class Router:
             body=telling.body,
         )
 
-    def handle(self, interface: str, member: str, handler: Handler, *, quick: bool = False) -> None:
+    def handle(
+        self, interface: str, member: str, handler: Handler, *, quick: bool = False, reads: bool = False
+    ) -> None:
         """Has HANDLER answer the calls of a method. Raises KeyError if the specification has no such method.
 
-        `quick`: it waits for nothing, so its calls need not be counted by user.
+        `quick`: it waits for nothing, so its calls need not be counted by user. `reads`: it does nothing but answer, so
+        calls that come together are answered by and by.
         """
         if member not in self._spec.interfaces[interface].methods:
             raise KeyError(f"{interface} has no method {member}")
         self._handlers[interface, member] = handler
         if quick:
             self._quick.add((interface, member))
+        if reads:
+            self._reads.add((interface, member))
+
+    def show_live(self, interface: str, key: str, value: Callable[[], Any]) -> None:
+        """Has Get and GetAll tell a property as VALUE makes it then, not as it was published."""
+        self._live.setdefault(interface, {})[key] = value
 
     # --- what comes in ---
 
@@ -344,6 +386,7 @@ class Router:
             self._dispatch(message)
         except Exception as error:
             self._answer_error(message, error)
+            self._calls.unpark(message.sender)  # it may have been one itself
 
     def _dispatch(self, message: Incoming) -> None:
         if message.fault:
@@ -383,11 +426,15 @@ class Router:
         handler, sender = self._handlers.get((interface, method.name)), message.sender
         if handler is None:
             raise errors.NotSupported(f"This hostpassd cannot do {interface}.{method.name}.")
-        if self.running[sender] >= CALLS_PER_SENDER:
+        reads = (interface, method.name) in self._reads
+        if reads and self.reading[sender] >= READS_PER_SENDER:
+            self._calls.park(message)
+            return
+        if not reads and self.running[sender] >= CALLS_PER_SENDER:
             raise errors.LimitExceeded(f"You have {CALLS_PER_SENDER} calls at work: wait for one of them to end.")
         interactive = bool(message.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION.value)
         call = Call(sender, message.path, interface, method.name, args, interactive)
-        self.running[sender] += 1
+        (self.reading if reads else self.running)[sender] += 1
         self._start(self._run(handler, call, message, method.out_signature))
 
     async def _run(self, handler: Handler, call: Call, message: Incoming, signature: str) -> None:
@@ -402,7 +449,14 @@ class Router:
         except Exception as error:
             self._answer_error(message, error)
         finally:
-            _uncount(self.running, call.sender)
+            self._end(call)
+
+    def _end(self, call: Call) -> None:
+        """CALL is at work no more."""
+        reads = (call.interface, call.member) in self._reads
+        _uncount(self.reading if reads else self.running, call.sender)
+        if reads:
+            self._calls.unpark(call.sender)
 
     @contextlib.asynccontextmanager
     async def _place(self, call: Call) -> AsyncIterator[None]:
@@ -500,11 +554,13 @@ class Router:
         """The values of INTERFACE's properties; of all interfaces if it is empty."""
         thing = self.table.objects.get(path)
         interfaces = thing.interfaces if thing else {}
-        if not interface:
-            return interfaces
-        if interface not in self._interfaces_at(path):
+        if interface and interface not in self._interfaces_at(path):
             raise errors.UnknownInterface(f"{path} has no interface {interface}.")
-        return {interface: interfaces[interface]} if interface in interfaces else {}
+        return {name: self._as_now(name, values) for name, values in interfaces.items() if interface in ("", name)}
+
+    def _as_now(self, interface: str, values: dict[str, Any]) -> dict[str, Any]:
+        live = self._live.get(interface, {})
+        return values | {key: self._wire.fit_property(interface, key, value()) for key, value in live.items()}
 
     def managed_objects(self) -> bytes:
         array = join([self._entry(path, thing) for path, thing in self.table.objects.items()])

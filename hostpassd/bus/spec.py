@@ -63,11 +63,11 @@ class SignalSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PropertySpec:
-    """A property; `const`: it never changes while its object is there."""
+    """A property; `told`: a signal tells that it has changed. One that is const or asked for only has none."""
 
     name: str
     signature: str
-    const: bool
+    told: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,9 +131,9 @@ def _property(node: ET.Element) -> PropertySpec:
     if access != "read":
         raise ValueError(f"property {name} has access {access}: only read is served")
     emits = [note.get("value") for note in node.iterfind("annotation") if note.get("name") == EMITS]
-    if emits not in (["const"], ["true"]):
-        raise ValueError(f"property {name} needs one {EMITS} annotation, const or true")
-    return PropertySpec(name, _type(node), emits == ["const"])
+    if emits not in (["const"], ["true"], ["false"]):
+        raise ValueError(f"property {name} needs one {EMITS} annotation, const, true or false")
+    return PropertySpec(name, _type(node), emits == ["true"])
 
 
 def _arguments(node: ET.Element, direction: str) -> tuple[Argument, ...]:

@@ -194,7 +194,7 @@ class Draft:
         fit = {key: self._wire.fit_property(name, key, value) for key, value in values.items() if value != old.get(key)}
         fresh = {key: value for key, value in fit.items() if value != old[key]}
         variants = self._wire.variants(name, fresh)
-        told = {key: variant for key, variant in variants.items() if not declared[key].const}
+        told = {key: variant for key, variant in variants.items() if declared[key].told}
         if told:
             body = marshal("sa{sv}as", [name, told, []])
             self.tellings.append(Telling(path, spec.PROPERTIES, "PropertiesChanged", "sa{sv}as", body))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from hostpassd.host.reading import Sysfs
 from hostpassd.host.rtnetlink import Link, Network
-from hostpassd.model.events import HostUse, Uses
+from hostpassd.model.events import HostUse, Uses, host_use
 from hostpassd.model.text import clean
 
 _MASTERS = {"bridge": "bridge", "openvswitch": "bridge", "bond": "bond", "team": "bond"}
@@ -28,22 +28,27 @@ def network_uses(network: Network) -> Uses:
 
 
 def _uses_of_link(link: Link, by_index: dict[int, Link], network: Network) -> Iterator[HostUse]:
-    yield from _carried(link, network)
+    addresses, routes = _carried([link], network)
+    if addresses:
+        yield host_use("address", addresses=addresses)
+    if routes:
+        yield host_use("default-route", routes=routes)
     for upper, kind in _uppers(link, by_index):
-        above = [use.detail for other in _all_above(upper, by_index) for use in _carried(other, network)]
-        detail = clean(f"{upper.name} with {', '.join(dict.fromkeys(above))}" if above else upper.name)
-        yield HostUse(kind, detail)
+        addresses, routes = _carried(_all_above(upper, by_index), network)
+        name = clean(upper.name)
+        yield host_use("upper-link", interfaces=(name,), kinds=(kind,), addresses=addresses, routes=routes)
 
 
-def _carried(link: Link, network: Network) -> Iterator[HostUse]:
-    """The addresses and default routes on LINK itself."""
-    for index, address in network.addresses:
-        interface = ipaddress.ip_interface(address)
-        if index == link.index and not interface.is_link_local and not interface.is_loopback:
-            yield HostUse("address", address)
-    for index, route in dict.fromkeys(network.default_routes):
-        if index == link.index:
-            yield HostUse("default-route", route)
+def _carried(links: Iterable[Link], network: Network) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The addresses and the default routes on LINKS themselves."""
+    here = {link.index for link in links}
+    addresses = {address for index, address in network.addresses if index in here and _counts(address)}
+    return tuple(sorted(addresses)), tuple(sorted({route for index, route in network.default_routes if index in here}))
+
+
+def _counts(address: str) -> bool:
+    interface = ipaddress.ip_interface(address)
+    return not interface.is_link_local and not interface.is_loopback
 
 
 def _uppers(link: Link, by_index: dict[int, Link]) -> Iterator[tuple[Link, str]]:
@@ -79,4 +84,4 @@ def elsewhere(sysfs: Sysfs, nics: Iterable[str]) -> Uses:
     Their folder of interfaces is there as long as they have one, and shows those of this namespace only.
     """
     hidden = [nic for nic in nics if sysfs.has(f"{nic}/net") and not sysfs.names(f"{nic}/net")]
-    return {nic: (HostUse("namespace", "a network interface in another network namespace"),) for nic in hidden}
+    return {nic: (host_use("upper-link", where="another network namespace"),) for nic in hidden}

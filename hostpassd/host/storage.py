@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from hostpassd.host.reading import Sysfs
 from hostpassd.host.sysfs import VIRTUAL
-from hostpassd.model.events import HostUse, Nodes, Uses
+from hostpassd.model.events import HostUse, Nodes, Uses, host_use
 from hostpassd.model.text import clean
 
 # What the host cannot live without, with all that is mounted below it. /efi is where some mount what others have at
@@ -154,11 +154,11 @@ class Storage:
     def uses(self) -> Uses:
         """All uses by physical device."""
         for mount in own_mounts(self._mounts):
-            self._note("mount", mount.point, self._under_mount(mount), mount.system)
+            self._note("mount", self._under_mount(mount), system=mount.system, mount_points=mount.point)
         self._note_state_folder()
         for path, is_file in self._swaps:
             bases = self._under_file(path) if is_file else self._under(self._named(path))
-            self._note("swap", f"swap file {path}" if is_file else "swap", bases, True)
+            self._note("swap", bases, system=True, paths=path if is_file else "")
         self._note_stacks()
         return {path: tuple(uses) for path, uses in self._found.items()}
 
@@ -173,24 +173,26 @@ class Storage:
                 found.update(dict.fromkeys(block.nodes, (disk,)))
         return found
 
-    def _note(self, kind: str, what: str, bases: Iterable[Base], system: bool) -> None:
+    def _note(self, code: str, bases: Iterable[Base], *, system: bool = False, **details: str) -> None:
+        """Notes the use CODE of all BASES. DETAILS: an array each, of which this is one; '': of none."""
+        told = {key: (clean(text),) if text else () for key, text in details.items()}
         for base in bases:
-            detail = clean(f"{what} on {base}" if what else str(base))
-            self._found.setdefault(base.path, {})[HostUse(kind, detail, system)] = None
+            use = host_use(code, system=system, volumes=(clean(str(base)),), **told)
+            self._found.setdefault(base.path, {})[use] = None
 
     def _note_state_folder(self) -> None:
         mount = mount_of(self._state_folder, self._mounts) if self._state_folder else None
         if mount is not None and not mount.system:
-            self._note("mount", self._state_folder, self._under_mount(mount), True)
+            self._note("state", self._under_mount(mount), system=True, paths=self._state_folder)
 
     def _note_stacks(self) -> None:
         folder = f"{VIRTUAL}block"
         for name in self._sysfs.names(folder):
             if self._sysfs.names(f"{folder}/{name}/slaves"):
-                self._note("storage-stack", "", self._under(f"{folder}/{name}"), False)
+                self._note("storage-stack", self._under(f"{folder}/{name}"))
         for pool, members in self._members.items():
             for member in members:
-                self._note("storage-stack", f"ZFS pool {pool}", self._under(member), False)
+                self._note("storage-stack", self._in_pool(pool, self._under(member)))
 
     def _under_mount(self, mount: Mount, depth: int = 0) -> list[Base]:
         if not mount.number.startswith("0:"):
@@ -205,7 +207,11 @@ class Storage:
         return [base for device in devices for base in self._under(device, depth)]
 
     def _under_pool(self, pool: str, depth: int) -> list[Base]:
-        bases = [base for member in self._members.get(pool, ()) for base in self._under(member, depth + 1)]
+        return self._in_pool(
+            pool, [b for member in self._members.get(pool, ()) for b in self._under(member, depth + 1)]
+        )
+
+    def _in_pool(self, pool: str, bases: list[Base]) -> list[Base]:
         return [Base(base.path, (f"ZFS pool {pool}", *base.chain)) for base in bases]
 
     def _btrfs(self, devices: list[str]) -> list[str]:

@@ -30,6 +30,7 @@ from hostpassd.errors import (
     WholeCardOnly,
 )
 from hostpassd.machines.domain_xml import is_live, read_claims, read_ports, read_title, with_claim, without_claim
+from hostpassd.model.codes import Fact
 from hostpassd.model.events import DeviceAdded, DeviceRemoved, Event, RemovalFailed
 from hostpassd.model.machine import Claim, Machine, MachineKey, Ports, UsbSource
 from hostpassd.model.text import clean
@@ -98,7 +99,7 @@ class Connection:
     def __init__(self, uri: str, heard: Callable[[str, Event | None], None], closed: Callable[[str], None]) -> None:
         self._uri = uri
         self._callbacks: list[int] = []
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, Fact]] = set()
         try:
             self._connection = libvirt.open(uri)
         except libvirt.libvirtError as error:
@@ -173,29 +174,36 @@ class Connection:
             return None
         if live is not None and not self._is_live(name, live):
             state, live = libvirt.VIR_DOMAIN_SHUTOFF, None  # it has stopped since: this is its stored half
+        claims, warnings = self._read_half(name, live)
+        stored_claims, stored_warnings = self._read_half(name, stored)
         return Machine(
             uuid=uuid,
             name=name,
             uri=self._uri,
             state=_STATES.get(state, "no state"),
             persistent=persistent,
-            live=self._claims(name, live),
-            config=self._claims(name, stored),
+            live=claims,
+            config=stored_claims,
             ports=read_ports(live) if live is not None else Ports(),
             config_ports=read_ports(stored) if stored is not None else Ports(),
             title=read_title(live or stored or "<domain/>"),
+            warnings=tuple(dict.fromkeys((*warnings, *stored_warnings))),
         )
 
-    def _claims(self, name: str, xml: str | None) -> tuple[Claim, ...]:
+    def _claims(self, name: str, xml: str) -> tuple[Claim, ...]:
+        claims, _ = self._read_half(name, xml)
+        return claims
+
+    def _read_half(self, name: str, xml: str | None) -> tuple[tuple[Claim, ...], list[Fact]]:
         if xml is None:
-            return ()
+            return (), []
         with self._readable(name):
             claims, warnings = read_claims(xml)
         for warning in warnings:
             if (name, warning) not in self._warned:  # once, and not at each reading
                 self._warned.add((name, warning))
-                _log.warning("Machine %s: %s", clean(name), warning)
-        return claims
+                _log.warning("Machine %s: %s", clean(name), warning.message)
+        return claims, warnings
 
     def _is_live(self, name: str, xml: str) -> bool:
         with self._readable(name):

@@ -12,6 +12,7 @@ from typing import Any
 
 from lxml import etree
 
+from hostpassd.model.codes import WARNINGS, Fact, fact
 from hostpassd.model.device import Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.model.machine import (
     Claim,
@@ -22,6 +23,7 @@ from hostpassd.model.machine import (
     PciSource,
     Ports,
     ScsiSource,
+    Settings,
     UsbSource,
 )
 from hostpassd.model.pci_address import PciAddress
@@ -48,18 +50,41 @@ _PARSING = threading.Lock()
 class _Broken(ValueError):
     """This element claims something, but not in a way that can be read."""
 
+    def warning(self, tag: str) -> Fact:
+        """What is told of it, an element with TAG."""
+        return fact(WARNINGS["unreadable-hold"], "", element=tag, fault=clean(str(self)))
 
-def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[str]]:
-    """The claims on host devices in XML, one half of a domain, and a warning for each that cannot be read.
+
+class _Unknown(_Broken):
+    """This element claims something in a way of which nothing is known."""
+
+    def warning(self, tag: str) -> Fact:
+        return fact(WARNINGS["unknown-reference"], "", element=tag, fault=clean(str(self)))
+
+
+class _InPool(_Broken):
+    """This element claims a volume of a storage pool."""
+
+    def __init__(self, pool: str, volume: str) -> None:
+        super().__init__(pool, volume)
+        self._pool, self._volume = pool, volume
+
+    def warning(self, tag: str) -> Fact:
+        return fact(WARNINGS["pool-unavailable"], "", pool=clean(self._pool), volume=clean(self._volume))
+
+
+def read_claims(xml: str) -> tuple[tuple[Claim, ...], list[Fact]]:
+    """The claims on host devices in XML, one half of a domain, and a warning for each that is not understood.
 
     ValueError: XML is no XML at all, has a document type, which libvirt never writes, or is longer than it can send.
     """
     claims: list[Claim] = []
-    warnings: list[str] = []
-    for element, claim in _claims_in(_parse(xml), warnings):
+    warnings: list[Fact] = []
+    domain = _parse(xml)
+    for element, claim in _claims_in(domain, warnings):
         if not _doubles_serial(element, claim, claims):
             claims.append(claim)
-    return tuple(claims), warnings
+    return tuple(claims), [*warnings, *_on_command_line(domain)]
 
 
 def is_live(xml: str) -> bool:
@@ -76,7 +101,7 @@ def claim_of(element_xml: str) -> Claim:
     """The claim that one element makes. ValueError: it makes none that can be read."""
     claims, warnings = read_claims(f"<domain><devices>{element_xml}</devices></domain>")
     if not claims:
-        raise ValueError(warnings[0] if warnings else "The element claims no device of this host.")
+        raise ValueError(warnings[0].message if warnings else "The element claims no device of this host.")
     return claims[0]
 
 
@@ -195,7 +220,7 @@ def _text(element: etree._Element) -> str:
     return str(etree.tostring(element, encoding="unicode", with_tail=False))
 
 
-def _claims_in(domain: etree._Element, warnings: list[str]) -> Iterator[tuple[etree._Element, Claim]]:
+def _claims_in(domain: etree._Element, warnings: list[Fact]) -> Iterator[tuple[etree._Element, Claim]]:
     for element in domain.iterfind("devices/*"):
         reader = _READERS.get(element.tag) if isinstance(element.tag, str) else None
         if reader is None:
@@ -203,10 +228,24 @@ def _claims_in(domain: etree._Element, warnings: list[str]) -> Iterator[tuple[et
         try:
             read = reader(element)
         except _Broken as error:
-            warnings.append(f"A <{element.tag}> element was left out: {clean(str(error))}.")
+            warnings.append(error.warning(element.tag))
             continue
         if read is not None:
             yield element, _claim(element, *read)
+
+
+# QEMU's own command line, which libvirt hands on. A device of the host is named there by one of these, or by its node.
+_ARGUMENTS = "{http://libvirt.org/schemas/domain/qemu/1.0}commandline/{*}arg"
+_OF_THE_HOST = re.compile(r"\b(?:vfio-|usb-host|input-linux)|(?<![\w/])/dev/(?P<node>[^,\s]+)")
+# What these nodes give everybody has, or they are none of a device.
+_SHARED_NODES = re.compile(r"(?:u?random|null|zero|kvm|net/tun|vhost-net|vhost-vsock|shm/.*|hugepages.*|fd/.*|pts/.*)")
+
+
+def _on_command_line(domain: etree._Element) -> Iterator[Fact]:
+    for argument in domain.iterfind(_ARGUMENTS):
+        value = argument.get("value", "")
+        if any(not _SHARED_NODES.fullmatch(found["node"] or "-") for found in _OF_THE_HOST.finditer(value)):
+            yield fact(WARNINGS["unknown-reference"], "", element="qemu:arg", fault=clean(value))
 
 
 def _claim(element: etree._Element, kind: str, source: ClaimSource) -> Claim:
@@ -221,6 +260,7 @@ def _claim(element: etree._Element, kind: str, source: ClaimSource) -> Claim:
         text=clean(source.text),
         missing=written is not None and written.get("missing") == "yes",
         guest_address=_guest_address(element),
+        settings=_settings(element),
     )
 
 
@@ -246,10 +286,10 @@ def _read_hostdev(element: etree._Element) -> _Read:
     if mode == "capabilities":
         return _read_capabilities(element, kind)
     if mode != "subsystem":
-        raise _Broken(f"its mode {mode!r} is not known")
+        raise _Unknown(f"its mode {mode!r} is not known")
     reader = _SUBSYSTEMS.get(kind)
     if reader is None:
-        raise _Broken(f"its type {kind!r} is not known")
+        raise _Unknown(f"its type {kind!r} is not known")
     source = reader(element)
     return ("hostdev", source) if source is not None else None
 
@@ -259,7 +299,7 @@ def _read_capabilities(element: etree._Element, kind: str) -> _Read:
         return "capabilities", InterfaceSource(_content(element, "source/interface"))
     if kind in _NODE_TAGS:
         return "capabilities", NodeSource(_content(element, f"source/{_NODE_TAGS[kind]}"))
-    raise _Broken(f"its type {kind!r} is not known")
+    raise _Unknown(f"its type {kind!r} is not known")
 
 
 def _read_interface(element: etree._Element) -> _Read:
@@ -275,7 +315,7 @@ def _read_interface(element: etree._Element) -> _Read:
         return "interface", _read_pci(element)
     if address.get("type") == "usb":
         return "interface", _read_usb(element)
-    raise _Broken(f"its source is of the type {address.get('type')!r}, which is not known")
+    raise _Unknown(f"its source is of the type {address.get('type')!r}, which is not known")
 
 
 def _read_disk(element: etree._Element) -> _Read:
@@ -283,6 +323,8 @@ def _read_disk(element: etree._Element) -> _Read:
     if kind == "block":
         path = _attribute(element, "source", "dev")  # an empty drive has none
         return ("disk", NodeSource(path)) if path else None
+    if kind == "volume" and (volume := _attribute(element, "source", "volume")):
+        raise _InPool(_attribute(element, "source", "pool"), volume)
     return ("disk", _read_pci(element)) if kind == "nvme" else None
 
 
@@ -433,6 +475,44 @@ def _guest_address(element: etree._Element) -> str:
         return _pci_address(address)
     except _Broken:
         return ""  # "to be assigned": an address with nothing in it
+
+
+# Settings: whoever defines a machine can write anything, and what is none of the words that there are is left out.
+
+_YES_NO = {"yes": True, "no": False}
+_ON_OFF = {"on": True, "off": False}
+_POLICIES = frozenset({"mandatory", "requisite", "optional"})
+_DECIMAL = re.compile(r"[0-9]{1,10}")
+_DRIVER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+
+
+def _settings(element: etree._Element) -> Settings:
+    policy = _attribute(element, "source", "startupPolicy")
+    mac = _attribute(element, "mac", "address")
+    return Settings(
+        managed=_YES_NO.get(element.get("managed") or _attribute(element, "source", "managed")),
+        startup_policy=policy if policy in _POLICIES else None,
+        driver=_variant_driver(element),
+        rom_bar=_ON_OFF.get(_attribute(element, "rom", "bar")),
+        mac_address=mac.lower() if _MAC.fullmatch(mac) else None,
+        vlan=_whole(element, "vlan/tag", "id", 0, 4095),
+        boot_order=_whole(element, "boot", "order", 1, 0xFFFFFFFF),
+    )
+
+
+def _variant_driver(element: etree._Element) -> str | None:
+    """The kernel's driver that is asked for (libvirt 10.0). The driver's `name` is what QEMU takes it with: vfio."""
+    if element.tag != "hostdev" and element.get("type") != "hostdev":
+        return None
+    driver = _attribute(element, "driver", "model")
+    return driver if _DRIVER.fullmatch(driver) else None
+
+
+def _whole(element: etree._Element, path: str, name: str, lowest: int, highest: int) -> int | None:
+    written = _attribute(element, path, name)
+    number = int(written) if _DECIMAL.fullmatch(written) else -1
+    return number if lowest <= number <= highest else None
 
 
 # Writing.

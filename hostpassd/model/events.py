@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from hostpassd.model.codes import Details, detailed
 from hostpassd.model.device import Device
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Machine, MachineKey
@@ -45,9 +46,14 @@ class FilesHang:
 class HostUse:
     """One thing the host itself uses a device for."""
 
-    kind: str  # mount, swap, storage-stack, address, default-route, bridge, bond, vlan, macvlan, namespace
-    detail: str  # for people: "/home on /dev/sda2", "192.0.2.7/24"
+    code: str  # of the table HOST_USES
+    details: Details = ()  # of what a code can have several of, an array with this one
     system: bool = False  # the host cannot live without it (a file system of /, /boot, /usr, /var; swap; own state)
+
+
+def host_use(code: str, *, system: bool = False, **details: str | tuple[str, ...]) -> HostUse:
+    """The use CODE with DETAILS, as `detailed` takes them."""
+    return HostUse(code, detailed(**details), system)
 
 
 # By device: its sysfs path while it is read, then its name.
@@ -66,6 +72,15 @@ class HostUsesRead:
 
     uses: Uses
     nodes: Nodes = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProblemChanged:
+    """Something is wrong with the host as a whole, or (`there` false) no longer is."""
+
+    code: str  # of the table PROBLEMS
+    there: bool
+    details: Details = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,8 +167,8 @@ class OperationRefused:
 
     operation: str
     machine: str  # UUID; '' where what was spelt is no machine
-    device: str  # name; '' where what was spelt is no device
-    spelt: str  # how the device was spelt
+    devices: tuple[str, ...]  # names; none where something that was spelt is no device
+    spelt: str  # how the devices were spelt
     uid: int
     error: Exception
 
@@ -183,6 +198,7 @@ Event = (
     | DevicesScanned
     | FilesHang
     | HostUsesRead
+    | ProblemChanged
     | HypervisorChanged
     | MachineRead
     | MachineGone

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from hostpassd.model.codes import Fact
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
@@ -12,17 +14,15 @@ class Job:
     number: int
     operation: str  # assign, dismiss
     machine: str  # UUID; '' for an operation on no machine
-    devices: tuple[str, ...]  # the names of all that move, the one that was asked for first
+    asked: tuple[str, ...]  # the names of the devices that were asked for, in tree order
+    devices: tuple[str, ...]  # the names of all that move, in tree order
     started_by_uid: int
     state: str = "queued"  # running, waiting-for-guest, undoing, done, failed, cancelled
-    step: str = ""  # for people
-    progress: float = 0.0  # 0 to 1
+    step: Fact | None = None  # what it does or waits for
+    step_number: int = 0  # from 1 on; 0: it has not begun
+    step_count: int = 0
+    deadline: int = 0  # microseconds of CLOCK_REALTIME; 0: none
     error: Exception | None = None  # why it failed, or was cancelled
-
-    @property
-    def device(self) -> str:
-        """The device that was asked for."""
-        return self.devices[0]
 
     @property
     def ended(self) -> bool:

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from typing import NamedTuple
 
+from hostpassd.model.codes import Fact
 from hostpassd.model.device import Key
 from hostpassd.model.text import clean
 
@@ -156,6 +157,24 @@ class InterfaceSource(ClaimSource):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """How a machine is to have a device, as its XML says. None: it does not say, or in no way that is understood."""
+
+    managed: bool | None = None  # libvirt takes it from its host driver, and gives it back
+    startup_policy: str | None = None  # what the machine's start does without it: mandatory requisite optional
+    driver: str | None = None  # the VFIO variant driver that it is to have
+    rom_bar: bool | None = None
+    mac_address: str | None = None
+    vlan: int | None = None
+    boot_order: int | None = None
+
+    def or_else(self, other: Settings) -> Settings:
+        """These, and what they leave open as OTHER has it."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        return Settings(**{name: getattr(other if getattr(self, name) is None else self, name) for name in fields})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Claim:
     """One device element of one half (live or stored) of a machine's XML."""
 
@@ -167,6 +186,7 @@ class Claim:
     text: str  # the source for people, as written: "usb 0951:1666 bus 1 device 4"
     missing: bool = False  # libvirt's own missing='yes': this half claims nothing at present
     guest_address: str = ""  # 0000:04:00.0, where it is a PCI one
+    settings: Settings = Settings()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,6 +219,7 @@ class Machine:
     ports: Ports = Ports()  # of the live half
     config_ports: Ports = Ports()
     title: str = ""
+    warnings: tuple[Fact, ...] = ()  # what looks like a claim in either half, and is not understood
 
     @property
     def key(self) -> MachineKey:
@@ -228,6 +249,18 @@ class Hold:
     alias: str
     releasing: bool = False
     stale: bool = False
+    claims: tuple[str, ...] = ()  # ids of the claims that make it
+    guest_address: str = ""  # this and the settings: of several claims the first one's that has each
+    settings: Settings = Settings()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Look:
+    """What a device is to people."""
+
+    label: str = ""
+    category: str = ""
+    location: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -240,3 +273,4 @@ class Missing:
     config: bool
     alias: str
     kind: str = "hostdev"
+    look: Look = Look()  # as last known; of a device that never was here nothing is

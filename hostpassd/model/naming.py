@@ -201,6 +201,11 @@ def label(device: Device) -> str:
     return clean(make(device)) if make else "Device"
 
 
+def shown(device: Device) -> str:
+    """What messages call it: its label, and where it is."""
+    return f"{device.label} ({location(device)})"
+
+
 def describe(device: Device) -> str:
     """How messages call DEVICE: "Label (Location)"."""
     return f"{label(device)} ({location(device)})"

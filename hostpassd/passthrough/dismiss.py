@@ -1,51 +1,104 @@
-"""Dismiss: takes a device, and what must move with it, out of a machine, and gives it back to the host. Pure."""
+"""Dismiss: takes devices, and what must move with them, out of a machine, and gives them back to the host. Pure."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from hostpassd import errors
 from hostpassd.model.device import Device
 from hostpassd.model.machine import Machine, Missing
+from hostpassd.model.order import in_tree_order
 from hostpassd.model.pci_address import PciAddress
-from hostpassd.passthrough.plan import check_instance, check_reachable, claim_on, hold_of, locks_of
+from hostpassd.passthrough.plan import (
+    check_instance,
+    check_number,
+    check_reachable,
+    check_single,
+    claim_on,
+    hold_of,
+    locks_of,
+)
 from hostpassd.passthrough.request import Options, Plan, Request
-from hostpassd.passthrough.steps import Reattach, Step, Unplug, Unstore
+from hostpassd.passthrough.steps import Reattach, Unplug, Unstore
 from hostpassd.state import State
 from hostpassd.state.eligibility import mates
 from hostpassd.state.find import missing_at, missing_by_id, one_device, one_machine
 
 
+class _Part(NamedTuple):
+    """What is done about one of the texts that were asked for."""
+
+    asked: tuple[str, ...]
+    moved: Mapping[str, int]  # the instance of each that moves, by its name
+    unstore: Sequence[Unstore]
+    unplug: Sequence[Unplug]
+    locks: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Dismiss(Request):
-    """Takes a device, or a claim on something that is not here, out of a machine."""
+    """Takes devices, or claims on something that is not here, out of a machine."""
 
     operation = "dismiss"
 
     def plan(self, state: State) -> Plan:
-        """The plan that takes the device, and its companions that the machine holds, back.
+        """The plan that takes the devices, and their companions that the machine holds, back.
 
-        The id of a claim that is missing goes first; what is at a place now goes before what was there last. Errors:
-        those of `find`, HypervisorUnavailable, InvalidOption, StalePlan, NotAssigned, NotSupported.
+        The id of a claim that is missing goes first; what is at a place now goes before what was there last. What the
+        machine does not have is passed over, unless it has none of them. Errors: those of `find`, InvalidArgs,
+        HypervisorUnavailable, InvalidOption, StalePlan, NotAssigned, NotSupported.
         """
+        check_number(self.devices)
         machine = one_machine(state, self.machine)
-        if row := missing_by_id(state, machine, self.device):
-            return self._plan_missing(state, machine, (row,))
-        try:
-            return self._plan_here(state, machine, one_device(state, self.device))
-        except (errors.NoSuchDevice, errors.NotAssigned, errors.StalePlan):
-            rows = missing_at(state, machine, self.device, self.options.instance)
-            if not rows:
-                raise
-        return self._plan_missing(state, machine, rows)
+        check_single(self.devices, self.options)
+        parts, error = [], None
+        for text in dict.fromkeys(self.devices):
+            try:
+                parts.append(self._part(state, machine, text))
+            except errors.NotAssigned as not_assigned:
+                error = error or not_assigned
+        if error and not parts:
+            raise error
+        return self._together(state, machine, parts)
 
     def action(self, overridden: bool) -> str:
         return "dismiss"
 
-    def _plan_here(self, state: State, machine: Machine, device: Device) -> Plan:
+    def _together(self, state: State, machine: Machine, parts: Sequence[_Part]) -> Plan:
+        """Of everything that is unstored first, unplugged then, and given back to its host driver last."""
+        moved = {name: instance for part in parts for name, instance in part.moved.items()}
+        names = in_tree_order(state, moved)
+        unstore = dict.fromkeys(step for part in parts for step in part.unstore)
+        unplug = dict.fromkeys(step for part in parts for step in part.unplug)
+        # Only when the last member is out can a host driver bind: the group is VFIO's as long as one is in.
+        here = (state.device(step.device) for step in unplug if state.device(step.device))
+        released = (d for d in here if d and d.pci and d.instance == moved[d.name])
+        return Plan(
+            self,
+            machine.key,
+            tuple(in_tree_order(state, {name for part in parts for name in part.asked})),
+            tuple(names),
+            tuple(moved[name] for name in names),
+            (*unstore, *unplug, *(Reattach(d.name) for d in released)),
+            tuple(sorted({lock for part in parts for lock in part.locks})),
+        )
+
+    def _part(self, state: State, machine: Machine, text: str) -> _Part:
+        if row := missing_by_id(state, machine, text):
+            return self._missing(state, machine, (row,))
+        try:
+            return self._here(state, machine, one_device(state, text))
+        except (errors.NoSuchDevice, errors.NotAssigned, errors.StalePlan):
+            rows = missing_at(state, machine, text, self.options.instance)
+            if not rows:
+                raise
+        return self._missing(state, machine, rows)
+
+    def _here(self, state: State, machine: Machine, device: Device) -> _Part:
         check_reachable(machine)
-        check_instance(device, self.options)
+        check_instance([device], self.options)
         hold = hold_of(state, machine, device.name)
         if hold is None:
             _refuse_other_kinds(state, machine, device)
@@ -54,24 +107,18 @@ class Dismiss(Request):
             )
         live, config = _halves_held(self.options, machine, device.name, live=hold.live, config=hold.config)
         devices = _held_with(state, machine, device, live, config)
-        steps: list[Step] = []
-        for d in devices:
-            claim = claim_on(state, machine, d.name, live=False) if config else None
-            if claim:
-                steps.append(Unstore(d.name, claim))
-        released: list[Device] = []
-        for d in devices:
-            claim = claim_on(state, machine, d.name, live=True) if live else None
-            if claim:
-                steps.append(Unplug(d.name, claim.alias, claim.id))
-                released.append(d)
-        # Only when the last member is out can a host driver bind: the group is VFIO's as long as one is in.
-        steps += [Reattach(d.name) for d in released if d.pci]
-        names, instances = tuple(d.name for d in devices), tuple(d.instance for d in devices)
-        return Plan(self, machine.key, names, instances, tuple(steps), locks_of(state, devices))
+        stored = [(d.name, claim_on(state, machine, d.name, live=False)) for d in devices if config]
+        plugged = [(d.name, claim_on(state, machine, d.name, live=True)) for d in devices if live]
+        return _Part(
+            (device.name,),
+            {d.name: d.instance for d in devices},
+            [Unstore(name, claim) for name, claim in stored if claim],
+            [Unplug(name, claim.alias, claim.id) for name, claim in plugged if claim],
+            locks_of(state, devices),
+        )
 
-    def _plan_missing(self, state: State, machine: Machine, rows: Sequence[Missing]) -> Plan:
-        """The plan that takes ROWS, claims on one thing that is not on this host, out of MACHINE."""
+    def _missing(self, state: State, machine: Machine, rows: Sequence[Missing]) -> _Part:
+        """What takes ROWS, claims on one thing that is not on this host, out of MACHINE."""
         # The name and the instance that it had, ('', 0) if it never was here.
         place, instance = state.last_place(machine.key, rows[0].id)
         if self.options.instance not in (None, instance):
@@ -83,8 +130,7 @@ class Dismiss(Request):
         live_claims = [claim for claim in machine.live if claim.id in ids and claim.alias and not claim.missing]
         unplug = [Unplug(name, claim.alias, claim.id) for claim in live_claims]
         live, config = _halves_held(self.options, machine, name, live=bool(unplug), config=bool(unstore))
-        steps = (*(unstore if config else ()), *(unplug if live else ()))
-        return Plan(self, machine.key, (name,), (instance,), steps, (name,))
+        return _Part((name,), {name: instance}, unstore if config else [], unplug if live else [], (name,))
 
 
 def _halves_held(options: Options, machine: Machine, name: str, *, live: bool, config: bool) -> tuple[bool, bool]:

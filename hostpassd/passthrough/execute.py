@@ -16,7 +16,7 @@ from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.loans import Loans
 from hostpassd.passthrough.outcome import Failure, Then, has_asked, is_over, outcome, with_more
 from hostpassd.passthrough.request import Plan
-from hostpassd.passthrough.steps import Attach, Libvirt, Seen, Step
+from hostpassd.passthrough.steps import Attach, Libvirt, Seen, Step, told
 from hostpassd.passthrough.waiting import CALL_PATIENCE, Heard, Patience, StillAtIt, Waiting
 from hostpassd.state import Changes, State
 
@@ -96,7 +96,7 @@ class Executor:
         step = plan.steps[at]
         if not step.is_owed:
             job.check()
-        job.tell(state="running", step=step.text, progress=at / len(plan.steps))
+        job.tell(state="running", step=told(self.state, step), step_number=at + 1, step_count=len(plan.steps))
         if step.asks_guest and plan.machine:
             await self.loans.owe(_owed(plan.steps), plan.machine.uri)
         try:
@@ -163,7 +163,7 @@ class Executor:
             back = step.undo()
             if back and step.is_to_be_undone(self.seen(left.key)):
                 if job:
-                    job.tell(step="undo: " + back.text)
+                    job.tell(step=told(self.state, back))
                 if failed := await self.attempt(left.key, back, job):
                     failures += failed
                     continue

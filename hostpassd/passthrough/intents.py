@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from hostpassd import errors
 from hostpassd.base.threads import InOrder
+from hostpassd.model.codes import detailed
+from hostpassd.model.events import Event, ProblemChanged
 from hostpassd.passthrough.intent_rows import (
     VERSION,
     Loan,
@@ -68,6 +70,7 @@ class IntentLog:
         self.lent: dict[str, Loan] = {}
         self.problem = ""  # why it cannot be read or written, for people
         self.trouble = asyncio.Event()  # set while there is one
+        self._emit: Callable[[Event], None] = lambda event: None
         self._failures = 0
         self._failed_at = -math.inf
         self._catching_up: asyncio.Future[None] | None = None
@@ -78,6 +81,12 @@ class IntentLog:
             self._take(self._read())
         except OSError as error:
             self._note(error)
+
+    def announce(self, emit: Callable[[Event], None]) -> None:
+        """Has EMIT told of the problem: at once if there is one, then whenever it is another one or over."""
+        self._emit = emit
+        if self.problem:
+            self._tell_problem()
 
     @property
     def unfinished(self) -> tuple[Unfinished, ...]:
@@ -314,8 +323,8 @@ class IntentLog:
         words = _words(self._file.path, error)
         if words != self.problem:
             log.error("%s", words)
-        self.problem = words
         self.trouble.set()
+        self._say(words)
         self._failures += 1
         self._failed_at = time.monotonic()
         return words
@@ -328,8 +337,16 @@ class IntentLog:
         if failures != self._failures or not self.trouble.is_set():
             return
         log.info("%s is written again", self._file.path)
-        self.problem = ""
         self.trouble.clear()
+        self._say("")
+
+    def _say(self, words: str) -> None:
+        if words != self.problem:
+            self.problem = words
+            self._tell_problem()
+
+    def _tell_problem(self) -> None:
+        self._emit(ProblemChanged("state-folder", bool(self.problem), detailed(error=self.problem.rstrip("."))))
 
     def _everything(self) -> Iterator[str]:
         """All rows that are still to be known, as things are now; they are made when, and where, they are written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -154,15 +155,25 @@ class Operations:
     def _begin(self, plan: Plan, permitted: Permission) -> RunningJob:
         self._last += 1
         machine = plan.machine.uuid if plan.machine else ""
-        row = Job(self._last, plan.operation, machine, plan.devices, plan.request.uid)
-        told = details(self._state, plan, plan.device, plan.overridden)
-        job = RunningJob(row, self._emit, plan.request.options.timeout, told)
+        seconds = plan.request.options.timeout
+        row = Job(
+            self._last,
+            plan.operation,
+            machine,
+            plan.asked,
+            plan.devices,
+            plan.request.uid,
+            step_count=len(plan.steps),
+            deadline=int((time.time() + seconds) * 1e6),
+        )
+        told = details(self._state, plan, plan.asked[0], plan.overridden)
+        job = RunningJob(row, self._emit, seconds, told)
         self._running[job.number] = job
         self._tasks.start(self._run(plan, permitted, job))
         return job
 
     async def _run(self, plan: Plan, permitted: Permission, job: RunningJob) -> None:
-        result: dict[str, object] = {"state": "done", "progress": 1.0, "step": ""}
+        result: dict[str, object] = {"state": "done"}
         try:
             await self._run_alone(plan, permitted, job)
         except errors.HostpassError as error:
@@ -173,7 +184,7 @@ class Operations:
             result = {"state": "failed", "error": errors.Failed(text)}
         finally:
             del self._running[job.number]
-        job.tell(**result)
+        job.tell(**result, step=None, deadline=0)
         job.ended.set()
         self.upkeep.tidy_soon(retry=True)
         asyncio.get_running_loop().call_later(JOB_STAYS, self._emit, JobForgotten(job.number))
@@ -217,10 +228,12 @@ class Operations:
         if isinstance(error, _NOTHING_THERE):
             log.debug("%s by user %d refused: %s", request.operation, request.uid, error)
             return
-        device, machine = "", None
+        devices: tuple[str, ...] = ()
+        machine = None
         with contextlib.suppress(errors.HostpassError):
-            device = one_device(self._state, request.device).name
+            devices = tuple(one_device(self._state, text).name for text in request.devices)
         with contextlib.suppress(errors.HostpassError):
             machine = one_machine(self._state, request.machine)
         uuid = machine.uuid if machine else ""
-        self._emit(OperationRefused(request.operation, uuid, device, request.device, request.uid, error))
+        spelt = ", ".join(request.devices)
+        self._emit(OperationRefused(request.operation, uuid, devices, spelt, request.uid, error))

@@ -35,7 +35,8 @@ class Permission:
 
     def covers(self, other: Permission) -> bool:
         """Whether whoever has this may do what OTHER is for: the same, or less."""
-        within = other.devices <= self.devices and other.overridden <= self.overridden
+        past = all(any(each.is_within(known) for known in self.overridden) for each in other.overridden)
+        within = other.devices <= self.devices and past
         same = (other.machine, other.attaches) == (self.machine, self.attaches)
         return within and same and other.asks_guest <= self.asks_guest
 
@@ -63,10 +64,10 @@ def checks(state: State, plan: Plan) -> list[Check]:
 
 def _overridden(state: State, plan: Plan) -> dict[str, list[Blocker]]:
     """The blockers that the caller goes past, by the device of PLAN that is, or is above, what they name."""
-    found: dict[str, list[Blocker]] = {name: [] for name in plan.devices}
+    found: dict[str, list[Blocker]] = {name: [] for name in (*plan.asked, *plan.devices)}
     for blocker in plan.overridden:
         line = (blocker.device, *(above.name for above in state.ancestors(blocker.device)))
-        found[next((name for name in line if name in found), plan.device)].append(blocker)
+        found[next((name for name in line if name in found), plan.asked[0])].append(blocker)
     return found
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hostpassd import errors
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device
 from hostpassd.model.machine import Claim, Hold, Machine
 from hostpassd.model.naming import is_bridge
+from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.request import Options
 from hostpassd.state import State, eligibility
+from hostpassd.state.find import one_device
+
+# Devices of one operation; nobody picks more by hand, and each costs libvirt calls.
+DEVICES_LIMIT = 64
 
 # The kinds of hold that are the handing over of the device itself.
 DETACHABLE_KINDS = frozenset({"hostdev", "interface"})
@@ -42,12 +49,46 @@ def check_reachable(machine: Machine) -> None:
         )
 
 
-def check_instance(device: Device, options: Options) -> None:
-    """Raises StalePlan if DEVICE is not the instance that the caller means."""
+def asked_devices(state: State, texts: Sequence[str]) -> list[Device]:
+    """The devices that an operation on TEXTS is about, each once, in tree order.
+
+    Errors: those of `find`, InvalidArgs where there is none, too many, or one that is below another.
+    """
+    check_number(texts)
+    found = {device.name: device for device in (one_device(state, text) for text in texts)}
+    for name in found:
+        above = next((above.name for above in state.ancestors(name) if above.name in found), "")
+        if above:
+            raise errors.InvalidArgs(f"{name} is below {above} and moves with it: name one of them.")
+    return [found[name] for name in in_tree_order(state, found)]
+
+
+def check_number(texts: Sequence[str]) -> None:
+    """Raises InvalidArgs if TEXTS are not as many as an operation can be about."""
+    if not texts:
+        raise errors.InvalidArgs("No device is named: name at least one.")
+    if len(texts) > DEVICES_LIMIT:
+        raise errors.InvalidArgs(f"{len(texts)} devices are too many for one operation: name {DEVICES_LIMIT} or less.")
+
+
+def check_instance(asked: Sequence[Device], options: Options) -> None:
+    """Raises StalePlan if the one device ASKED for is not the instance that the caller means.
+
+    Error: InvalidOption, OPTIONS have what only one device can have, and there are more.
+    """
+    check_single(asked, options)
+    device = asked[0]
     if options.instance is not None and options.instance != device.instance:
         raise errors.StalePlan(
             f"Another thing is plugged in at {device.name} now (instance {device.instance}): look again."
         )
+
+
+def check_single(asked: Sequence[object], options: Options) -> None:
+    """Raises InvalidOption if OPTIONS have what only one device can have, and ASKED are more."""
+    given = {"instance": options.instance is not None, "guest-address": bool(options.guest_address)}
+    for option in (name for name, is_given in given.items() if is_given and len(asked) > 1):
+        raise errors.InvalidOption(f"The option {option} is for one device: leave it out, or name one device only.")
 
 
 def hold_of(state: State, machine: Machine, name: str) -> Hold | None:

@@ -12,7 +12,7 @@ import hashlib
 from typing import ClassVar
 
 from hostpassd import errors
-from hostpassd.model.codes import NEVER, Blocker
+from hostpassd.model.codes import NEVER, Blocker, Fact
 from hostpassd.model.machine import MachineKey
 from hostpassd.passthrough.steps import Step
 from hostpassd.state import State
@@ -35,10 +35,10 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request(abc.ABC):
-    """An operation as the caller asked for it: device and machine are unresolved texts."""
+    """An operation as the caller asked for it: devices and machine are unresolved texts."""
 
     machine: str  # '': it is about no machine
-    device: str
+    devices: tuple[str, ...]
     options: Options
     uid: int  # the caller's
 
@@ -59,23 +59,19 @@ class Plan:
 
     request: Request = dataclasses.field(repr=False, compare=False)
     machine: MachineKey | None
-    devices: tuple[str, ...]  # all that move, the asked one first (of a missing one: where it was last)
+    asked: tuple[str, ...]  # the devices that were asked for, in tree order (of a missing one: where it was last)
+    devices: tuple[str, ...]  # all that move, in tree order
     instances: tuple[int, ...]  # of `devices`, to see a replug between prompt and execution
     steps: tuple[Step, ...]
     locks: tuple[str, ...]  # two plans that share one never run together; sorted
     blockers: tuple[Blocker, ...] = ()  # without the machine's own holds
     loses: tuple[str, ...] = ()  # the functions that the host loses
-    consequences: tuple[str, ...] = ()  # for people
+    consequences: tuple[Fact, ...] = ()
 
     @property
     def operation(self) -> str:
         """The request's."""
         return self.request.operation
-
-    @property
-    def device(self) -> str:
-        """The device that was asked for."""
-        return self.devices[0]
 
     @property
     def token(self) -> str:
@@ -98,4 +94,4 @@ class Plan:
         """Raises Blocked unless the caller accepts all that blocks it."""
         if found := self.refused:
             told = " ".join(f"{b.code}: {b.message}" for b in found)
-            raise errors.Blocked(f"{self.device} cannot be assigned: {told}")
+            raise errors.Blocked(f"{', '.join(self.asked)} cannot be assigned: {told}", found)

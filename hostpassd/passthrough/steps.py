@@ -17,8 +17,12 @@ from typing import Any, ClassVar, Protocol
 
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of
+from hostpassd.model.codes import STEPS as STEPS_TOLD
+from hostpassd.model.codes import Fact, fact
 from hostpassd.model.events import DeviceAdded, RemovalFailed
 from hostpassd.model.machine import Claim, Machine, MachineKey
+from hostpassd.model.naming import shown
+from hostpassd.model.order import Forest
 
 
 class Libvirt(Protocol):
@@ -116,10 +120,19 @@ class Step(abc.ABC):
     asks_guest: ClassVar[bool] = False  # so that it cannot be taken back
     is_owed: ClassVar[bool] = False  # to the host: it is done also after a cancel, and when the time is over
 
+    def fact(self, what: str = "") -> Fact:
+        """What it does; WHAT: its device, for people."""
+        return fact(STEPS_TOLD[self.code], self.device, what=what or self.device, **self.more())
+
+    def more(self) -> dict[str, str]:
+        """More details of `fact`."""
+        return {}
+
     @property
-    @abc.abstractmethod
     def text(self) -> str:
-        """For people: what it does."""
+        """What it does, to stand in a sentence."""
+        message = self.fact().message
+        return message[0].lower() + message[1:].removesuffix(".")
 
     @abc.abstractmethod
     async def do(self, hands: Hands) -> None:
@@ -158,10 +171,6 @@ class Store(Step):
 
     code = "store"
 
-    @property
-    def text(self) -> str:
-        return f"store {self.device} in the machine's configuration"
-
     async def do(self, hands: Hands) -> None:
         await hands.made(hands.libvirt.attach_config(hands.key.uuid, self.claim.xml))
 
@@ -186,10 +195,6 @@ class Unstore(Step):
     claim: Claim
 
     code = "unstore"
-
-    @property
-    def text(self) -> str:
-        return f"remove {self.device} from the machine's stored configuration"
 
     async def do(self, hands: Hands) -> None:
         await hands.made(hands.libvirt.detach_config(hands.key.uuid, self.claim))
@@ -220,9 +225,8 @@ class Detach(Step):
 
     code = "detach"
 
-    @property
-    def text(self) -> str:
-        return f"free {self.device} from its host driver {self.driver or '(none)'}"
+    def more(self) -> dict[str, str]:
+        return {"driver": self.driver}
 
     async def do(self, hands: Hands) -> None:
         await hands.lend(self.device, self.driver)
@@ -249,10 +253,6 @@ class Reattach(Step):
     code = "reattach"
     is_owed = True
 
-    @property
-    def text(self) -> str:
-        return f"give {self.device} back to its host driver"
-
     async def do(self, hands: Hands) -> None:
         await hands.give_back(self.device)
 
@@ -270,10 +270,8 @@ class Attach(Step):
 
     code = "attach"
 
-    @property
-    def text(self) -> str:
-        place = ", at a port of its own" if self.of_card else ""
-        return f"attach {self.device} to the running machine{place}"
+    def more(self) -> dict[str, str]:
+        return {"where": "a port of its own"} if self.of_card else {}
 
     async def do(self, hands: Hands) -> None:
         with hands.listening(self.alias) as answer:
@@ -300,10 +298,6 @@ class Unplug(Step):
 
     code = "unplug"
     asks_guest = True
-
-    @property
-    def text(self) -> str:
-        return f"ask the guest to release {self.device} and wait until it has"
 
     async def do(self, hands: Hands) -> None:
         if self.shows(hands.seen):
@@ -339,6 +333,12 @@ class Unplug(Step):
 
     def fields(self) -> dict[str, str]:
         return {"alias": self.alias, "claim_id": self.claim_id}
+
+
+def told(devices: Forest, step: Step) -> Fact:
+    """What STEP does, with its device, one of DEVICES or one that was, as people know it."""
+    device = devices.device(step.device)
+    return step.fact(shown(device) if device else "")
 
 
 # What the intent log knows: a step that is not in it is another version's.

@@ -5,11 +5,26 @@ from __future__ import annotations
 import dataclasses
 
 from hostpassd.model.job import Job
-from hostpassd.model.machine import Hold
+from hostpassd.model.machine import Hold, Missing
 
 # What an object on the bus stands for: ("device", name), ("machine", uuid), ("job", number) or ("manager", "").
 Entity = tuple[str, str]
 MANAGER: Entity = ("manager", "")
+
+# Which row of the holds: machine (UUID), device (name), kind.
+Row = tuple[str, str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lost:
+    """What becomes of a hold whose device goes while its claims stay: HOLD as it was last, ROWS that are missing."""
+
+    hold: Hold
+    rows: tuple[Missing, ...]
+
+
+# What a row of the holds is. None: neither held nor missing.
+Standing = Hold | Lost | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -19,13 +34,35 @@ class Changes:
     added: dict[Entity, None] = dataclasses.field(default_factory=dict)
     changed: dict[Entity, None] = dataclasses.field(default_factory=dict)
     removed: dict[Entity, None] = dataclasses.field(default_factory=dict)
-    holds_added: list[Hold] = dataclasses.field(default_factory=list)
-    holds_removed: list[Hold] = dataclasses.field(default_factory=list)
-    holds_changed: list[tuple[Hold, Hold]] = dataclasses.field(default_factory=list)  # a half came or went: from, to
+    holds: dict[Row, tuple[Standing, Standing]] = dataclasses.field(default_factory=dict)  # from, to
     jobs_ended: list[Job] = dataclasses.field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.changed or self.removed or self.holds_added or self.holds_removed)
+        return bool(self.added or self.changed or self.removed or self.holds)
+
+    @property
+    def holds_added(self) -> list[Hold]:
+        """The holds that came, or came back with their devices."""
+        pairs = self.holds.values()
+        return [after for before, after in pairs if isinstance(after, Hold) and not isinstance(before, Hold)]
+
+    @property
+    def holds_changed(self) -> list[tuple[Hold, Hold]]:
+        """Of each hold that is another than before: from, to."""
+        pairs = self.holds.values()
+        return [(before, after) for before, after in pairs if isinstance(before, Hold) and isinstance(after, Hold)]
+
+    @property
+    def holds_missing(self) -> list[Lost]:
+        """The holds whose devices went, while their claims stay."""
+        pairs = self.holds.values()
+        return [after for before, after in pairs if isinstance(after, Lost) and not isinstance(before, Lost)]
+
+    @property
+    def holds_removed(self) -> list[Hold]:
+        """The holds whose claims went, also where their devices were missing."""
+        gone = (before for before, after in self.holds.values() if after is None)
+        return [before.hold if isinstance(before, Lost) else before for before in gone if before is not None]
 
     def reopens(self, later: Changes) -> bool:
         """Whether LATER brings back what this removes: then they are two batches."""
@@ -39,22 +76,15 @@ class Changes:
             self.change(entity)
         for entity in later.removed:
             self.remove(entity)
-        for hold in later.holds_removed:
-            self.remove_hold(hold)
-        for hold in later.holds_added:
-            self.add_hold(hold)
-        self.holds_changed += later.holds_changed
+        for row, (before, after) in later.holds.items():
+            self.stand(row, before, after)
         self.jobs_ended += later.jobs_ended
 
-    def add_hold(self, hold: Hold) -> None:
-        """Notes that a hold came. One that was removed in the same batch cancels out: no signal."""
-        if not _take_out(self.holds_removed, hold):
-            self.holds_added.append(hold)
-
-    def remove_hold(self, hold: Hold) -> None:
-        """Notes that a hold went. One that was added in the same batch cancels out: nobody has heard of it."""
-        if not _take_out(self.holds_added, hold):
-            self.holds_removed.append(hold)
+    def stand(self, row: Row, before: Standing, after: Standing) -> None:
+        """Notes that ROW, which was BEFORE, is AFTER now. What is in the end as it was at first cancels out."""
+        first, _ = self.holds.pop(row, (before, None))
+        if first != after:
+            self.holds[row] = (first, after)
 
     def add(self, entity: Entity) -> None:
         """Notes that ENTITY came."""
@@ -93,13 +123,3 @@ class Batches:
         """All batches in which something changed; the next ones begin."""
         batches, self._ended, self.current = [*self._ended, self.current], [], Changes()
         return [changes for changes in batches if changes]
-
-
-def _take_out(holds: list[Hold], hold: Hold) -> bool:
-    """Takes the row of HOLD (whatever is in it) out of HOLDS; whether it was there."""
-    row = (hold.machine, hold.device, hold.kind)
-    for known in holds:
-        if (known.machine, known.device, known.kind) == row:
-            holds.remove(known)
-            return True
-    return False

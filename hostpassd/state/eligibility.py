@@ -6,26 +6,21 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from hostpassd.model import drivers
-from hostpassd.model.codes import ALONE, Blocker, blocker
+from hostpassd.model.codes import ALONE, BLOCKERS, HOST_USES, Blocker, Detail, Fact, blocker, fact, gathered
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Pci
 from hostpassd.model.events import HostUse
 from hostpassd.model.machine import Hold
-from hostpassd.model.naming import is_bridge
+from hostpassd.model.naming import is_bridge, shown
 
 # 05 memory, 07 communication (serial ports: the original's own rule), 08 system peripherals, 0c05 SMBus.
 EXCLUDED_CLASSES = ("05", "07", "08", "0c05")
 
 _USE_CODES = {
     "mount": "mounted",
-    "swap": "host-system",
     "storage-stack": "storage-stack",
     "address": "network-in-use",
     "default-route": "network-in-use",
-    "bridge": "network-in-use",
-    "bond": "network-in-use",
-    "vlan": "network-in-use",
-    "macvlan": "network-in-use",
-    "namespace": "network-in-use",
+    "upper-link": "network-in-use",
 }
 
 
@@ -94,7 +89,7 @@ def use_blockers(view: View, device: Device) -> tuple[Blocker, ...]:
 
 def _kind_blockers(view: View, device: Device) -> list[Blocker]:
     """The blockers that come of what the device is; they stay on it."""
-    name, what = device.name, device.label
+    name, what = device.name, shown(device)
     if device.kind not in ASSIGNABLE_KINDS or view.target(name) != name:
         target = view.target(name) or name
         owner = target if target != name else ""
@@ -109,7 +104,7 @@ def _kind_blockers(view: View, device: Device) -> list[Blocker]:
 
 
 def _pci_blockers(view: View, device: Device, pci: Pci) -> list[Blocker]:
-    name, what = device.name, pci.address
+    name, what = device.name, shown(device)
     if pci.off_bus or pci.header_type == 0x7F:
         return [blocker("not-responding", name, what=what)]
     found = []
@@ -147,13 +142,31 @@ def _culprits(view: View, device: Device) -> Iterable[str]:
             yield f"{mate.pci.address} ({mate.driver})"
 
 
-def _host_blockers(view: View, device: Device) -> Iterable[Blocker]:
-    if device.name in view.never:
-        yield blocker("host-system", device.name, what=device.label)
+def host_uses(view: View, device: Device) -> tuple[Fact, ...]:
+    """What the host uses this very device for, one row for each code, in the order of the table."""
+    found: dict[str, list[HostUse]] = {}
     for use in view.uses_of(device.name):
-        code = "host-system" if use.system else _USE_CODES.get(use.kind)
-        if code:
-            yield blocker(code, device.name, what=device.label, kind=use.kind, detail=use.detail)
+        found.setdefault(use.code, []).append(use)
+    return tuple(
+        fact(HOST_USES[code], device.name, **(gathered(use.details for use in found[code]) | {"what": shown(device)}))
+        for code in HOST_USES
+        if code in found
+    )
+
+
+def _host_blockers(view: View, device: Device) -> Iterable[Blocker]:
+    found: dict[str, list[HostUse]] = {"host-system": []} if device.name in view.never else {}
+    for use in view.uses_of(device.name):
+        if code := "host-system" if use.system else _USE_CODES.get(use.code):
+            found.setdefault(code, []).append(use)
+    for code, uses in found.items():
+        yield blocker(code, device.name, **_details_of(code, uses) | {"what": shown(device)})
+
+
+def _details_of(code: str, uses: list[HostUse]) -> dict[str, Detail]:
+    """What USES come to in the one row of the blocker CODE: what its sentence can say."""
+    details = gathered(use.details for use in uses) | {"uses": tuple(sorted({use.code for use in uses}))}
+    return {key: value for key, value in details.items() if key in BLOCKERS[code].fields}
 
 
 def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
@@ -161,7 +174,7 @@ def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
     for name in sorted(view.virtual_functions(device.name)):
         for hold in view.holds_on(name):
             if hold.live:
-                yield _hold_blocker(view, "held-live", device, hold, f"{name}, a virtual function of {device.label}")
+                yield _hold_blocker(view, "held-live", device, hold, f"{name}, a virtual function of {shown(device)}")
     for hold in view.holds_on(device.name):
         yield from hold_blockers(view, device, hold)
 
@@ -169,9 +182,9 @@ def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
 def hold_blockers(view: View, device: Device, hold: Hold) -> Iterable[Blocker]:
     """Of one HOLD on DEVICE itself."""
     if hold.live:
-        yield _hold_blocker(view, "held-live", device, hold, device.label)
+        yield _hold_blocker(view, "held-live", device, hold, shown(device))
     if hold.config:
-        yield _hold_blocker(view, "held-config", device, hold, device.label)
+        yield _hold_blocker(view, "held-config", device, hold, shown(device))
 
 
 def _hold_blocker(view: View, code: str, device: Device, hold: Hold, what: str) -> Blocker:

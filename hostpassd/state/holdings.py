@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from hostpassd.model.device import Device, Key
 from hostpassd.model.machine import (
     Claim,
     Hold,
+    Look,
     Machine,
     MachineKey,
     Missing,
     UsbSource,
 )
-from hostpassd.state.changes import Batches, Entity
+from hostpassd.model.naming import location
+from hostpassd.state.changes import Batches, Entity, Lost, Standing
 from hostpassd.state.multimap import Multimap
 from hostpassd.state.tree import Tree
 
@@ -30,6 +33,14 @@ _RUNS = ("running", "idle")
 _Rows = dict[tuple[str, str], Hold]
 
 
+class _Place(NamedTuple):
+    """The device on which a claim stood last."""
+
+    device: str = ""
+    instance: int = 0
+    look: Look = Look()
+
+
 class Holdings:
     """What machines hold. HELD_OTHERWISE is called with each device of which other holds are told than before.
 
@@ -41,16 +52,25 @@ class Holdings:
 
     What is told is one for each UUID: `machines` has the copy that runs, `_told` the holds of all copies, and `missing`
     what the copy in `machines` claims and is not here. A device d has the row (u, k) in `_on` exactly when `_told[u]`
-    has the row (d, k).
+    has the row (d, k). `lost` has the holds whose devices went while claims of theirs are missing, until these stand on
+    a device again, or are no more.
     """
 
-    def __init__(self, tree: Tree, batches: Batches, held_otherwise: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        batches: Batches,
+        held_otherwise: Callable[[str], None],
+        category: Callable[[str], str],
+    ) -> None:
+        """CATEGORY: of a device, as far as it is known yet."""
         self.copies: dict[MachineKey, Machine] = {}
         self.machines: dict[str, Machine] = {}
         self.missing: dict[str, tuple[Missing, ...]] = {}
         self._tree = tree
         self._batches = batches
         self._held_otherwise = held_otherwise
+        self._category = category
         self._copies_of: Multimap[str, MachineKey] = Multimap()
         self._keys: Multimap[Key, str] = Multimap()
         self.nodes: dict[str, tuple[str, ...]] = {}
@@ -59,9 +79,10 @@ class Holdings:
         self.by_machine: dict[MachineKey, _Rows] = {}
         self.missing_in: dict[MachineKey, tuple[Missing, ...]] = {}
         self.told: dict[str, _Rows] = {}
+        self.lost: dict[str, dict[tuple[str, str], Lost]] = {}
         self.by_device: Multimap[str, tuple[str, str]] = Multimap()
         self.asked: dict[MachineKey, set[str]] = {}  # the aliases that a guest was asked for
-        self._places: dict[MachineKey, dict[str, tuple[str, int]]] = {}  # where each claim of a machine stood last
+        self._places: dict[MachineKey, dict[str, _Place]] = {}  # where each claim of a machine stood last
 
     # --- reading ---
 
@@ -94,7 +115,7 @@ class Holdings:
 
     def last_place(self, machine: MachineKey, claim_id: str) -> tuple[str, int]:
         """The name and the instance of the device on which a claim stood last; ('', 0): it never stood on any."""
-        return self._places.get(machine, {}).get(claim_id, ("", 0))
+        return self._places.get(machine, {}).get(claim_id, _Place())[:2]
 
     # --- what devices are called ---
 
@@ -111,7 +132,7 @@ class Holdings:
             self.leading.put(node, self.nodes[node])
             if not self.nodes[node]:
                 del self.nodes[node]
-        self._resolve_interested([*keys, *((kind, node) for node in nodes for kind in _BEHIND)])
+        self._resolve_interested([*keys, *((kind, node) for node in nodes for kind in _BEHIND)], gone=True)
 
     def moved(self, names: Iterable[str]) -> None:
         """The devices NAMES lie below others than before: what stands for them in an operation may be another."""
@@ -128,6 +149,14 @@ class Holdings:
         for node in changed:
             self.leading.put(node, new.get(node, ()))
         self._resolve_interested((kind, node) for node in changed for kind in _BEHIND)
+
+    def look_again(self, name: str) -> None:
+        """What the device NAME is to people may be told otherwise now: the last of it is kept for when it has gone."""
+        for key in {key for uuid, _ in self.by_device[name] for key in self._copies_of[uuid]}:
+            now = self._place(name)
+            # One that stood there on an earlier instance stays with that.
+            for claim in [claim for claim, place in self._places[key].items() if place[:2] == now[:2]]:
+                self._places[key][claim] = now
 
     # --- machines ---
 
@@ -158,8 +187,11 @@ class Holdings:
         (aliases.add if asked else aliases.discard)(alias)
         self.resolve(key)
 
-    def resolve(self, key: MachineKey) -> None:
-        """Stands each claim of the machine KEY on the device that it means now; what means none is missing."""
+    def resolve(self, key: MachineKey, *, gone: bool = False) -> None:
+        """Stands each claim of the machine KEY on the device that it means now; what means none is missing.
+
+        GONE: because a device has gone.
+        """
         machine = self.copies.get(key)
         if not machine:
             return
@@ -176,18 +208,22 @@ class Holdings:
                     continue
                 devices = self._find(claim, None if live else own)
                 for device in devices:
-                    places[claim.id] = (device, self._tree.devices[device].instance)
+                    places[claim.id] = self._place(device)
                     _merge_hold(rows, self._hold(machine, claim, device, live))
                 if not devices and not self._is_here(claim):
-                    _merge_missing(missing, claim, live)
+                    _merge_missing(missing, claim, live, places.get(claim.id, _Place()).look)
             own = frozenset(device for device, _ in rows)
         self.by_machine[key], self.missing_in[key] = rows, tuple(missing.values())
-        self._show(key.uuid)
+        self._show(key.uuid, gone=gone)
 
-    def _resolve_interested(self, keys: Iterable[Key]) -> None:
+    def _resolve_interested(self, keys: Iterable[Key], *, gone: bool = False) -> None:
         """Resolves the machines that name something by one of KEYS."""
         for machine in dict.fromkeys(machine for key in keys for machine in self._interest[key]):
-            self.resolve(machine)
+            self.resolve(machine, gone=gone)
+
+    def _place(self, name: str) -> _Place:
+        device = self._tree.devices[name]
+        return _Place(name, device.instance, Look(device.label, self._category(name), location(device)))
 
     def _find(self, claim: Claim, own: frozenset[str] | None) -> list[str]:
         """The devices that CLAIM means: one, but for a volume on several disks or a bridge of several interfaces.
@@ -216,16 +252,28 @@ class Holdings:
 
     def _hold(self, machine: Machine, claim: Claim, device: str, live: bool) -> Hold:
         releasing = live and claim.alias in self.asked[machine.key]
-        return Hold(machine.uuid, device, claim.kind, live, not live, claim.alias, releasing, machine.stale)
+        return Hold(
+            machine=machine.uuid,
+            device=device,
+            kind=claim.kind,
+            live=live,
+            config=not live,
+            alias=claim.alias,
+            releasing=releasing,
+            stale=machine.stale,
+            claims=(claim.id,),
+            guest_address=claim.guest_address,
+            settings=claim.settings,
+        )
 
     # --- what is told ---
 
-    def _show(self, uuid: str) -> None:
+    def _show(self, uuid: str, *, gone: bool = False) -> None:
         """Tells of all copies of a machine together. One has the path: the one that runs."""
         old, new = self.machines.get(uuid), self._foremost(uuid)
         if new is None:
-            self._tell_holds(uuid, {})
-            for index in (self.told, self.machines, self.missing):
+            self._tell_holds(uuid, {}, gone=False)
+            for index in (self.told, self.lost, self.machines, self.missing):
                 index.pop(uuid, None)
             self._batches.current.remove(("machine", uuid))
             return
@@ -234,7 +282,7 @@ class Holdings:
         rows: _Rows = {}
         for hold in (hold for key in (new.key, *self.twins(new.key)) for hold in self.within(key)):
             _merge_hold(rows, hold)
-        self._tell_holds(uuid, rows)
+        self._tell_holds(uuid, rows, gone=gone)
         missing = self.missing_in.get(new.key, ())
         if self.missing.get(uuid, ()) != missing:
             self.missing[uuid] = missing
@@ -258,29 +306,43 @@ class Holdings:
             self._batches.current.remove(entity)  # as an object it is another one: its hypervisor is
         self._batches.add(entity)
 
-    def _tell_holds(self, uuid: str, new: _Rows) -> None:
+    def _tell_holds(self, uuid: str, new: _Rows, *, gone: bool) -> None:
         old = self.told.get(uuid, {})
-        if new == old:
+        changed = [row for row in {**old, **new} if old.get(row) != new.get(row)]
+        lost = self.lost.get(uuid, {})
+        if not changed and not lost:
             return
+        claimed, missing = self._claimed(uuid)
+        self.lost[uuid] = {}
+        for row in dict.fromkeys((*lost, *changed)):
+            before = old.get(row) or lost.get(row)
+            after = new.get(row) or (_left(before, claimed, missing, gone=gone) if before else None)
+            if isinstance(after, Lost) and any(claim in missing for claim in after.hold.claims):
+                self.lost[uuid][row] = after
+            self._batches.current.stand((uuid, *row), before, after)
+        if changed:
+            self._take(uuid, new, changed)
+
+    def _claimed(self, uuid: str) -> tuple[dict[str, Missing], dict[str, Missing]]:
+        """What all copies of a machine claim, as if it were missing, and what of it is; by the claims' ids."""
+        claimed: dict[str, Missing] = {}
+        for copy in (self.copies[key] for key in self._copies_of[uuid]):
+            for live, claims in ((True, copy.live), (False, copy.config)):
+                for claim in claims:
+                    if not (live and claim.missing):
+                        _merge_missing(claimed, claim, live, Look())
+        missing = {row.id: row for key in self._copies_of[uuid] for row in self.missing_in[key]}
+        foremost = self.missing_in.get(self.machines[uuid].key, ())  # what the machine itself is told to miss
+        return claimed, missing | {row.id: row for row in foremost}
+
+    def _take(self, uuid: str, new: _Rows, changed: list[tuple[str, str]]) -> None:
+        """NEW is told of the machine with UUID from now on; the rows CHANGED are others than before."""
         self._batches.current.change(("machine", uuid))
         self.told[uuid] = new
-        changed = [row for row in {**old, **new} if old.get(row) != new.get(row)]
         for kind in {kind for _, kind in changed}:
             self.by_device.put((uuid, kind), (device for device, other in new if other == kind))
-        for row in changed:
-            self._tell_hold(old.get(row), new.get(row))
         for device in dict.fromkeys(device for device, _ in changed):
             self._held_otherwise(device)
-
-    def _tell_hold(self, before: Hold | None, after: Hold | None) -> None:
-        changes = self._batches.current
-        if before and after:
-            if (before.live, before.config) != (after.live, after.config):
-                changes.holds_changed.append((before, after))
-        elif after:
-            changes.add_hold(after)
-        elif before:
-            changes.remove_hold(before)
 
 
 def _merge_hold(rows: _Rows, hold: Hold) -> None:
@@ -288,13 +350,35 @@ def _merge_hold(rows: _Rows, hold: Hold) -> None:
     old = rows.get((hold.device, hold.kind))
     if old:
         halves = {name: getattr(old, name) or getattr(hold, name) for name in ("live", "config", "releasing", "stale")}
-        hold = dataclasses.replace(old, **halves)
+        hold = dataclasses.replace(
+            old,
+            **halves,
+            claims=tuple(dict.fromkeys((*old.claims, *hold.claims))),
+            guest_address=old.guest_address or hold.guest_address,
+            settings=old.settings.or_else(hold.settings),
+        )
     rows[(hold.device, hold.kind)] = hold
 
 
-def _merge_missing(missing: dict[str, Missing], claim: Claim, live: bool) -> None:
+def _left(
+    before: Hold | Lost, claimed: Mapping[str, Missing], missing: Mapping[str, Missing], *, gone: bool
+) -> Standing:
+    """What is left of BEFORE, a row that stands on its device no more; of a machine with these claims.
+
+    Lost if claims of it are missing, or if its device has GONE and they still stand on others. A lost one whose claims
+    have come to stand elsewhere is told no more.
+    """
+    hold = before.hold if isinstance(before, Lost) else before
+    rows = tuple(missing[claim] for claim in hold.claims if claim in missing)
+    others = tuple(claimed[claim] for claim in hold.claims if claim in claimed)
+    if rows or (gone and others):
+        return Lost(hold, rows or others)
+    return before if others and isinstance(before, Lost) else None
+
+
+def _merge_missing(missing: dict[str, Missing], claim: Claim, live: bool, look: Look) -> None:
     old = missing.get(claim.id)
-    row = Missing(claim.id, claim.text, live, not live, claim.alias, claim.kind)
+    row = Missing(claim.id, claim.text, live, not live, claim.alias, claim.kind, look)
     if old:
         row = dataclasses.replace(old, live=old.live or live, config=old.config or not live)
     missing[claim.id] = row

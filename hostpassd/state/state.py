@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 from hostpassd.model.category import category
-from hostpassd.model.codes import Blocker
+from hostpassd.model.codes import Blocker, Details
 from hostpassd.model.device import Device, Key, same_thing
 from hostpassd.model.events import (
     CancelAnswered,
@@ -27,8 +27,10 @@ from hostpassd.model.events import (
     MachinesListed,
     OperationRecovered,
     OperationRefused,
+    ProblemChanged,
     Releasing,
     RemovalFailed,
+    host_use,
 )
 from hostpassd.model.job import Job
 from hostpassd.model.machine import Claim, Hold, Machine, MachineKey, Missing
@@ -65,6 +67,8 @@ class State:
         self.jobs: dict[int, Job] = {}
         self.hypervisors: dict[str, HypervisorState] = {}
         self.hanging: tuple[str, ...] = ()  # files of the kernel that do not answer
+        self.told_problems: dict[str, Details] = {}  # of the host as a whole, by code
+        self._lacked_iommu = False
         self.excluded_classes = excluded_classes
         self.never = never
         self._categories: dict[str, str] = {}
@@ -72,7 +76,7 @@ class State:
         self._batches = Batches()
         self.tree = Tree(self._batches)
         self.spread = Spread(self.tree, lambda device: eligibility.use_blockers(self, device))
-        self.holdings = Holdings(self.tree, self._batches, self._held_otherwise)
+        self.holdings = Holdings(self.tree, self._batches, self._held_otherwise, self.category)
 
     # --- reading: devices ---
 
@@ -94,8 +98,8 @@ class State:
         return self.device(self.tree.by_location.get(location, ""))
 
     def category(self, name: str) -> str:
-        """The Category of the device NAME."""
-        return self._categories[name]
+        """The Category of the device NAME; '' before its event is taken in."""
+        return self._categories.get(name, "")
 
     def children(self, name: str) -> list[str]:
         """The names of the devices directly below, sorted."""
@@ -124,13 +128,15 @@ class State:
     # --- reading: what they are used for ---
 
     def uses_of(self, device: str) -> tuple[HostUse, ...]:
-        """What the host uses DEVICE for, the console that it shows and the seat's only keyboard included."""
+        """What the host uses DEVICE for, what it is to the host by itself included."""
         here = self.device(device)
         uses = self.spread.uses.get(device, ())
         if here and here.pci and here.pci.boot_display:
-            uses += (HostUse("boot-display", "shows the host's console"),)
+            uses += (host_use("boot-display"),)
         if here and here.keyboard_of and self.only_keyboards_of(self.target(device) or device):
-            uses += (HostUse("keyboard", f"the only keyboard of {here.keyboard_of}"),)
+            uses += (host_use("keyboard", seat=here.keyboard_of),)
+        if here and here.pci and here.pci.vfio_device and not any(hold.live for hold in self.holds_on(device)):
+            uses += (host_use("vfio", driver=here.driver),)
         return uses
 
     def only_keyboards_of(self, device: str) -> str:
@@ -200,6 +206,11 @@ class State:
         """Whether a hypervisor cannot be reached, or something of the host cannot be read."""
         return bool(self.hanging) or any(not h.connected for h in self.hypervisors.values())
 
+    @property
+    def lacks_iommu(self) -> bool:
+        """Whether there are PCI devices, and none of them is in an IOMMU group."""
+        return bool(self.tree.kinds["pci"]) and not any(True for _ in self.tree.groups.groups())
+
     # --- writing ---
 
     def apply(self, event: Event) -> list[Changes]:
@@ -223,6 +234,8 @@ class State:
                 self.holdings.lose(key)
             case MachinesListed(uri, machines):
                 self._listed(uri, machines)
+            case ProblemChanged(code, there, details):
+                self._problem(code, details if there else None)
             case HypervisorChanged(uri, connected, error):
                 self._hypervisor(HypervisorState(uri, connected, error))
             case Releasing(key, alias, asked):
@@ -237,6 +250,7 @@ class State:
             case DeviceAdded() | RemovalFailed() | OperationRefused() | CancelAnswered() | OperationRecovered():
                 pass
         self.tree.find_only_keyboards()
+        self._look_for_iommu()
         batches = self._batches.take()
         for changes in batches:
             self._categorise(changes)
@@ -274,6 +288,7 @@ class State:
                 )
                 parent = self.device(device.parent or "")
                 self._categories[name] = category(device, below, parent, self._categories.get(name, ""))
+                self.holdings.look_again(name)
 
     def _insert(self, device: Device) -> None:
         self._categories.pop(device.name, None)
@@ -340,6 +355,21 @@ class State:
         device = self.device(name)
         if device:
             self.spread.again(_physical(device))
+
+    # --- the host as a whole ---
+
+    def _problem(self, code: str, details: Details | None) -> None:
+        if self.told_problems.get(code) == details:
+            return
+        self.told_problems.pop(code, None)
+        if details is not None:
+            self.told_problems[code] = details
+        self._batches.current.change(MANAGER)
+
+    def _look_for_iommu(self) -> None:
+        if self.lacks_iommu != self._lacked_iommu:
+            self._lacked_iommu = not self._lacked_iommu
+            self._batches.current.change(MANAGER)
 
     # --- machines ---
 

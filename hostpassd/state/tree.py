@@ -14,16 +14,17 @@ class Tree:
     """All devices by name.
 
     Of each device, and of none else, there are: its path in `_by_path`; the pair of its parent's name and its own in
-    `_children`, whether the parent is here or not (a child can come first); if it is a PCI function the pairs of its
-    IOMMU group and of its physical function with it in `groups` and `functions`; if it is a keyboard, of its seat with
-    it in `_keyboards`. `only_keyboards` has a device exactly when all keyboards of its seat are at or below it, as of
-    the last `find_only_keyboards`.
+    `_children`, whether the parent is here or not (a child can come first); the pair of its kind with it in `kinds`; if
+    it is a PCI function the pairs of its IOMMU group and of its physical function with it in `groups` and `functions`;
+    if it is a keyboard, of its seat with it in `_keyboards`. `only_keyboards` has a device exactly when all keyboards
+    of its seat are at or below it, as of the last `find_only_keyboards`.
     """
 
     def __init__(self, batches: Batches) -> None:
         self.devices: dict[str, Device] = {}
         self.groups: Multimap[int, str] = Multimap()
         self.functions: Multimap[str, str] = Multimap()
+        self.kinds: Multimap[str, str] = Multimap()
         self.only_keyboards: dict[str, str] = {}
         self._batches = batches
         self.by_path: dict[str, str] = {}
@@ -104,6 +105,7 @@ class Tree:
         self.by_parent.put(name, [linked.parent] if linked and linked.parent else [])
         self.groups.put(name, [pci.iommu_group] if pci and pci.iommu_group >= 0 else [])
         self.functions.put(name, [pci.physical_function] if pci and pci.physical_function else [])
+        self.kinds.put(name, [linked.kind] if linked else [])
         self.keyboards.put(name, [linked.keyboard_of] if linked and linked.keyboard_of else [])
         self.touch(device.parent)
         for other in _functions_of(device, self.functions[name]):

@@ -73,3 +73,14 @@ def test_who_is_not_root_is_told_what_to_install_and_then_sees_the_same(machine:
 def test_a_contributors_checks_pass(machine: Machine) -> None:
     text = succeed(machine, "HOSTPASSD_FLOOD_SECONDS=1 ./dev check")  # how long floods are borne is seen on the host
     assert re.search(r"^\d+ passed, 0 failed", text, re.MULTILINE)
+
+
+def test_the_code_generators_of_qt_and_glib_take_the_interface(machine: Machine) -> None:
+    succeed(machine, "apt-get --quiet update")
+    tools = "qtbase5-dev-tools libglib2.0-dev-bin"
+    succeed(machine, f"DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends {tools}")
+    source, qt = "dbus/org.hostpassd1.xml", "/usr/lib/qt5/bin/qdbusxml2cpp"
+    assert succeed(machine, f"{qt} -p /tmp/proxy {source} && {qt} -a /tmp/adaptor {source}") == ""
+    assert "QDBusPendingReply<HostpassdCandidates> ListCandidates(" in succeed(machine, "cat /tmp/proxy.h")
+    assert succeed(machine, f"gdbus-codegen --generate-c-code /tmp/gdbus --generate-docbook /tmp/doc {source}") == ""
+    assert "org_hostpassd1_manager_call_list_candidates (" in succeed(machine, "cat /tmp/gdbus.h")

@@ -94,13 +94,14 @@ def long() -> Iterator[bytes]:
 
 def refused() -> Iterator[bytes]:
     """Operations and calls that are refused, one with as many values in it as go in."""
-    nothing = bytes(4)
+    nothing = bytes(8)
+    named = strings("machine") + struct.pack("<I", 16) + strings("no such one")
     entry = strings("") + b"\1y\0" + bytes(8)  # an empty key, a variant of a byte, and on to the next entry
-    many = struct.pack("<I", 3800 * len(entry) - 7) + (3800 * entry)[:-7]
+    many = struct.pack("<I", 3800 * len(entry) - 7) + bytes(4) + (3800 * entry)[:-7]
     return itertools.cycle(
         [
-            message(MANAGER, "Assign", "ssa{sv}", strings("machine", "no such one") + nothing),
-            message(MANAGER, "Assign", "ssa{sv}", strings("machine", "no such one") + many),
+            message(MANAGER, "Assign", "sasa{sv}", named + nothing),
+            message(MANAGER, "Assign", "sasa{sv}", named + many),
             message(MANAGER, "NoSuchMethod"),
             message(PROPERTIES, "Get", "ss", strings(MANAGER, "NoSuchProperty")),
             message(PEER, "Ping", "s", strings("x")),
@@ -110,12 +111,13 @@ def refused() -> Iterator[bytes]:
 
 def reads() -> Iterator[bytes]:
     """Reading calls, whose answers are long and are not waited for."""
+    named = strings("demo") + bytes(3) + struct.pack("<I", 10) + strings("1-1.2") + bytes(2)
     return itertools.cycle(
         [
             message(OBJECT_MANAGER, "GetManagedObjects"),
             message(INTROSPECTABLE, "Introspect", path=ROOT + "/devices"),
             message(MANAGER, "FindDevices", "s", strings("x" * 500)),
-            message(MANAGER, "PlanAssign", "ssa{sv}", strings("demo", "1-1.2") + bytes(10)),
+            message(MANAGER, "PlanAssign", "sasa{sv}", named + bytes(4)),
         ]
     )
 

@@ -77,7 +77,15 @@ def told(selector: MeasuredSelector) -> dict[str, float]:
 async def route(address: str) -> None:
     """A router with some devices, until its bus goes or a SIGTERM comes."""
     router = Router(Specification.load(), log=logging.getLogger("hostpassd"))
-    manager = {"Version": "1", "Features": [], "State": "running", "Hypervisors": [], "Generation": 0}
+    manager = {
+        "Version": "1",
+        "Features": [],
+        "State": "running",
+        "Problems": [],
+        "Counters": {},
+        "Hypervisors": [],
+        "Generation": 0,
+    }
     router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
     for number in range(DEVICES):
         router.publish(Batch(added={names.device_path(f"d{number}"): {names.DEVICE: a_device()}}))

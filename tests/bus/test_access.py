@@ -49,7 +49,7 @@ async def polkit(bus: PrivateBus) -> AsyncIterator[Polkit]:
 
 @pytest.fixture
 def access(router: Router) -> Access:
-    return Access(router, log=logging.getLogger("hostpassd"))
+    return Access(router, lambda event: None, log=logging.getLogger("hostpassd"))
 
 
 @pytest.fixture
@@ -77,11 +77,13 @@ def checks(router: Router, access: Access, several: list[Check]) -> Checks:
 
 def dismiss(client: Client, interactive: bool = True) -> asyncio.Future[Any]:
     """Asks for `several`."""
-    return client.begin(names.MANAGER_PATH, names.MANAGER, "Dismiss", "ssa{sv}", "m", "d", {}, interactive=interactive)
+    args: list[Any] = ["m", ["d"], {}]
+    return client.begin(names.MANAGER_PATH, names.MANAGER, "Dismiss", "sasa{sv}", *args, interactive=interactive)
 
 
 def assign(client: Client, interactive: bool = False) -> asyncio.Future[Any]:
-    return client.begin(names.MANAGER_PATH, names.MANAGER, "Assign", "ssa{sv}", "m", "d", {}, interactive=interactive)
+    args: list[Any] = ["m", ["d"], {}]
+    return client.begin(names.MANAGER_PATH, names.MANAGER, "Assign", "sasa{sv}", *args, interactive=interactive)
 
 
 async def refusal(answer: asyncio.Future[Any]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import sys
@@ -108,11 +109,18 @@ async def manager(client: Client, member: str, signature: str = "", *body: Any) 
 
 
 async def objects(client: Client) -> dict[str, Any]:
-    return plain((await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects"))[0])  # type: ignore[no-any-return]
+    """GetManagedObjects without what no signal tells."""
+    found: dict[str, Any] = plain((await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects"))[0])
+    del found[MANAGER_PATH][MANAGER]["Counters"]
+    return found
 
 
 async def device(client: Client, name: str, interface: str = "org.hostpassd1.Device") -> dict[str, Any]:
     return plain((await client.call(DEVICES + name, PROPERTIES, "GetAll", "s", interface))[0])  # type: ignore[no-any-return]
+
+
+async def problems(client: Client) -> list[list[Any]]:
+    return plain(await client.call(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "Problems"))[0]  # type: ignore[no-any-return]
 
 
 def fold(tree: dict[str, Any], heard: list[Heard]) -> dict[str, Any]:
@@ -172,7 +180,7 @@ async def test_a_text_longer_than_any_name_is_refused_by_everything_that_takes_o
 ) -> None:
     calls: list[tuple[str, str, list[Any]]] = [("FindDevices", "s", [text]), ("GetMachine", "s", [text])]
     for member in ("Assign", "Dismiss", "PlanAssign", "PlanDismiss"):
-        calls += [(member, "ssa{sv}", ["demo", text, {}]), (member, "ssa{sv}", [text, "1-1.2", {}])]
+        calls += [(member, "sasa{sv}", ["demo", [text], {}]), (member, "sasa{sv}", [text, ["1-1.2"], {}])]
     for member, signature, body in calls:
         with pytest.raises(Refused) as refused:
             await manager(client, member, signature, *body)
@@ -191,7 +199,7 @@ async def test_the_daemon_keeps_no_capability(daemon: Daemon) -> None:
 async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, client: Client, root: Client) -> None:
     await client.match()
     options = {"config": {"v": ["b", True]}}
-    [job] = await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", options)
+    [job] = await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], options)
     assert job == ROOT + "/jobs/1"
     row = await device(client, "usb_1_1_2")
     [[machine, hold]] = row["Holders"]
@@ -200,14 +208,14 @@ async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, cl
     [added] = await client.wait_for("HoldAdded")
     assert plain(added.body) == [DEVICES + "usb_1_1_2", machine, hold]
     [completed] = await client.wait_for("Completed")
-    assert (completed.path, completed.body) == (job, ["done", "", ""])
+    assert (completed.path, completed.body) == (job, ["done", "", "", {}])
     with pytest.raises(Refused) as error:
-        await manager(root, "Assign", "ssa{sv}", "demo", "usb_1_1_2", {})
+        await manager(root, "Assign", "sasa{sv}", "demo", ["usb_1_1_2"], {})
     assert error.value.name == "org.hostpassd1.Error.AlreadyAssigned"
     with pytest.raises(Refused) as error:
-        await manager(root, "Assign", "ssa{sv}", "other", "usb_1_1_2", {})
+        await manager(root, "Assign", "sasa{sv}", "other", ["usb_1_1_2"], {})
     assert error.value.name == "org.hostpassd1.Error.Blocked" and "held-config" in error.value.message
-    await manager(root, "Dismiss", "ssa{sv}", machine, DEVICES + "usb_1_1_2", {})
+    await manager(root, "Dismiss", "sasa{sv}", machine, [DEVICES + "usb_1_1_2"], {})
     await client.wait_for("HoldRemoved")
     assert (await device(client, "usb_1_1_2"))["Holders"] == []
 
@@ -235,7 +243,7 @@ async def test_bad_input_gets_its_error_by_name_and_one_sentence(
     daemon: Daemon, root: Client, member: str, machine: str, name: str, options: dict[str, Any], error: str
 ) -> None:
     with pytest.raises(Refused) as refused:
-        await manager(root, member, "ssa{sv}", machine, name, options)
+        await manager(root, member, "sasa{sv}", machine, [name], options)
     assert refused.value.name == f"org.hostpassd1.Error.{error}"
     assert refused.value.message and "\n" not in refused.value.message
 
@@ -249,29 +257,33 @@ async def test_without_a_state_folder_it_serves_all_the_same_and_operations_are_
     await wait_for_name(client)
     assert DEVICES + "usb_1_1_2" in await objects(client)
     with pytest.raises(Refused) as refused:
-        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+        await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert refused.value.name == "org.hostpassd1.Error.Failed"
     assert f"{tmp_path}/state/intents cannot be read or written" in refused.value.message
+    [[path, code, details, message]] = await problems(client)
+    assert (path, code) == ("/", "state-folder") and details["error"] in message
     (tmp_path / "state").unlink()
     while not (await device(client, "usb_1_1_2"))["Holders"]:
         with contextlib.suppress(Refused):  # for a moment the last attempt to write stands for the next
-            await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+            await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
+    assert [row[1] for row in await problems(client)] == ["no-polkit"]
     words = await daemon.stop()
     assert "Traceback" not in words and "mistake" not in words, words
 
 
 async def test_what_hangs_on_a_device_stands_for_it(daemon: Daemon, root: Client) -> None:
     for spelling in ("/dev/sda", "scsi_0_0_0_0", "usb_1_1_2__1_0"):
-        await manager(root, "Assign", "ssa{sv}", "demo", spelling, {})
+        await manager(root, "Assign", "sasa{sv}", "demo", [spelling], {})
         assert (await device(root, "usb_1_1_2"))["Holders"], spelling
-        await manager(root, "Dismiss", "ssa{sv}", "demo", spelling, {})
+        await manager(root, "Dismiss", "sasa{sv}", "demo", [spelling], {})
 
 
 async def test_without_polkit_only_root_may(daemon: Daemon, client: Client) -> None:
     with pytest.raises(Refused) as refused:
-        await manager(client, "Assign", "ssa{sv}", "demo", "1-1.2", {})
+        await manager(client, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert refused.value.name == "org.hostpassd1.Error.NotAuthorized"
     assert (await device(client, "usb_1_1_2"))["Holders"] == []
+    assert [row[:3] for row in await problems(client)] == [["/", "no-polkit", {}]]
 
 
 async def test_plug_and_unplug_are_told_and_fold_to_the_truth(
@@ -282,7 +294,7 @@ async def test_plug_and_unplug_are_told_and_fold_to_the_truth(
     stick = host.plug_usb("1-3", product=0x0002, serial="NEW")
     await manager(client, "Sync")
     assert DEVICES + "usb_1_3" in await objects(client)
-    await manager(root, "Assign", "ssa{sv}", "demo", "1-3", {})
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-3"], {})
     host.set_driver(host.path("0000:01:00.0"), "vfio-pci")
     host.unplug(stick)
     await manager(client, "Sync")
@@ -304,6 +316,64 @@ async def test_plug_and_unplug_are_told_and_fold_to_the_truth(
     assert generations == sorted(set(generations))
 
 
+async def test_counters_are_told_to_who_asks_and_by_no_signal(
+    daemon: Daemon, client: Client, root: Client, host: MockHost
+) -> None:
+    async def counters() -> dict[str, int]:
+        one = plain(await client.call(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "Counters"))[0]
+        assert plain(await client.call(MANAGER_PATH, PROPERTIES, "GetAll", "s", MANAGER))[0]["Counters"] == one
+        return {name: count for name, count in one.items() if count}
+
+    async def in_the_snapshot() -> dict[str, int]:
+        [found] = await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects")
+        return {name: count for name, count in plain(found)[MANAGER_PATH][MANAGER]["Counters"].items() if count}
+
+    await client.match()
+    assert await counters() == {}
+    stick = host.plug_usb("1-3", product=0x0002, serial="NEW")
+    await manager(client, "Sync")
+    host.unplug(stick)
+    await manager(client, "Sync")
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
+    told = {"plugs": 1, "unplugs": 1, "jobs-done": 1}
+    assert await counters() == await in_the_snapshot() == told
+    with pytest.raises(Refused):
+        await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], {})
+    assert await in_the_snapshot() == told  # nothing changed but the count
+    assert await counters() == told | {"refused": 1}
+    assert not any("Counters" in plain(s.body)[1] for s in signals(client) if s.member == "PropertiesChanged")
+
+
+async def test_gdbus_own_client_of_object_managers_has_what_is_told(
+    daemon: Daemon, bus: PrivateBus, client: Client, root: Client, host: MockHost
+) -> None:
+    program = [sys.executable, "-B", str(Path(__file__).with_name("gdbus.py")), bus.address]
+    gdbus = await asyncio.create_subprocess_exec(
+        *program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 24
+    )
+    ask, told = gdbus.stdin, gdbus.stdout
+    assert ask and told
+
+    async def known() -> dict[str, Any]:
+        tree: dict[str, Any] = json.loads(await asyncio.wait_for(told.readline(), PATIENCE))
+        del tree[MANAGER_PATH][MANAGER]["Counters"]
+        return tree
+
+    first = await known()
+    assert first == await objects(client)
+    host.plug_usb("1-9", product=7, serial="NEW")
+    host.unplug(host.path("1-1.3"))
+    await manager(client, "Sync")
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-9", "1-1.2"], {})
+    host.unplug(host.path("1-9"))
+    await manager(client, "Sync")
+    ask.write(b"\n")
+    assert (last := await known()) == await objects(client) != first
+    assert DEVICES + "usb_1_9" not in last and len(last[ROOT + "/jobs/1"]["org.hostpassd1.Job"]["Devices"]) == 2
+    ask.close()
+    assert await asyncio.wait_for(gdbus.wait(), PATIENCE) == 0
+
+
 def _machine(name: str) -> tuple[str, str, str, str, str, str]:
     return (
         ROOT + "/machines/11111111_2222_3333_4444_555555555555",
@@ -321,11 +391,17 @@ async def test_a_replug_is_a_new_instance_and_the_missing_is_dismissed_by_where_
     before = (await device(client, "usb_1_1_3"))["Instance"]
     host.unplug(host.path("1-1.2"))
     await manager(client, "Sync")
-    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.3", {})
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.3"], {})
+    await client.match()
     host.unplug(host.path("1-1.3"))
     await manager(client, "Sync")
-    await manager(root, "Dismiss", "ssa{sv}", "demo", "usb_1_1_3", {})
+    [missing] = await client.wait_for("HoldMissing")
+    assert plain(missing.body[2]) == plain((await client.call(*_machine("Missing")))[0])[0]
+    assert missing.body[0] == DEVICES + "usb_1_1_3" and "HoldRemoved" not in [s.member for s in signals(client)]
+    await manager(root, "Dismiss", "sasa{sv}", "demo", ["usb_1_1_3"], {})
     assert plain((await client.call(*_machine("Missing")))[0]) == []
+    [removed] = await client.wait_for("HoldRemoved")
+    assert removed.body[:2] == missing.body[:2]
     host.plug_usb("1-1.3")
     await manager(client, "Sync")
     assert (await device(client, "usb_1_1_3"))["Instance"] > before
@@ -392,7 +468,9 @@ async def test_whoever_does_not_read_its_log_does_not_stop_the_daemon(
     await daemon.start()
     await wait_for_name(client)
     for _ in range(300):
-        calls = [client.begin(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "demo", "nope" * 100, {}) for _ in range(16)]
+        calls = [
+            client.begin(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "demo", ["nope" * 100], {}) for _ in range(16)
+        ]
         answers = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), PATIENCE)
         assert {getattr(answer, "name", answer) for answer in answers} == {"org.hostpassd1.Error.NoSuchDevice"}
     assert "lines are lost" in await daemon.stop()
@@ -420,7 +498,7 @@ async def test_a_bus_that_goes_ends_the_daemon(bus: PrivateBus, host: MockHost, 
 async def test_calls_under_way_at_the_end_are_no_fault(daemon: Daemon, client: Client, new_client: NewClient) -> None:
     """They are answered, or not; the daemon's own words have no traceback, which `daemon` looks for."""
     callers = [client, *[await new_client(1) for _ in range(3)]]
-    calls = [one.begin(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "demo", "1-1.2", {}) for one in callers * 100]
+    calls = [one.begin(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "demo", ["1-1.2"], {}) for one in callers * 100]
     await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     await daemon.stop()
     for call in calls:
@@ -468,33 +546,69 @@ async def test_the_longest_messages_that_the_bus_takes_fit_into_what_the_unit_al
 async def test_a_plan_is_told_and_is_what_assign_executes(
     daemon: Daemon, client: Client, root: Client, host: MockHost
 ) -> None:
-    [plan] = await manager(client, "PlanAssign", "ssa{sv}", "demo", "1-1.2", {})
+    [plan] = await manager(client, "PlanAssign", "sasa{sv}", "demo", ["1-1.2"], {})
     assert plan["possible"] and plan["devices"] == [DEVICES + "usb_1_1_2"] and plan["blockers"] == []
     assert plan["loses"] == [DEVICES + "block_sda"] and plan["authorization"] == "no" and len(plan["steps"]) == 1
-    assert (await manager(root, "PlanAssign", "ssa{sv}", "demo", "1-1.2", {}))[0]["authorization"] == "yes"
+    assert (await manager(root, "PlanAssign", "sasa{sv}", "demo", ["1-1.2"], {}))[0]["authorization"] == "yes"
     host.plug_usb("1-9", product=7)
     await manager(client, "Sync")
     token = {"plan": {"v": ["s", plan["token"]]}}
-    await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", token)
+    await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], token)
     with pytest.raises(Refused) as refused:
-        await manager(root, "Assign", "ssa{sv}", "demo", "1-1.2", token)
+        await manager(root, "Assign", "sasa{sv}", "demo", ["1-1.2"], token)
     assert refused.value.name == "org.hostpassd1.Error.StalePlan"
-    [plan] = await manager(root, "PlanDismiss", "ssa{sv}", "demo", "1-1.2", {})
+    [plan] = await manager(root, "PlanDismiss", "sasa{sv}", "demo", ["1-1.2"], {})
     host.unplug(host.path("1-1.2"))
     await manager(client, "Sync")
     with pytest.raises(Refused) as refused:
-        await manager(root, "Dismiss", "ssa{sv}", "demo", "1-1.2", {"plan": {"v": ["s", plan["token"]]}})
+        await manager(root, "Dismiss", "sasa{sv}", "demo", ["1-1.2"], {"plan": {"v": ["s", plan["token"]]}})
     assert refused.value.name == "org.hostpassd1.Error.StalePlan"
 
 
+async def test_several_devices_are_one_operation_and_what_could_be_given_is_one_call(
+    daemon: Daemon, client: Client, root: Client
+) -> None:
+    sticks = [DEVICES + "usb_1_1_2", DEVICES + "usb_1_1_3"]
+    [listed] = await manager(client, "ListCandidates", "sa{sv}", "demo", {})
+    rows = {tuple(devices): (possible, more) for devices, possible, _, more in plain(listed)}
+    assert [rows[stick,][0] for stick in sticks] == [True, True] and not any(
+        DEVICES + "usb_usb1" in row for row in rows
+    )
+    assert rows[sticks[0],][1] == {"loses": [DEVICES + "block_sda"], "authorization": "no"}
+    [plan] = await manager(root, "PlanAssign", "sasa{sv}", "demo", ["1-1.3", "1-1.2"], {})
+    assert plan["devices"] == sticks and [step[:2] for step in plan["steps"]] == [[stick, "store"] for stick in sticks]
+    [job] = await manager(
+        root, "Assign", "sasa{sv}", "demo", ["1-1.3", "/dev/sda"], {"plan": {"v": ["s", plan["token"]]}}
+    )
+    told = plain((await client.call(job, PROPERTIES, "GetAll", "s", "org.hostpassd1.Job"))[0])
+    assert (told["Devices"], told["StepNumber"], told["StepCount"]) == (sticks, 2, 2)
+    assert (told["Step"], told["Error"], told["Deadline"]) == (["/", "", {}, ""], ["", {}, ""], 0)
+    [listed] = await manager(client, "ListCandidates", "sa{sv}", "demo", {})
+    assert not any(stick in row[0] for row in listed for stick in sticks)
+    with pytest.raises(Refused) as refused:
+        await manager(root, "Assign", "sasa{sv}", "demo", [], {})
+    assert refused.value.name == "org.freedesktop.DBus.Error.InvalidArgs"
+    await manager(root, "Dismiss", "sasa{sv}", "demo", sticks, {})
+    assert [(await device(client, stick.rpartition("/")[2]))["Holders"] for stick in sticks] == [[], []]
+
+
+async def test_many_plans_at_once_are_all_answered(daemon: Daemon, root: Client) -> None:
+    plans = [root.begin(MANAGER_PATH, MANAGER, "PlanAssign", "sasa{sv}", "demo", ["1-1.2"], {}) for _ in range(300)]
+    answers = await asyncio.gather(*plans, return_exceptions=True)
+    refused = [answer.name for answer in answers if isinstance(answer, Refused)]
+    # dbus-daemon itself refuses what would have one connection wait for more than 128 answers.
+    assert set(refused) <= {"org.freedesktop.DBus.Error.LimitsExceeded"} and len(answers) - len(refused) >= 128
+    assert len({plain(answer)[0]["token"] for answer in answers if not isinstance(answer, Refused)}) == 1
+
+
 async def test_what_blocks_is_overridden_by_name(daemon: Daemon, root: Client) -> None:
-    [plan] = await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", {})
+    [plan] = await manager(root, "PlanAssign", "sasa{sv}", "demo", ["00:02.0"], {})
     assert [row[1] for row in plan["blockers"]] == ["boot-display"] and not plan["possible"]
     override = {"override": {"v": ["as", ["boot-display"]]}}
-    assert (await manager(root, "PlanAssign", "ssa{sv}", "demo", "00:02.0", override))[0]["possible"]
-    await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", override)
-    await manager(root, "Dismiss", "ssa{sv}", "demo", "00:02.0", {})
+    assert (await manager(root, "PlanAssign", "sasa{sv}", "demo", ["00:02.0"], override))[0]["possible"]
+    await manager(root, "Assign", "sasa{sv}", "demo", ["00:02.0"], override)
+    await manager(root, "Dismiss", "sasa{sv}", "demo", ["00:02.0"], {})
     for code, error in (("host-system", "Blocked"), ("held-live", "Blocked"), ("nonsense", "InvalidOption")):
         with pytest.raises(Refused) as refused:
-            await manager(root, "Assign", "ssa{sv}", "demo", "00:02.0", {"override": {"v": ["as", [code]]}})
+            await manager(root, "Assign", "sasa{sv}", "demo", ["00:02.0"], {"override": {"v": ["as", [code]]}})
         assert refused.value.name == "org.hostpassd1.Error." + error

@@ -138,7 +138,15 @@ async def test_a_bus_that_does_not_answer_is_told_and_is_no_fault(
         raise AssertionError("who calls is not known")
 
     monkeypatch.setattr(peers, "DRIVER_TIMEOUT", 0.01)
-    manager = {"Version": "", "Features": [], "State": "", "Hypervisors": [], "Generation": 0}
+    manager = {
+        "Version": "",
+        "Features": [],
+        "State": "",
+        "Problems": [],
+        "Counters": {},
+        "Hypervisors": [],
+        "Generation": 0,
+    }
     alone.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
     alone.handle(names.MANAGER, "Rescan", rescan)
     await line.send(

@@ -78,7 +78,15 @@ async def test_all_can_read_and_call(router: Router, new_client: NewClient, uid:
     async def assign(_: Call) -> Sequence[Any]:
         return [names.ROOT]
 
-    manager = {"Version": "1", "Features": [], "State": "", "Hypervisors": [], "Generation": 0}
+    manager = {
+        "Version": "1",
+        "Features": [],
+        "State": "",
+        "Problems": [],
+        "Counters": {},
+        "Hypervisors": [],
+        "Generation": 0,
+    }
     router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
     router.handle(names.MANAGER, "Assign", assign)
     client = await new_client(uid)
@@ -88,7 +96,7 @@ async def test_all_can_read_and_call(router: Router, new_client: NewClient, uid:
     assert await client.call(names.MANAGER_PATH, PROPERTIES, "Get", "ss", names.MANAGER, "Version") == [
         {"v": ["s", "1"]}
     ]
-    assert await client.call(names.MANAGER_PATH, names.MANAGER, "Assign", "ssa{sv}", "m", "d", {}) == [names.ROOT]
+    assert await client.call(names.MANAGER_PATH, names.MANAGER, "Assign", "sasa{sv}", "m", ["d"], {}) == [names.ROOT]
     router.publish(Batch(last={names.MANAGER_PATH: {names.MANAGER: {"Generation": 1}}}))
     await client.wait_for("PropertiesChanged")
 

@@ -172,7 +172,7 @@ async def test_the_longest_answer_arrives(served: Router, client: Client) -> Non
 
 async def test_a_huge_call_is_refused_unread_and_costs_nothing(served: Router, client: Client) -> None:
     words = {"plan": {"v": ["as", ["x"] * 100_000]}}
-    name, message = await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "", "", words)
+    name, message = await refusal(client, MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "", [""], words)
     assert name == ERROR + "LimitExceeded" and len(message) < 200
     name, message = await refusal(client, MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "x" * (31 << 20))
     assert name == ERROR + "LimitExceeded" and len(message) < 200
@@ -235,9 +235,10 @@ async def test_a_handler_sees_the_call(served: Router, client: Client) -> None:
 
     served.handle(MANAGER, "Assign", assign)
     options = {"live": {"v": ["b", True]}}
-    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", options, interactive=True) == [ONE]
-    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", {}) == [ONE]
-    args = ["m", "d", {"live": Variant("b", True)}]
+    args: list[Any] = ["m", ["d"], options]
+    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", *args, interactive=True) == [ONE]
+    assert await client.call(MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "m", ["d"], {}) == [ONE]
+    args = ["m", ["d"], {"live": Variant("b", True)}]
     assert calls[0] == Call(client.name, MANAGER_PATH, MANAGER, "Assign", args, True)
     assert not calls[1].interactive
 
@@ -494,6 +495,46 @@ async def test_where_all_wait_the_newest_of_who_has_most_is_refused(monkeypatch:
     assert len(served) == 10 and queue.weight == 0
 
 
+async def test_what_is_parked_counts_as_waiting_and_is_served_before_what_came_after_it() -> None:
+    served: list[Incoming] = []
+    refused: list[Incoming] = []
+    queue = queue_of(served, refused)
+    count = router_module.WAITING_PER_SENDER // (1024 + 200)
+    for serial in range(count):
+        queue.park(call_of("a", serial))
+    queue.put(call_of("a", 7777))
+    assert [call.serial for call in refused] == [7777]
+    await turn()
+    assert not served
+    queue.unpark("a")
+    queue.unpark("nobody")
+    await turn()
+    queue.put(call_of("a", 8888))
+    queue.unpark("a")
+    await turn()
+    assert [call.serial for call in served] == [0, 1, 8888]
+    while queue.parked:
+        queue.unpark("a")
+        await turn()
+    assert len(served) == count + 1 and queue.weight == 0 and not queue.lines
+
+
+async def test_where_all_wait_a_call_that_was_to_be_served_has_the_next_parked_one_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router_module, "WAITING", 10 * (1024 + 200))
+    served: list[Incoming] = []
+    refused: list[Incoming] = []
+    queue = queue_of(served, refused)
+    queue.park(call_of("a", 0, size=3000))
+    queue.park(call_of("a", 1))
+    queue.unpark("a")
+    queue.park(call_of("b", 0, size=1500))
+    assert [(call.sender, call.serial) for call in refused] == [("a", 0)]
+    await turn()
+    assert [(call.sender, call.serial) for call in served] == [("a", 1)]
+
+
 async def test_calls_wait_while_nothing_can_be_answered() -> None:
     served: list[Incoming] = []
     ready = False
@@ -536,6 +577,34 @@ async def test_calls_of_one_sender_are_limited(served: Router, client: Client, n
     assert await asyncio.gather(*waiting) == [[]] * 33
     assert await client.call(MANAGER_PATH, MANAGER, "Rescan") == []
     assert not served.running and not served.waiting
+
+
+async def test_calls_that_read_wait_for_their_turn_however_many_come_together(served: Router, client: Client) -> None:
+    at_work: list[Call] = []
+    most = 0
+    go = asyncio.Event()
+
+    async def find(call: Call) -> Sequence[Any]:
+        nonlocal most
+        at_work.append(call)
+        most = max(most, len(at_work))
+        await go.wait()
+        at_work.remove(call)
+        if call.args == ["bad"]:
+            raise errors.InvalidArgs("no")
+        return [[]]
+
+    served.handle(MANAGER, "FindDevices", find, reads=True)
+    method = Waiting(served)
+    texts = [str(number) for number in range(100)]  # dbus-daemon keeps no more than 128 calls of one caller
+    answers = [client.begin(MANAGER_PATH, MANAGER, "FindDevices", "s", text) for text in ["bad", *texts]]
+    other = client.begin(MANAGER_PATH, MANAGER, "Rescan")
+    await method.begun(1)  # what does not read does not wait for what does
+    go.set()
+    method.go.set()
+    found = await asyncio.wait_for(asyncio.gather(*answers, other, return_exceptions=True), PATIENCE)
+    assert str(found[0]) and found[1:] == [*[[[]]] * 100, []]
+    assert most == router_module.READS_PER_SENDER and not served.reading and not served.running
 
 
 async def test_calls_of_one_user_are_limited_however_many_connections(
@@ -626,13 +695,13 @@ async def test_a_cancelled_handler_is_answered(served: Router, client: Client) -
 async def test_signatures_of_strangers_are_not_kept(served: Router, client: Client) -> None:
     """Whatever they are the signatures of: calls, values in calls, signals and answers that nobody waits for."""
     fields = {PATH: MANAGER_PATH, INTERFACE: MANAGER, DESTINATION: names.BUS_NAME}
-    await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", {})
+    await refusal(client, MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "m", ["d"], {})
     fakebus.message(fakebus.RETURN, {**fields, MEMBER: "X", REPLY_SERIAL: 1}, "y", b"")
     known = set(SignatureTree._cache)
     for number in range(1, 120):
         signature = "y" * number
         options = {"x": {"v": [f"({signature})", [0] * number]}}
-        await refusal(client, MANAGER_PATH, MANAGER, "Assign", "ssa{sv}", "m", "d", options)
+        await refusal(client, MANAGER_PATH, MANAGER, "Assign", "sasa{sv}", "m", ["d"], options)
         await refusal(client, MANAGER_PATH, MANAGER, "Rescan", signature, *[0] * number)
         for kind, more in ((fakebus.SIGNAL, {MEMBER: "X"}), (fakebus.RETURN, {REPLY_SERIAL: number})):
             unwanted = fakebus.message(kind, {**fields, **more}, signature, bytes(number), serial=99, sender="")
@@ -681,6 +750,23 @@ async def test_get_and_get_all(served: Router, client: Client) -> None:
     assert strip(await client.call(TWO, PROPERTIES, "GetAll", "s", "")) == [everything]
     assert await client.call(TWO, PROPERTIES, "GetAll", "s", PROPERTIES) == [{}]
     assert strip(await client.call(MANAGER_PATH, PROPERTIES, "GetAll", "s", MANAGER)) == [manager()]
+
+
+async def test_a_live_value_is_as_it_is_when_it_is_asked_for(served: Router, client: Client) -> None:
+    counts = {"asked": 0}
+
+    def ask() -> dict[str, int]:
+        counts["asked"] += 1
+        return dict(counts)
+
+    served.show_live(MANAGER, "Counters", ask)
+    assert await client.call(MANAGER_PATH, PROPERTIES, "Get", "ss", MANAGER, "Counters") == [
+        {"v": ["a{st}", {"asked": 1}]}
+    ]
+    [everything] = strip(await client.call(MANAGER_PATH, PROPERTIES, "GetAll", "s", MANAGER))
+    assert everything == manager(Counters={"asked": 2})
+    [objects] = await client.call(ROOT, OBJECT_MANAGER, "GetManagedObjects")
+    assert strip(objects[MANAGER_PATH]) == {MANAGER: manager()}
 
 
 async def test_peer(served: Router, client: Client) -> None:

@@ -25,7 +25,7 @@ def test_it_shows_a_simulated_host_with_an_assign_and_a_dismiss() -> None:
     assert [line for line in shown if line != "..." and line not in done.stdout.splitlines()] == []
 
 
-def test_ctrl_c_ends_it_quietly() -> None:
+def test_it_serves_front_ends_until_ctrl_c_ends_it_quietly() -> None:
     with subprocess.Popen(
         COMMAND,
         cwd=PROJECT,
@@ -35,9 +35,15 @@ def test_ctrl_c_ends_it_quietly() -> None:
         start_new_session=True,
     ) as process:
         assert process.stdout and process.stderr
+        lines = []
         for line in process.stdout:
+            lines.append(line)
             if line == "Ctrl-C ends it.\n":
                 break
+        # What a person would do with the line before the last, in a shell, for a front end that takes the system bus.
+        ask = "busctl --system get-property org.hostpassd1 /org/hostpassd1/manager org.hostpassd1.Manager State"
+        told = subprocess.run(["sh", "-c", lines[-2] + ask], capture_output=True, text=True, check=False)
+        assert (told.stdout, told.stderr) == ('s "running"\n', "")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all that is in the foreground
         assert process.stdout.read() == "\nEnded.\n"
         assert process.stderr.read() == ""

@@ -26,7 +26,16 @@ STANDARD_ERROR = names.STANDARD_ERROR_PREFIX
 
 
 def manager(**changes: Any) -> dict[str, Any]:
-    return {"Version": "1", "Features": [], "State": "running", "Hypervisors": [], "Generation": 0, **changes}
+    return {
+        "Version": "1",
+        "Features": [],
+        "State": "running",
+        "Problems": [],
+        "Counters": {},
+        "Hypervisors": [],
+        "Generation": 0,
+        **changes,
+    }
 
 
 def device(**changes: Any) -> dict[str, Any]:
@@ -52,7 +61,7 @@ def device(**changes: Any) -> dict[str, Any]:
         "Blockers": [[ONE, "hub", "never", {"what": Variant("s", "One")}, "It is a hub."]],
         "Companions": [],
         "Holders": [["/org/hostpassd1/machines/a", {"kind": Variant("s", "hostdev"), "live": Variant("b", True)}]],
-        "HostUses": [],
+        "HostUses": [[ONE, "keyboard", {"seat": Variant("s", "seat0")}, "It is a keyboard."]],
     }
     return values | changes
 

@@ -88,7 +88,7 @@ class Front:
         """Sends an Assign or Dismiss. Its job has all the time there is: the lab is slower than a host."""
         options = {"timeout": PATIENCE, **options}
         packed = {key.replace("_", "-"): [_signature(key, value), value] for key, value in options.items()}
-        return self.begin(MANAGER_PATH, MANAGER, operation, "ssa{sv}", machine, device, packed)
+        return self.begin(MANAGER_PATH, MANAGER, operation, "sasa{sv}", machine, [device], packed)
 
     def assign(self, machine: str, device: str, **options: Any) -> str:
         """Assigns; the job's path."""
@@ -113,7 +113,7 @@ class Front:
     def plan(self, operation: str, machine: str, device: str, **options: Any) -> dict[str, Any]:
         """PlanAssign or PlanDismiss."""
         packed = {key.replace("_", "-"): [_signature(key, value), value] for key, value in options.items()}
-        return self.manager("Plan" + operation, "ssa{sv}", machine, device, packed)[0]  # type: ignore[no-any-return]
+        return self.manager("Plan" + operation, "sasa{sv}", machine, [device], packed)[0]  # type: ignore[no-any-return]
 
     def blockers(self, name: str) -> dict[str, str]:
         """The messages of a device's blockers by their codes."""

@@ -9,7 +9,7 @@ import pytest
 
 from tests.lab.front import DEVICES, ERROR, BusError, Front, Recording
 from tests.lab.guest import Guest
-from tests.lab.machine import Host
+from tests.lab.machine import PATIENCE, Host
 
 LONE = "pci_0000_01_00_0"
 PAIR = ("pci_0000_06_01_0", "pci_0000_06_02_0")
@@ -56,7 +56,7 @@ def test_the_lone_nic_there_and_back(host: Host, front: Front, running: Guest, r
     assert f"alias name='{hold['alias']}'" in running.live_xml()
     added = recording.wait_for("HoldAdded", DEVICES + LONE)
     assert added["body"][:2] == [DEVICES + LONE, machine]
-    assert recording.wait_for("Completed", job)["body"] == ["done", "", ""]
+    assert recording.wait_for("Completed", job)["body"] == ["done", "", "", {}]
     with pytest.raises(BusError, match=ERROR + "AlreadyAssigned"):
         front.assign("running", LONE)
     job = front.dismiss("running", LONE)
@@ -65,6 +65,20 @@ def test_the_lone_nic_there_and_back(host: Host, front: Front, running: Guest, r
     assert front.device(LONE)["Holders"] == [] and front.device(LONE)["Assignable"]
     recording.wait_for("HoldRemoved", DEVICES + LONE)
     assert recording.wait_for("Completed", job)["body"][0] == "done"
+
+
+def test_several_are_one_operation(host: Host, front: Front, running: Guest) -> None:
+    several = [LONE, *PAIR]
+    sets = [row[0] for row in front.manager("ListCandidates", "sa{sv}", "running", {})[0]]
+    assert [DEVICES + LONE] in sets and [DEVICES + name for name in PAIR] in sets
+    options = {"timeout": ["u", PATIENCE]}
+    front.manager("Assign", "sasa{sv}", "running", [PAIR[0], address(LONE)], options)
+    assert [driver(host, name) for name in several] == ["vfio-pci"] * 3
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 3
+    assert not any(DEVICES + LONE in row[0] for row in front.manager("ListCandidates", "sa{sv}", "running", {})[0])
+    front.manager("Dismiss", "sasa{sv}", "running", [LONE, PAIR[1]], options)
+    assert [driver(host, name) for name in several] == [DRIVERS[name] for name in several]
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
 
 
 def test_a_group_moves_as_one_both_ways(host: Host, front: Front, running: Guest) -> None:
@@ -94,7 +108,7 @@ def test_the_stick_and_the_disk_there_and_back(
 @pytest.mark.parametrize(
     ("spelling", "codes", "words"),
     [
-        ("/dev/vda", {"host-system"}, "/ on /dev/vda"),
+        ("/dev/vda", {"host-system"}, "mounted at /"),
         ("0000:00:04.0", {"network-in-use"}, "10.0.2.15"),
         ("00:1f.2", {"group-not-viable", "class-excluded"}, "0000:00:1f.0 (lpc_ich)"),
         ("00:05.0", {"bridge"}, "0000:00:05.0"),

@@ -33,15 +33,15 @@ def running(host: Host) -> Iterator[Guest]:
 
 def test_a_plan_says_what_will_happen(host: Host, front: Front, running: Guest) -> None:
     front.sync()
-    command = f"busctl --json=short call {MANAGED} PlanAssign 'ssa{{sv}}'"
-    [told] = json.loads(host.run(f"{command} engine {PAIR[0]} 0").stdout)["data"]
+    command = f"busctl --json=short call {MANAGED} PlanAssign 'sasa{{sv}}'"
+    [told] = json.loads(host.run(f"{command} engine 1 {PAIR[0]} 0").stdout)["data"]
     plan = {key: value["data"] for key, value in told.items()}
     assert plan["possible"] and plan["authorization"] == "yes" and plan["blockers"] == []
     assert plan["devices"] == [DEVICES + name for name in PAIR]
     assert {path.removeprefix(DEVICES)[:4] for path in plan["loses"]} == {"net_", "soun"}
-    order = [step.split()[0] for step in plan["steps"]]
-    assert order == ["store", "store", "free", "free", "attach", "attach"]
-    assert any("migrated" in text for text in plan["consequences"])
+    order = [step[1] for step in plan["steps"]]
+    assert order == ["store", "store", "detach", "detach", "attach", "attach"]
+    assert "no-migration" in [row[1] for row in plan["consequences"]]
     assert [driver(host, name) for name in PAIR] == [DRIVERS[name] for name in PAIR]
     assert running.live_xml().count("<hostdev") == running.stored_xml().count("<hostdev") == 0
 
@@ -81,8 +81,8 @@ def test_two_callers_at_once_on_one_group_never_make_half_of_it(
     other.define()
     other.start()
     front.sync()
-    call = f"busctl --timeout=280 call {MANAGED} Assign 'ssa{{sv}}'"
-    one, two = f"{call} engine {PAIR[0]} 1 timeout u 250", f"{call} rival {PAIR[1]} 1 timeout u 250"
+    call = f"busctl --timeout=280 call {MANAGED} Assign 'sasa{{sv}}'"
+    one, two = f"{call} engine 1 {PAIR[0]} 1 timeout u 250", f"{call} rival 1 {PAIR[1]} 1 timeout u 250"
     said = host.run(f"({one}; echo ended $?) 2>&1 & ({two}; echo ended $?) 2>&1 & wait").stdout
     assert sorted(re.findall(r"ended (\d+)", said)) == ["0", "1"], said
     assert "held-live" in said or "held-config" in said or "busy" in said, said
@@ -178,9 +178,9 @@ def _operate_and_die(host: Host, front: Front, operation: str, at: int) -> bool:
     pid = host.run("systemctl show -p MainPID --value hostpassd").stdout.strip()
     tracer = host.open(f"exec {KILL_AT.format(at, pid)}")
     host.wait_for(f"grep -q '^TracerPid:.[1-9]' /proc/{pid}/status")
-    call = f"busctl --timeout=280 call {MANAGED} {operation} 'ssa{{sv}}'"
+    call = f"busctl --timeout=280 call {MANAGED} {operation} 'sasa{{sv}}'"
     # The end is on disk before the answer comes. What is dying has a folder in /proc for a while yet.
-    killed = host.run(f"{call} engine {PAIR[0]} 1 timeout u 250", check=False, timeout=PATIENCE).status != 0
+    killed = host.run(f"{call} engine 1 {PAIR[0]} 1 timeout u 250", check=False, timeout=PATIENCE).status != 0
     if killed:
         host.wait_for(
             f"systemctl is-active -q hostpassd && test $(systemctl show -p MainPID --value hostpassd) != {pid}"

@@ -77,7 +77,7 @@ def test_a_guest_that_is_frozen_hangs_no_job_and_no_cancel_and_nobody_else(
         for job in (waits, hangs):
             front.call(job, JOB, "Cancel")
             assert front.properties(job, JOB)["State"] == "cancelled"
-        assert "libvirt is still at it" in front.properties(hangs, JOB)["ErrorMessage"]
+        assert "libvirt is still at it" in front.properties(hangs, JOB)["Error"][2]
         front.assign("unfrozen", LUN)
         front.dismiss("unfrozen", LUN)
     _ends_clean(host, front, running)

@@ -75,7 +75,9 @@ def test_a_hold_is_on_its_device_as_long_as_it_is(
     half = (flags == LIVE, flags == STORED)
     running.attach(xml, flags)
     hold = recording.wait_for("HoldAdded", DEVICES + device)["body"][2]
-    assert (hold["kind"], hold["live"], hold["config"]) == (kind, *half)
+    assert (hold["kind"], hold["live"], hold["config"], hold["trial"]) == (kind, *half, False)
+    assert hold.get("mac-address", "52:54:00:aa:00:01") == "52:54:00:aa:00:01"
+    assert ("mac-address" in hold) is (kind == "macvtap")
     assert [(row["kind"], row["live"], row["config"]) for _, row in front.device(device)["Holders"]] == [(kind, *half)]
     assert {"held-live" if flags == LIVE else "held-config"} <= set(front.blockers(device))
     assert [path for path, _ in front.machine("holds")["Devices"]] == [DEVICES + device]
@@ -141,6 +143,8 @@ def test_what_is_not_of_this_host_is_missing_or_nothing(host: Host, front: Front
         rows = {row["source"]: row for row in front.machine("elsewhere")["Missing"]}
         assert set(rows) == {"/dev/tpm0", "usb 1234:5678"}
         assert all((row["live"], row["config"]) == (False, True) for row in rows.values())
+        assert {row["kind"] for row in rows.values()} == {"tpm", "hostdev"}
+        assert not any("label" in row for row in rows.values())  # they never were here
         front.dismiss("elsewhere", rows["usb 1234:5678"]["id"])
         assert [row["source"] for row in front.machine("elsewhere")["Missing"]] == ["/dev/tpm0"]
         assert "0x1234" not in other.stored_xml()

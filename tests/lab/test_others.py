@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.front import DEVICES, ERROR, BusError, Front, Recording, fold
 from tests.lab.guest import Guest, pci_hostdev, usb_hostdev
-from tests.lab.machine import PATIENCE, Host
+from tests.lab.machine import PATIENCE, STICK_SERIAL, Host
 
 LONE = "pci_0000_01_00_0"
 STICK = "usb_2_2"
@@ -70,10 +70,36 @@ def test_plug_and_unplug_fold_to_the_truth(host: Host, front: Front, recording: 
     assert _lasting(folded) == _lasting(front.objects())
 
 
+def test_a_stick_that_is_pulled_out_is_missing_and_not_given_back(
+    host: Host, front: Front, running: Guest, recording: Recording
+) -> None:
+    xml = usb_hostdev(0x46F4, 1)
+    running.attach(xml, "--config")
+    recording.wait_for("HoldAdded", DEVICES + STICK)
+    recording.forget()
+    host.unplug("stick")
+    try:
+        missing = recording.wait_for("HoldMissing", DEVICES + STICK)["body"][2]
+        front.sync()
+        assert front.machine("others")["Missing"] == [missing]
+        assert (missing["kind"], missing["category"], missing["location"]) == ("hostdev", "disk", "2-2")
+    finally:
+        host.plug_usb_storage("stick", STICK_SERIAL, port="2")
+    assert recording.wait_for("HoldAdded", DEVICES + STICK)["body"][2]["config"]
+    assert "HoldRemoved" not in recording.members()
+    assert front.machine("others")["Missing"] == []
+    running.detach(xml, "--config")
+    recording.wait_for("HoldRemoved", DEVICES + STICK)
+    front.sync()
+    records = host.run(f"journalctl --sync && journalctl HOSTPASSD_DEVICE={STICK} -o json -n 4").stdout.splitlines()
+    assert [json.loads(row)["HOSTPASSD_OPERATION"] for row in records] == ["added", "missing", "found", "removed"]
+
+
 def _lasting(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without jobs, which go whenever their time is over, and the Generation, which counts that."""
+    """Without jobs, which go whenever their time is over, and what counts that."""
+    counts = ("Generation", "Counters")
     return {
-        path: {name: {key: values[key] for key in values if key != "Generation"} for name, values in interfaces.items()}
+        path: {name: {key: values[key] for key in values if key not in counts} for name, values in interfaces.items()}
         for path, interfaces in tree.items()
         if "/jobs/" not in path
     }

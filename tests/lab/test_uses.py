@@ -49,12 +49,15 @@ def test_a_mount_on_lvm_on_luks_blocks_the_disk_and_its_controller(
         lvcreate -qq -n data -l 100%FREE vault && mkfs.ext4 -q /dev/vault/data
         mkdir -p /mnt/data && mount /dev/vault/data /mnt/data
     """)
-    chain = f"/mnt/data on LVM volume vault-data on LUKS safe on {path}"
+    chain = f"LVM volume vault-data on LUKS safe on {path}"
     try:
         for name in (LUN, CONTROLLER):
-            told(recording, name, lambda codes: chain in codes.get("mounted", ""))
+            told(recording, name, lambda codes: "/mnt/data mounted from" in codes.get("mounted", ""))
+            assert f"({chain})" in front.blockers(name)["mounted"]
             assert "LVM volume vault-data" in front.blockers(name)["storage-stack"]
-        assert ["mount", chain] in front.device("block_sda" if path == "/dev/sda" else "block_sdb")["HostUses"]
+        name = "block_sda" if path == "/dev/sda" else "block_sdb"
+        [[of, details]] = [[of, row] for of, code, row, _ in front.device(name)["HostUses"] if code == "mount"]
+        assert of == DEVICES + name and (details["mount-points"], details["volumes"]) == (["/mnt/data"], [chain])
         recording.forget()
         host.run("umount /mnt/data")
         for name in (LUN, CONTROLLER):
@@ -77,7 +80,7 @@ def test_swap_is_the_systems(host: Host, front: Front, recording: Recording) -> 
     host.run(f"mkswap -q {path} && swapon {path}")
     try:
         for name in (STICK, USB_CONTROLLER):
-            told(recording, name, lambda codes: f"swap on {path}" in codes.get("host-system", ""))
+            told(recording, name, lambda codes: f"(swap on {path})" in codes.get("host-system", ""))
         recording.forget()
         host.run(f"swapoff {path}")
         for name in (STICK, USB_CONTROLLER):

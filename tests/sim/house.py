@@ -67,7 +67,7 @@ class House:
             if denied:
                 raise errors.NotAuthorized("no")
 
-        request = REQUESTS[operation]("vm", device.name, Options(timeout=5), CALLER)
+        request = REQUESTS[operation]("vm", (device.name,), Options(timeout=5), CALLER)
         return await self.daemon.operations.start(request, authorise)
 
     async def do(self, operation: str, device: Device) -> RunningJob:

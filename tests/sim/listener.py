@@ -149,12 +149,17 @@ class Bus:
 _ADDED, _CHANGED, _SIGNAL, _REMOVED, _LAST = range(5)
 
 
+Row = tuple[str, str, str]  # of a hold: device, machine, kind
+
+
 class Client:
     """Folds signals onto what GetManagedObjects said first; what breaks the contract goes to `complaints`."""
 
     def __init__(self) -> None:
         self.tree: Tree = {}
-        self.holds: set[tuple[str, str, str]] = set()  # by HoldAdded and HoldRemoved
+        self.holds: dict[Row, dict[str, Any]] = {}  # as the signals about holds tell them
+        self.missing: set[Row] = set()  # what HoldMissing told, and is not back
+        self.absent: set[str] = set()  # the machines that missed something at first
         self.complaints: list[str] = []
         self.batch: list[tuple[int, str]] = []  # stage and what was said in it, since the last Generation
         self.listens = False
@@ -162,7 +167,8 @@ class Client:
     def start(self, tree: Tree) -> None:
         """Forgets what was folded, for what is there now."""
         self.tree, self.batch, self.listens = tree, [], True
-        self.holds = set(rows_of_devices(tree))
+        self.holds, self.missing = holds_of_devices(tree), set()
+        self.absent = {path for path, faces in tree.items() if faces.get(names.MACHINE, {}).get("Missing")}
 
     def hear(self, path: str, interface: str, member: str, body: list[Any]) -> None:
         """Takes one signal in."""
@@ -179,7 +185,7 @@ class Client:
                     self._remove(*body)
                 case "PropertiesChanged":
                     self._properties(path, *body)
-                case "HoldAdded" | "HoldRemoved":
+                case "HoldAdded" | "HoldChanged" | "HoldMissing" | "HoldRemoved":
                     self._stage(_SIGNAL, f"{member} {body}")
                     self._hold(member, *body)
                 case "Completed":
@@ -232,34 +238,45 @@ class Client:
             self._stage(_CHANGED, f"PropertiesChanged {path} {interface}")
         here.update(values)
 
-    def _hold(self, member: str, device: str, machine: str, hold: dict[str, Any]) -> None:
-        row = (device, machine, hold["kind"])
+    def _hold(self, member: str, device: str, machine: str, told: dict[str, Any], before: Any = None) -> None:
+        row = (device, machine, told["kind"])
         there = row in self.holds
-        if there is (member == "HoldAdded"):
+        # What was missing before this client came has no row that it knows, and what came and went at once had none.
+        lost = row in self.missing or machine in self.absent
+        fits = {"HoldAdded": not there, "HoldChanged": there, "HoldRemoved": there or lost, "HoldMissing": True}
+        if not fits[member]:
             self.complaints.append(f"{member} {row}, which is {'there already' if there else 'not there'}")
-        if device not in self.tree or machine not in self.tree:
+        if machine not in self.tree or (there and device not in self.tree):
             self.complaints.append(f"{member} {row}, which names what is not there")
-        (self.holds.add if member == "HoldAdded" else self.holds.discard)(row)
+        absent = {row["id"]: row for row in self.tree.get(machine, {}).get(names.MACHINE, {}).get("Missing", ())}
+        if member == "HoldMissing" and absent.get(told["id"], told) != told:
+            self.complaints.append(f"{member} {told}, which the machine tells as {absent[told['id']]}")
+        known = self.holds.pop(row, {})
+        if member == "HoldChanged" and (before != known or before == told):
+            self.complaints.append(f"{member} {row} from {before} to {told}, which was {known}")
+        if member in ("HoldAdded", "HoldChanged"):
+            self.holds[row] = told
+        (self.missing.add if member == "HoldMissing" else self.missing.discard)(row)
 
 
-def rows_of_devices(tree: Tree) -> list[tuple[str, str, str]]:
-    """Each hold as the devices tell it: device, machine, kind."""
-    return [
-        (path, machine, hold["kind"])
+def holds_of_devices(tree: Tree) -> dict[Row, dict[str, Any]]:
+    """Each hold as the devices tell it."""
+    return {
+        (path, machine, hold["kind"]): hold
         for path, interfaces in tree.items()
         if names.DEVICE in interfaces
         for machine, hold in interfaces[names.DEVICE]["Holders"]
-    ]
+    }
 
 
-def rows_of_machines(tree: Tree) -> list[tuple[str, str, str]]:
-    """Each hold as the machines tell it: device, machine, kind."""
-    return [
-        (device, path, hold["kind"])
+def holds_of_machines(tree: Tree) -> dict[Row, dict[str, Any]]:
+    """Each hold as the machines tell it."""
+    return {
+        (device, path, hold["kind"]): hold
         for path, interfaces in tree.items()
         if names.MACHINE in interfaces
         for device, hold in interfaces[names.MACHINE]["Devices"]
-    ]
+    }
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from hostpassd.model.device import Device
 from hostpassd.model.events import MachineRead
@@ -28,11 +29,19 @@ def world(*machines: Machine) -> State:
 
 
 def assign(state: State, device: Device, options: Options | None = None) -> Plan:
-    return Assign("vm", device.name, options or Options(), 0).plan(state)
+    return assign_all(state, [device.name], options)
+
+
+def assign_all(state: State, devices: Sequence[str], options: Options | None = None) -> Plan:
+    return Assign("vm", tuple(devices), options or Options(), 0).plan(state)
 
 
 def dismiss(state: State, device: str, options: Options | None = None) -> Plan:
-    return Dismiss(machine().uuid, device, options or Options(), 0).plan(state)
+    return dismiss_all(state, [device], options)
+
+
+def dismiss_all(state: State, devices: Sequence[str], options: Options | None = None) -> Plan:
+    return Dismiss(machine().uuid, tuple(devices), options or Options(), 0).plan(state)
 
 
 def accepting(*codes: str) -> Options:

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 
 from hostpassd import errors
-from hostpassd.model.device import Device
-from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
+from hostpassd.model.device import Device, Mdev
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, MachineRead, host_use
 from hostpassd.model.machine import Claim, Machine, NodeSource, Ports
 from hostpassd.passthrough.request import Options
 from hostpassd.passthrough.steps import Attach, Detach, Store
-from tests.sim.plans import LUN, NIC, PAIR, STICK, accepting, assign, kinds, world
+from tests.sim.plans import LUN, NIC, PAIR, STICK, accepting, assign, assign_all, kinds, world
 from tests.sim.world import OTHER, block, hostdev, machine, net, pci, state_of, usb
 
 
@@ -96,7 +96,7 @@ def test_a_token_changes_with_what_the_plan_rests_on_and_with_nothing_else() -> 
     state.apply(DeviceSeen(usb("1-7", number=30, product=9)))
     state.apply(DeviceGone(STICK.sysfs_path))
     assert assign(state, NIC).token == token
-    state.apply(HostUsesRead({NIC.name: (HostUse("address", "192.0.2.1/24"),)}))
+    state.apply(HostUsesRead({NIC.name: (host_use("address", addresses=("192.0.2.1/24",)),)}))
     assert assign(state, NIC).token != token
     state.apply(HostUsesRead({}))
     assert assign(state, NIC).token == token
@@ -156,3 +156,67 @@ def test_what_the_running_machine_has_below_a_controller_blocks_the_controller(s
     found = [(b.code, b.device) for b in assign(state, controller).blockers]
     assert ("held-live", stick.name) in found
     assert not any(device == controller.name and code.startswith("held") for code, device in found)
+
+
+def test_several_devices_are_one_plan_whose_steps_are_those_of_all() -> None:
+    state = world(machine())
+    plan = assign_all(state, ["1-1", PAIR[1].name, STICK.name])
+    assert plan.asked == (STICK.name, PAIR[1].name)  # in tree order
+    assert plan.devices == (STICK.name, PAIR[0].name, PAIR[1].name)
+    order = [kind.split()[0] for kind in kinds(plan)]
+    assert order == ["Store"] * 3 + ["Detach"] * 2 + ["Attach"] * 3
+    assert plan.token == assign_all(state, [STICK.name, PAIR[1].name]).token
+    assert [fact.code for fact in plan.consequences].count("takes-along") == 1
+
+
+def test_what_blocks_one_of_several_blocks_all_and_ports_are_counted_together() -> None:
+    state = world(machine("b", OTHER, live=(hostdev(STICK),)), machine())
+    with pytest.raises(errors.Blocked) as refused:
+        assign_all(state, [NIC.name, STICK.name]).check_allowed()
+    assert [b.code for b in refused.value.blockers] == ["held-live"]
+    state.apply(MachineRead(dataclasses.replace(machine(), ports=Ports(conventional=((1, 1), (1, 2))))))
+    assert not assign(state, NIC).blockers and not assign(state, PAIR[0]).blockers
+    assert [b.code for b in assign_all(state, [NIC.name, PAIR[0].name]).blockers] == ["no-free-port"]
+
+
+def test_of_several_devices_those_that_are_there_are_left_as_they_are() -> None:
+    state = world(machine(live=(hostdev(STICK),), config=(hostdev(STICK),)))
+    assert {step.device for step in assign_all(state, [STICK.name, NIC.name]).steps} == {NIC.name}
+    with pytest.raises(errors.AlreadyAssigned):
+        assign_all(state, [STICK.name])
+
+
+@pytest.mark.parametrize(
+    ("devices", "options", "error"),
+    [
+        ([], Options(), errors.InvalidArgs),
+        (["x"] * 65, Options(), errors.InvalidArgs),
+        ([NIC.name, "nope"], Options(), errors.NoSuchDevice),
+        ([NIC.name, STICK.name], Options(instance=1), errors.InvalidOption),
+        ([NIC.name, LUN.name], Options(guest_address="0000:04:00.0"), errors.InvalidOption),
+        ([NIC.name, STICK.name], Options(rom_bar=False), errors.InvalidOption),
+    ],
+)
+def test_what_is_wrong_with_one_of_several_refuses_all(
+    devices: list[str], options: Options, error: type[errors.HostpassError]
+) -> None:
+    with pytest.raises(error):
+        assign_all(world(machine()), devices, options)
+
+
+def test_a_device_and_what_is_below_it_are_not_two() -> None:
+    controller = pci("0000:05:00.0", group=30)
+    stick = dataclasses.replace(usb("3-1", number=2), parent=controller.name)
+    state = state_of(controller, stick)
+    state.apply(MachineRead(machine()))
+    with pytest.raises(errors.InvalidArgs, match="is below"):
+        assign_all(state, [stick.name, controller.name])
+
+
+def test_a_mediated_device_that_is_no_pci_device_in_the_guest_gets_no_pci_address() -> None:
+    uuid = "0a0d3b5e-8a5b-4a4e-9b0e-2f6a1c9d7e10"
+    crypto = dataclasses.replace(pci("0000:01:00.0"), name="mdev_x", kind="mdev", facts=(Mdev(uuid, "x", "vfio-ap"),))
+    state = state_of(crypto)
+    state.apply(MachineRead(machine()))
+    with pytest.raises(errors.InvalidOption, match="guest-address"):
+        assign(state, crypto, Options(guest_address="0000:04:00.0"))

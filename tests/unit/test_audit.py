@@ -13,7 +13,7 @@ import pytest
 
 from hostpassd import audit, errors, names
 from hostpassd.audit import Records
-from hostpassd.model.events import CancelAnswered, DeviceSeen, MachineGone, MachineRead
+from hostpassd.model.events import CancelAnswered, DeviceGone, DeviceSeen, MachineGone, MachineRead
 from hostpassd.model.job import Job
 from hostpassd.passthrough.assign import Assign
 from hostpassd.passthrough.permission import Check
@@ -65,6 +65,21 @@ async def test_what_others_do_right_after_a_job_is_theirs(house: House) -> None:
     house.emit(MachineRead(machine()))
     [gone] = house.records()
     assert gone["MESSAGE"].startswith("hold removed by others:")
+
+
+async def test_what_is_unplugged_is_missing_and_nobody_gave_it_back(house: House) -> None:
+    await house.do("assign", STICK)
+    house.records()
+    house.emit(DeviceGone(STICK.sysfs_path))
+    house.emit(DeviceSeen(STICK))
+    missing, found = house.records()
+    assert (missing["KIND"], missing["DEVICE"], missing["OPERATION"]) == ("foreign", STICK.name, "missing")
+    assert missing["MESSAGE"] == f"hold missing, its device is gone and nobody gave it back: vm and {STICK.name}"
+    assert (found["DEVICE"], found["OPERATION"]) == (STICK.name, "found")
+    house.emit(DeviceGone(STICK.sysfs_path))
+    house.records()
+    house.emit(MachineRead(machine()))
+    assert [row["OPERATION"] for row in house.records()] == ["removed"]
 
 
 def hostdev_alias(house: House) -> str:
@@ -141,7 +156,7 @@ async def test_a_refusal_for_what_is_not_there_is_no_record(house: House, caplog
 
 
 async def test_what_was_spelt_and_is_not_there_is_in_no_field_of_a_device(house: House) -> None:
-    request = Assign("vm", "usb_9_9", Options(plan="0" * 32), CALLER)
+    request = Assign("vm", ("usb_9_9",), Options(plan="0" * 32), CALLER)
     with pytest.raises(errors.StalePlan):
         await house.daemon.operations.start(request, _yes)
     [record] = house.records()
@@ -245,7 +260,7 @@ def test_nor_do_many_users_fill_the_journal(journal: Journal, loop: Clockwork) -
 
 
 async def test_a_cancel_that_is_refused_is_a_refusal_like_others(house: House) -> None:
-    job = Job(1, "assign", UUID, (STICK.name,), CALLER)
+    job = Job(1, "assign", UUID, (STICK.name,), (STICK.name,), CALLER)
     for _ in range(100):
         house.emit(CancelAnswered(job, 1001, errors.NotAuthorized("no")))
     assert {row["OPERATION"] for row in house.records()} == {"cancel"}

@@ -12,7 +12,7 @@ from hostpassd.model.machine import Ports
 from hostpassd.passthrough.request import Options
 from hostpassd.passthrough.steps import Reattach, Store, Unplug, Unstore
 from hostpassd.state import State
-from tests.sim.plans import CARD, LUN, NIC, PAIR, STICK, assign, dismiss, kinds, with_ports, world
+from tests.sim.plans import CARD, LUN, NIC, PAIR, STICK, assign, dismiss, dismiss_all, kinds, with_ports, world
 from tests.sim.world import hostdev, machine, pci, state_of
 
 
@@ -95,3 +95,25 @@ def test_what_shares_both_the_group_and_the_slot_goes_once() -> None:
     state.apply(MachineRead(machine(running=False, config=stored)))
     plan = dismiss(state, CARD[1].name)
     assert kinds(plan) == [f"Unstore {CARD[n].name}" for n in (1, 0, 2)]
+
+
+def test_of_several_all_are_unstored_before_a_guest_is_asked() -> None:
+    held = (hostdev(NIC), hostdev(STICK))
+    plan = dismiss_all(world(machine(live=held, config=held)), [STICK.name, NIC.name, STICK.name])
+    assert plan.asked == plan.devices == (STICK.name, NIC.name)  # in tree order
+    assert [kind.split()[0] for kind in kinds(plan)] == ["Unstore", "Unstore", "Unplug", "Unplug", "Reattach"]
+
+
+def test_of_several_what_the_machine_does_not_have_is_passed_over() -> None:
+    state = world(machine(live=(hostdev(STICK),)))
+    assert dismiss_all(state, [NIC.name, STICK.name]).devices == (STICK.name,)
+    with pytest.raises(errors.NotAssigned):
+        dismiss_all(state, [NIC.name, PAIR[0].name])
+    with pytest.raises(errors.NoSuchDevice):
+        dismiss_all(state, ["nope", STICK.name])
+
+
+def test_the_instance_is_of_one_device_only() -> None:
+    state = world(machine(live=(hostdev(STICK), hostdev(NIC))))
+    with pytest.raises(errors.InvalidOption):
+        dismiss_all(state, [STICK.name, NIC.name], Options(instance=1))

@@ -70,6 +70,29 @@ def test_the_blockers_are_those_of_the_code() -> None:
     assert sections("docs/blockers.md") == codes.BLOCKERS.keys()
 
 
+@pytest.mark.parametrize(
+    ("first", "known"),
+    [
+        ("host use", codes.HOST_USES),
+        ("problem", codes.PROBLEMS),
+        ("step", codes.STEPS),
+        ("consequence", codes.CONSEQUENCES),
+    ],
+)
+def test_the_facts_are_those_of_the_code(first: str, known: dict[str, codes.Code]) -> None:
+    rows = {word(code): (meaning, details) for code, meaning, details in table("docs/facts.md", first)}
+    assert rows == {code: (row.meaning, keys_of(row)) for code, row in known.items()}
+
+
+def test_the_warnings_are_those_of_the_code() -> None:
+    told = {word(code): (details, meaning) for code, details, meaning in table("docs/holds.md", "warning")}
+    assert told == {code: (keys_of(row), row.meaning) for code, row in codes.WARNINGS.items()}
+
+
+def keys_of(row: codes.Code) -> str:
+    return " ".join(f"`{key}` {codes.KEYS[key]}" for key in dict.fromkeys(row.fields))
+
+
 def test_every_blocker_says_what_to_do() -> None:
     parts = re.split("^### (.+)$", text_of("docs/blockers.md"), flags=re.MULTILINE)
     for code, prose in zip(parts[1::2], parts[2::2], strict=True):
@@ -79,9 +102,9 @@ def test_every_blocker_says_what_to_do() -> None:
 def test_the_options_are_those_of_the_code() -> None:
     methods = {
         "Assign": options.ASSIGN,
-        "PlanAssign": options.PLAN_ASSIGN,
+        "PlanAssign": options.ASSIGN,
         "Dismiss": options.DISMISS,
-        "PlanDismiss": options.PLAN_DISMISS,
+        "PlanDismiss": options.DISMISS,
     }
     rows = {(word(row[0]), row[1]): row[2:] for row in table("docs/options.md", "option")}
     for at, (method, known) in enumerate(methods.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from hostpassd.machines.domain_xml import hostdev_xml, read_claims, read_ports, with_claim, without_claim
+from hostpassd.machines.domain_xml import claim_of, hostdev_xml, read_claims, read_ports, with_claim, without_claim
 from hostpassd.model.device import Block, Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.model.machine import (
     Claim,
@@ -25,6 +26,7 @@ from hostpassd.model.machine import (
     PciSource,
     Ports,
     ScsiSource,
+    Settings,
     UsbSource,
 )
 
@@ -184,6 +186,7 @@ def test_each_way_to_hold_a_device_is_read(element: str, kind: str, source: Clai
         hostdev("scsi_host", "", source_attributes="protocol='vhost' wwpn='naa.5123456789abcde0'"),
         "<disk type='file'><source file='/var/lib/x.img'/></disk>",
         "<disk type='block' device='cdrom'><target dev='sda'/></disk>",
+        "<disk type='volume' device='cdrom'><target dev='sda'/></disk>",
         "<interface type='network'><source network='default'/></interface>",
         "<interface type='direct'><source network='lan'/></interface>",
         "<input type='tablet' bus='usb'/>",
@@ -235,7 +238,62 @@ def test_a_broken_element_is_one_warning_and_costs_the_others_nothing(element: s
     claims, warnings = read_claims(domain(pci("0x01"), element, hostdev("usb", IDS)))
     assert [claim.id for claim in claims] == ["hostdev:pci:0000:01:00.0", "hostdev:usb:0951:1666"]
     assert len(warnings) == 1
-    assert len(warnings[0]) < 400
+    assert warnings[0].code in ("unreadable-hold", "unknown-reference")
+    assert len(warnings[0].message) < 400
+
+
+@pytest.mark.parametrize(
+    ("element", "code", "details"),
+    [
+        (hostdev("cxl", ""), "unknown-reference", {"element": "hostdev", "fault": "its type 'cxl' is not known"}),
+        (
+            "<hostdev mode='teleport' type='usb'/>",
+            "unknown-reference",
+            {"element": "hostdev", "fault": "its mode 'teleport' is not known"},
+        ),
+        (
+            pci("0x01", slot="0x20"),
+            "unreadable-hold",
+            {"element": "hostdev", "fault": "its slot '0x20' is out of range"},
+        ),
+        ("<input type='evdev'/>", "unreadable-hold", {"element": "input", "fault": "it names no device node"}),
+        (
+            "<disk type='volume' device='disk'><source pool='vms' volume='root'/></disk>",
+            "pool-unavailable",
+            {"pool": "vms", "volume": "root"},
+        ),
+    ],
+)
+def test_what_is_not_understood_is_a_warning_that_says_what(element: str, code: str, details: dict[str, str]) -> None:
+    claims, [found] = read_claims(domain(element))
+    assert claims == () and (found.code, dict(found.details)) == (code, details)
+    with pytest.raises(ValueError, match=re.escape(found.message)):
+        claim_of(element)
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("vfio-pci,host=0000:01:00.0", True),
+        ("vfio-pci-nohotplug,sysfsdev=/sys/bus/pci/devices/0000:01:00.0", True),
+        ("usb-host,hostbus=1,hostaddr=4", True),
+        ("input-linux,id=kbd1,evdev=/dev/input/by-id/usb-keyboard,grab_all=on", True),
+        ("file=/dev/sdb,format=raw", True),
+        ("/dev/disk/by-id/ata-X", True),
+        ("memory-backend-file,mem-path=/dev/shm/looking-glass,size=32M", False),
+        ("rng-random,filename=/dev/urandom", False),
+        ("isa-applesmc,osk=x", False),
+        ("file=/srv/dev/sdb.img", False),
+        ("", False),
+    ],
+)
+def test_a_device_of_the_host_on_the_command_line_is_a_warning(argument: str, told: bool) -> None:
+    lines = f"<qemu:commandline><qemu:arg value='-device'/><qemu:arg value='{argument}'/></qemu:commandline></domain>"
+    claims, warnings = read_claims(domain(pci("0x01")).replace("</domain>", lines))
+    assert len(claims) == 1
+    assert [(found.code, dict(found.details)) for found in warnings] == (
+        [("unknown-reference", {"element": "qemu:arg", "fault": argument})] if told else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,6 +324,48 @@ def test_missing_and_the_guest_address() -> None:
     address = "<address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x1'/>"
     assert only(hostdev("mdev", f"<address uuid='{MDEV_UUID}'/>", address)).guest_address == "0000:04:00.1"
     assert only(hostdev("mdev", f"<address uuid='{MDEV_UUID}'/>", "<address type='pci'/>")).guest_address == ""
+
+
+VF = "<source><address type='pci' domain='0' bus='3' slot='16' function='1'/></source>"
+
+
+@pytest.mark.parametrize(
+    ("element", "said"),
+    [
+        (pci("0x01"), Settings()),
+        (
+            hostdev("pci", "<address bus='1'/>", "<driver name='vfio'/><rom bar='off' file='/x'/><boot order='2'/>"),
+            Settings(rom_bar=False, boot_order=2),
+        ),
+        (
+            "<hostdev mode='subsystem' type='pci' managed='no'><driver name='vfio' model='mlx5_vfio_pci'/>"
+            "<source><address bus='1'/></source><rom bar='on'/></hostdev>",
+            Settings(managed=False, driver="mlx5_vfio_pci", rom_bar=True),
+        ),
+        (hostdev("usb", IDS, source_attributes="startupPolicy='optional'"), Settings(startup_policy="optional")),
+        (
+            f"<interface type='hostdev' managed='yes'>{VF}<mac address='52:54:00:AA:00:01'/>"
+            "<vlan trunk='yes'><tag id='42'/><tag id='47'/></vlan><driver model='vfio-pci'/></interface>",
+            Settings(managed=True, driver="vfio-pci", mac_address="52:54:00:aa:00:01", vlan=42),
+        ),
+        (
+            "<disk type='nvme'><driver name='qemu' model='x'/><source managed='yes'><address bus='2'/></source></disk>",
+            Settings(managed=True),
+        ),
+    ],
+)
+def test_how_a_machine_is_to_have_a_device(element: str, said: Settings) -> None:
+    assert only(element).settings == said
+
+
+@pytest.mark.parametrize("number", ["", "x", "-1", "4096", "9" * 4000, "\u0664", "1e3", "0x10", " 1"])
+def test_settings_that_make_no_sense_are_left_out(number: str) -> None:
+    element = (
+        f"<interface type='hostdev' managed='{number}'>{VF.replace('<source', f'<source startupPolicy={number!r}')}"
+        f"<mac address='52:54:00:00:00:{number}'/><vlan><tag id='{number}'/></vlan><rom bar='{number}'/>"
+        f"<driver model='../{number}'/><boot order='{'0' if number == '4096' else number}'/></interface>"
+    )
+    assert only(element).settings == Settings()
 
 
 def test_a_console_that_doubles_a_serial_port_counts_once() -> None:
@@ -546,8 +646,12 @@ _names = [
     "target",
     "unit",
     "missing",
+    "managed",
+    "order",
+    "model",
 ]
 _tags = ["hostdev", "interface", "disk", "source", "address", "vendor", "product", "adapter", "alias", "backend", "rng"]
+_tags += ["driver", "boot", "mac", "vlan", "tag", "rom"]
 
 
 @st.composite

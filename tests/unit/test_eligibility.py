@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from hostpassd.model.device import Device
-from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead
-from hostpassd.model.naming import STRUCTURE, SUBJECT, role
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUse, HostUsesRead, MachineRead, host_use
+from hostpassd.model.naming import STRUCTURE, SUBJECT, role, shown
 from hostpassd.state import State
-from hostpassd.state.eligibility import blockers, companions
+from hostpassd.state.eligibility import blockers, companions, host_uses
 from tests.sim.world import OTHER, block, bridge, hostdev, keyboard, machine, net, pci, scsi, state_of, usb
 
 PORT = bridge("0000:00:01.0", group=1)
@@ -105,7 +105,7 @@ def test_a_use_blocks_everything_above_and_the_companions() -> None:
     nic, sound = pci("0000:04:01.0", group=5), pci("0000:04:02.0", group=5, driver="snd")
     interface = net("enp4s1", nic)
     state = state_of(nic, sound, interface)
-    state.apply(HostUsesRead({interface.name: (HostUse("address", "192.0.2.7/24"),)}))
+    state.apply(HostUsesRead({interface.name: (host_use("address", addresses=("192.0.2.7/24",)),)}))
     assert ("network-in-use", "override") in codes(state, nic)
     assert ("network-in-use", "override") in codes(state, sound)
     assert any("192.0.2.7/24" in b.message for b in blockers(state, state.devices[sound.name]))
@@ -116,10 +116,10 @@ def test_a_use_blocks_everything_above_and_the_companions() -> None:
 @pytest.mark.parametrize(
     ("use", "code"),
     [
-        (HostUse("mount", "/ on /dev/sda1", system=True), ("host-system", "never")),
-        (HostUse("swap", "/dev/sda2", system=True), ("host-system", "never")),
-        (HostUse("mount", "/srv on /dev/sda1"), ("mounted", "override")),
-        (HostUse("storage-stack", "LVM volume vg-root"), ("storage-stack", "override")),
+        (host_use("mount", mount_points=("/",), system=True), ("host-system", "never")),
+        (host_use("swap", volumes=("/dev/sda2",), system=True), ("host-system", "never")),
+        (host_use("mount", mount_points=("/srv",)), ("mounted", "override")),
+        (host_use("storage-stack", volumes=("LVM volume vg-root",)), ("storage-stack", "override")),
     ],
 )
 def test_a_use_of_a_disk_blocks_the_lun_and_the_controller(use: HostUse, code: tuple[str, str]) -> None:
@@ -130,6 +130,77 @@ def test_a_use_of_a_disk_blocks_the_lun_and_the_controller(use: HostUse, code: t
     state.apply(HostUsesRead({disk.name: (use,)}))
     assert codes(state, lun) == {code}
     assert codes(state, controller) == {code, ("not-leaf", "override")}
+
+
+def test_uses_of_one_code_are_one_row_and_what_the_host_needs_is_apart() -> None:
+    lun = scsi(0, 0, 1, 0, pci("0000:05:00.0", group=4, code=0x010000))
+    disk = block("sda", lun)
+    state = state_of(lun, disk)
+    uses = (
+        host_use("mount", system=True, mount_points=("/boot",), volumes=("/dev/sda1",)),
+        host_use("mount", mount_points=("/srv",), volumes=("/dev/sda3",)),
+        host_use("mount", mount_points=("/home",), volumes=("/dev/sda3",)),
+        host_use("swap", system=True, volumes=("/dev/sda2",)),
+    )
+    state.apply(HostUsesRead({disk.name: uses}))
+    assert [(row.code, row.device, dict(row.details)) for row in host_uses(state, disk)] == [
+        (
+            "mount",
+            disk.name,
+            {
+                "mount-points": ("/boot", "/home", "/srv"),
+                "volumes": ("/dev/sda1", "/dev/sda3"),
+                "what": shown(disk),
+            },
+        ),
+        ("swap", disk.name, {"volumes": ("/dev/sda2",), "what": shown(disk)}),
+    ]
+    assert [(row.code, row.device, row.message) for row in blockers(state, lun)] == [
+        (
+            "host-system",
+            disk.name,
+            f"The host runs from {shown(disk)} (mount, swap on /dev/sda1, /dev/sda2), mounted at /boot: it stays with "
+            "the host.",
+        ),
+        (
+            "mounted",
+            disk.name,
+            f"The host has /home, /srv mounted from {shown(disk)} (/dev/sda3): unmount it first.",
+        ),
+    ]
+
+
+def test_addresses_routes_and_interfaces_are_one_row() -> None:
+    nic = pci("0000:04:01.0", group=5)
+    interface = net("enp4s1", nic)
+    state = state_of(nic, interface)
+    uses = (
+        host_use("address", addresses=("192.0.2.7/24",)),
+        host_use("default-route", routes=("default via 192.0.2.1",)),
+        host_use("upper-link", interfaces=("tagged",), kinds=("vlan",), addresses=("198.51.100.1/24",)),
+    )
+    state.apply(HostUsesRead({interface.name: uses}))
+    [row] = blockers(state, nic)
+    assert (row.code, row.device) == ("network-in-use", interface.name)
+    assert dict(row.details) == {
+        "addresses": ("192.0.2.7/24", "198.51.100.1/24"),
+        "interfaces": ("tagged",),
+        "routes": ("default via 192.0.2.1",),
+        "what": shown(interface),
+    }
+
+
+def test_a_vfio_driver_is_a_use_while_no_running_machine_has_the_device() -> None:
+    ready = pci("0000:04:01.0", group=5, driver="vfio-pci")
+    assert ready.pci
+    ready = dataclasses.replace(ready, facts=(dataclasses.replace(ready.pci, vfio_device="vfio0"),))
+    state = state_of(ready)
+    state.apply(MachineRead(machine(config=(hostdev(ready),))))
+    [row] = host_uses(state, ready)
+    assert (row.code, dict(row.details)) == ("vfio", {"driver": "vfio-pci", "what": shown(ready)})
+    assert {code for code, _ in codes(state, ready)} == {"held-config"}
+    [batch] = state.apply(MachineRead(machine(live=(hostdev(ready),))))
+    assert host_uses(state, ready) == () and ("device", ready.name) in batch.changed
 
 
 def test_holds_of_any_machine_block_the_device_its_companions_and_what_is_above() -> None:
@@ -150,7 +221,7 @@ def test_what_has_all_keyboards_of_a_seat_is_the_last_one() -> None:
     state = state_of(controller, hub, first, keyboard("input1", first), keyboard("input2", first))
     last = ("last-keyboard", "override")
     assert last in codes(state, first) and last in codes(state, controller)
-    assert [use.kind for use in state.uses_of("input_input2")] == ["keyboard"]
+    assert [use.code for use in state.uses_of("input_input2")] == ["keyboard"]
     [batch] = state.apply(DeviceSeen(second))
     assert ("device", first.name) not in batch.changed
     [batch] = state.apply(DeviceSeen(keyboard("input3", second)))

@@ -44,8 +44,8 @@ def test_a_message_begins_with_a_capital_letter_and_ends_with_a_full_stop(module
 
 def test_what_blocks_a_plan_is_told_sentence_by_sentence() -> None:
     found = tuple(blocker(code, "usb_1_1", what="A hub") for code in ("hub", "not-leaf"))
-    request = Assign("vm", "usb_1_1", Options(), 0)
-    plan = Plan(request, MachineKey("", ""), ("usb_1_1",), (1,), (), (), blockers=found)
+    request = Assign("vm", ("usb_1_1",), Options(), 0)
+    plan = Plan(request, MachineKey("", ""), ("usb_1_1",), ("usb_1_1",), (1,), (), (), blockers=found)
     with pytest.raises(errors.Blocked) as caught:
         plan.check_allowed()
     assert str(caught.value) == (

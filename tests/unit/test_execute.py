@@ -18,12 +18,12 @@ from hostpassd.model.events import (
     DeviceGone,
     DeviceSeen,
     Event,
-    HostUse,
     HostUsesRead,
     HypervisorChanged,
     MachineGone,
     MachineRead,
     MachinesListed,
+    host_use,
 )
 from hostpassd.model.job import Job
 from hostpassd.passthrough.assign import Assign
@@ -108,7 +108,7 @@ class World:
         async def authorise(checks: Sequence[Check]) -> None:
             pass
 
-        request = REQUESTS[operation]("vm", device.name, Options(timeout=timeout), 0)
+        request = REQUESTS[operation]("vm", (device.name,), Options(timeout=timeout), 0)
         return await self.operations.start(request, authorise)
 
     async def quiet(self) -> None:
@@ -221,7 +221,7 @@ async def test_a_job_stays_with_its_hypervisor_when_another_ones_machine_gets_th
 
 async def test_a_plan_and_a_permission_are_of_one_hypervisors_machine(tmp_path: Path) -> None:
     world = World(tmp_path)
-    request = Assign("vm", STICK.name, Options(), 0)
+    request = Assign("vm", (STICK.name,), Options(), 0)
     plan = request.plan(world.state)
 
     async def authorise(checks: Sequence[Check]) -> None:
@@ -619,7 +619,7 @@ async def test_a_replug_between_prompt_and_job_is_a_stale_plan(tmp_path: Path) -
         world.emit(DeviceSeen(usb("1-1", number=9)))
 
     with pytest.raises(errors.StalePlan):
-        await world.operations.start(Assign("vm", STICK.name, Options(), 0), authorise)
+        await world.operations.start(Assign("vm", (STICK.name,), Options(), 0), authorise)
     assert world.libvirt.calls == []
 
 
@@ -628,7 +628,7 @@ async def test_a_replug_between_prompt_and_job_is_a_stale_plan(tmp_path: Path) -
     [
         MachineRead(machine(running=False)),
         MachineRead(machine("renamed")),
-        HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}),
+        HostUsesRead({LUN.name: (host_use("mount", mount_points=("/srv",)),)}),
         DeviceSeen(dataclasses.replace(LUN, label="another label")),
     ],
     ids=["stopped", "renamed", "mounted", "relabelled"],
@@ -643,7 +643,7 @@ async def test_whatever_changes_during_the_prompt_is_not_what_was_authorised(tmp
 
     options = Options(override=frozenset({"mounted"}))
     with pytest.raises((errors.StalePlan, errors.NoSuchMachine)):
-        await world.operations.start(Assign("vm", LUN.name, options, 0), authorise)
+        await world.operations.start(Assign("vm", (LUN.name,), options, 0), authorise)
     assert world.libvirt.calls == [] and asked == ["assign"]
 
 
@@ -706,7 +706,7 @@ async def test_a_stick_and_its_controller_are_not_handed_out_at_once(tmp_path: P
     world.libvirt.machines[OTHER] = other
     world.emit(MachineRead(other))
     one = await world.start("assign", stick)
-    request = Assign("other", controller.name, Options(override=frozenset({"not-leaf"})), 0)
+    request = Assign("other", (controller.name,), Options(override=frozenset({"not-leaf"})), 0)
     two = await world.operations.start(request, authorise)
     await asyncio.gather(one.ended.wait(), two.ended.wait())
     assert one.job.state == "done" and error_name(two.job).endswith(".Blocked") and "held-live" in str(two.job.error)
@@ -730,8 +730,8 @@ async def test_a_queued_job_does_not_go_past_a_blocker_that_nobody_authorised(tm
 
     async with world.executor.alone((LUN.name,)):
         options = Options(override=frozenset({"mounted"}))
-        control = await world.operations.start(Assign("vm", LUN.name, options, 0), authorise)
-        world.emit(HostUsesRead({LUN.name: (HostUse("mount", "/srv"),)}))
+        control = await world.operations.start(Assign("vm", (LUN.name,), options, 0), authorise)
+        world.emit(HostUsesRead({LUN.name: (host_use("mount", mount_points=("/srv",)),)}))
     await control.ended.wait()
     assert error_name(control.job) == "org.hostpassd1.Error.StalePlan" and world.libvirt.calls == []
 

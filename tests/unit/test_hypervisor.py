@@ -276,6 +276,24 @@ async def test_refresh_reads_everything_and_a_machine_by_name(uri: str) -> None:
             await hypervisor.refresh_machine("nobody")
 
 
+async def test_what_is_not_understood_is_told_and_logged_once_for_both_halves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = "<disk type='volume' device='disk'><source pool='vms' volume='root'/><target dev='vda' bus='virtio'/></disk>"
+    machine = domain("gaming", GAMING, disk, "<test:runstate>1</test:runstate>")
+    (tmp_path / "node.xml").write_text(
+        f"<node xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>{machine}</node>"
+    )
+    async with running(f"test://{tmp_path}/node.xml") as (hypervisor, tape):
+        await tape.until_listed()
+        await hypervisor.refresh()
+        [found] = tape.last(GAMING).warnings
+    assert (found.code, dict(found.details)) == ("pool-unavailable", {"pool": "vms", "volume": "root"})
+    assert [record.getMessage() for record in caplog.records if found.message in record.getMessage()] == [
+        f"Machine gaming: {found.message}"
+    ]
+
+
 async def test_a_machine_that_cannot_be_read_is_shown_as_it_was(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(uri) as (hypervisor, tape):
         listed = await tape.until_listed()

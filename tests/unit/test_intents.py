@@ -28,6 +28,7 @@ from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.rowfile import rows_in
 from hostpassd.passthrough.steps import Attach, Detach, Reattach, Store, Unplug, Unstore
+from hostpassd.state.problems import problems
 from tests.sim.disk import Disk, no_room
 from tests.sim.ends import daemon_on, simulated
 from tests.sim.world import OTHER, URI, UUID, error_name, hostdev, pci, usb
@@ -45,9 +46,9 @@ STEPS = (
 
 
 def plan(device: str = "nic", *locks: str, uri: str = URI) -> Plan:
-    request = Assign(UUID, device, Options(), 0)
+    request = Assign(UUID, (device,), Options(), 0)
     steps = tuple(dataclasses.replace(step, device=device) for step in STEPS)
-    return Plan(request, MachineKey(uri, UUID), (device,), (1,), steps, locks or (device,))
+    return Plan(request, MachineKey(uri, UUID), (device,), (device,), (1,), steps, locks or (device,))
 
 
 @pytest.fixture
@@ -286,9 +287,17 @@ async def test_the_service_manager_is_told_why_there_are_no_operations(tmp_path:
     with pytest.raises(errors.StateFolderError):
         await daemon.intents.catch_up()
     assert daemon.status().endswith("; no operations: " + daemon.intents.problem) and "full" in daemon.status()
+    [problem] = problems(daemon.state)
+    assert problem.code == "state-folder" and dict(problem.details)["error"] == daemon.intents.problem[:-1]
     disk.at = fine
     await daemon.intents.catch_up()
-    assert "operations" not in daemon.status()
+    assert "operations" not in daemon.status() and problems(daemon.state) == ()
+
+
+async def test_what_is_wrong_at_the_start_is_a_problem_of_the_host(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("no folder")
+    [problem] = problems(daemon_on(simulated(tmp_path / "state")).state)
+    assert problem.code == "state-folder" and f"{tmp_path}/state/intents cannot be read" in problem.message
 
 
 async def test_a_file_that_can_be_read_late_is_put_in_order_then(
@@ -495,7 +504,13 @@ def moving(*devices: str, machine: str = UUID, uri: str = URI) -> Plan:
     steps = tuple(Store(device, CLAIM) for device in devices)
     locks = (*sorted(devices), "group 5")
     return Plan(
-        Assign(machine, devices[0], Options(), 0), MachineKey(uri, machine), devices, (1,) * len(devices), steps, locks
+        Assign(machine, devices[:1], Options(), 0),
+        MachineKey(uri, machine),
+        devices[:1],
+        devices,
+        (1,) * len(devices),
+        steps,
+        locks,
     )
 
 

@@ -11,10 +11,12 @@ import pytest
 
 from hostpassd import errors, names
 from hostpassd.bus.access import Access
-from hostpassd.bus.router import Call
+from hostpassd.bus.router import Call, Variant
+from hostpassd.model.events import DeviceSeen, MachineRead
 from hostpassd.passthrough.permission import Check
-from tests.sim.house import CALLER, PAIR, House
-from tests.sim.world import UUID
+from tests.sim import world
+from tests.sim.house import CALLER, PAIR, STICK, House
+from tests.sim.world import UUID, hostdev, machine, usb
 
 OTHER = 1001
 
@@ -156,12 +158,13 @@ async def test_a_cancel_during_a_call_of_libvirts_that_does_not_return_is_answer
     assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].config
     results = [(record["DEVICE"], record["OPERATION"], record["RESULT"]) for record in house.records()]
     cancelled, recovered = "org.hostpassd1.Error.Cancelled", "recovered"
-    assert results[:3] == [
+    assert results[:4] == [
         (PAIR[0].name, "assign", cancelled),
         (PAIR[1].name, "assign", cancelled),
         (PAIR[0].name, "cancel", "done"),
+        (PAIR[1].name, "cancel", "done"),
     ]
-    assert results[3:] == [(device.name, "assign", recovered) for device in PAIR]
+    assert results[4:] == [(device.name, "assign", recovered) for device in PAIR]
 
 
 async def test_a_cancel_of_what_has_ended_is_refused(house: House, bus: Bus) -> None:
@@ -186,6 +189,38 @@ async def test_a_plans_authorization_is_the_worst_of_all_that_moves(
     if operation == "Dismiss":
         await house.do("assign", PAIR[0])
     bus.denied = denied
-    [plan] = await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, f"Plan{operation}", "vm", PAIR[0].name, {})
+    [plan] = await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, f"Plan{operation}", "vm", [PAIR[0].name], {})
     assert plan["authorization"].value == answer
     assert [details["device.name"] for _, details in bus.asked] == [device.name for device in PAIR]
+
+
+async def test_candidates_are_listed_by_what_moves_together_with_what_counts_for_the_machine(
+    house: House, bus: Bus
+) -> None:
+    async def listed(**given: Variant) -> dict[str, tuple[bool, list[str], str]]:
+        [rows] = await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, "ListCandidates", "vm", given)
+        assert [possible for _, possible, _, _ in rows] == sorted((row[1] for row in rows), reverse=True)
+        return {
+            " ".join(path.rpartition("/")[2] for path in paths): (
+                possible,
+                [reason[1] for reason in reasons],
+                more["authorization"].value,
+            )
+            for paths, possible, reasons, more in rows
+        }
+
+    pair = " ".join(device.name for device in PAIR)
+    bus.denied = {PAIR[1].name: errors.NotAuthorized}
+    before = await listed()
+    assert before[pair] == (True, [], "no") and before[STICK.name] == (True, [], "yes")
+    house.libvirt.machines[world.OTHER] = machine("other", world.OTHER, live=(hostdev(STICK),))
+    house.emit(MachineRead(house.libvirt.machines[world.OTHER]))
+    await house.do("assign", PAIR[0])
+    after = await listed()
+    assert pair not in after and after[STICK.name] == (False, ["held-live"], "yes")
+    assert set(after) == set(before) - {pair}
+    hub = usb("1-7", number=77, device_class=9)
+    house.emit(DeviceSeen(hub))
+    assert hub.name not in await listed() and hub.name in await listed(all=Variant("b", True))
+    with pytest.raises(errors.InvalidOption):
+        await listed(every=Variant("b", True))

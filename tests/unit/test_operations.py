@@ -12,7 +12,16 @@ import pytest
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.device import Device
-from hostpassd.model.events import DeviceGone, DeviceSeen, Event, HostUse, HostUsesRead, MachineGone, MachineRead
+from hostpassd.model.events import (
+    DeviceGone,
+    DeviceSeen,
+    Event,
+    HostUse,
+    HostUsesRead,
+    MachineGone,
+    MachineRead,
+    host_use,
+)
 from hostpassd.model.machine import Machine, MachineKey
 from hostpassd.passthrough.assign import Assign
 from hostpassd.passthrough.jobs import RunningJob
@@ -24,8 +33,8 @@ from tests.sim.world import OTHER, REQUESTS, URI, UUID, block, error_name, hostd
 
 DISK = block("sda", STICK)
 WIRE = net("enp4s1", PAIR[0])
-SCRATCH = HostUse("mount", "/mnt/scratch on /dev/sda")
-DATABASE = HostUse("mount", "/srv/database on /dev/sda")
+SCRATCH = host_use("mount", mount_points=("/mnt/scratch",))
+DATABASE = host_use("mount", mount_points=("/srv/database",))
 MOUNTED = Options(override=frozenset({"mounted"}), timeout=5)
 
 
@@ -56,7 +65,7 @@ async def start(
         asked.extend(checks)
         meanwhile()
 
-    request = REQUESTS[operation](UUID, device, options, CALLER)
+    request = REQUESTS[operation](UUID, (device,), options, CALLER)
     return await house.daemon.operations.start(request, authorise), asked
 
 
@@ -189,7 +198,7 @@ def use(house: House, *uses: HostUse) -> None:
         ((), "done"),
         ((DATABASE,), "StalePlan"),
         ((SCRATCH, DATABASE), "StalePlan"),
-        ((SCRATCH, HostUse("storage-stack", "LUKS x")), "Blocked"),
+        ((SCRATCH, host_use("storage-stack", volumes=("LUKS x",))), "Blocked"),
     ],
 )
 async def test_an_override_is_for_what_was_in_the_way_and_not_for_what_is_called_the_same(
@@ -200,10 +209,17 @@ async def test_an_override_is_for_what_was_in_the_way_and_not_for_what_is_called
     assert await when(house, STICK, MOUNTED, lambda: use(house, *later)) == end
 
 
+@at_any_time
+async def test_an_override_outlasts_a_part_of_what_was_in_the_way(house: House, when: When) -> None:
+    house.emit(DeviceSeen(DISK))
+    use(house, SCRATCH, DATABASE)
+    assert await when(house, STICK, MOUNTED, lambda: use(house, DATABASE)) == "done"
+
+
 async def test_each_device_is_asked_about_with_what_is_in_its_own_way(house: House) -> None:
     for function in (DISK, WIRE):
         house.emit(DeviceSeen(function))
-    house.emit(HostUsesRead({WIRE.name: (HostUse("address", "192.0.2.1/24"),)}))
+    house.emit(HostUsesRead({WIRE.name: (host_use("address", addresses=("192.0.2.1/24",)),)}))
     options = Options(override=frozenset({"network-in-use", "mounted"}), timeout=5)
     control, asked = await start(house, PAIR[1].name, options)
     await control.ended.wait()
@@ -314,7 +330,7 @@ async def test_with_a_token_only_what_comes_of_a_change_is_a_stale_plan(
     house: House, operation: str, happen: Callable[[House], None], options: Options, error: type[errors.HostpassError]
 ) -> None:
     happen(house)
-    request = REQUESTS[operation](UUID, STICK.name, dataclasses.replace(options, plan="0" * 32), CALLER)
+    request = REQUESTS[operation](UUID, (STICK.name,), dataclasses.replace(options, plan="0" * 32), CALLER)
     with pytest.raises(error):
         await house.daemon.operations.start(request, _nobody)
 
@@ -326,7 +342,7 @@ async def test_whoever_has_too_many_jobs_is_told_so_before_a_password_is_asked_f
     async with house.daemon.executor.alone((lock_of(STICK),)):
         first, _ = await start(house, STICK.name)
         with pytest.raises(errors.LimitExceeded):
-            await house.daemon.operations.start(Assign(UUID, PAIR[0].name, MOUNTED, CALLER), _nobody)
+            await house.daemon.operations.start(Assign(UUID, (PAIR[0].name,), MOUNTED, CALLER), _nobody)
     await first.ended.wait()
 
 
@@ -350,7 +366,7 @@ async def test_a_text_longer_than_any_name_is_refused_by_every_operation(house: 
         with pytest.raises(errors.InvalidArgs):
             await house.start(operation, dataclasses.replace(STICK, name=long))
     with pytest.raises(errors.InvalidArgs):
-        await house.daemon.operations.start(Assign(long, STICK.name, options, CALLER), _nobody)
+        await house.daemon.operations.start(Assign(long, (STICK.name,), options, CALLER), _nobody)
 
 
 async def _nobody(checks: Sequence[Check]) -> None:
@@ -359,14 +375,16 @@ async def _nobody(checks: Sequence[Check]) -> None:
 
 async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     put(house, machine("a\u202eb\x9b2Jc\n", running=False))
-    request = Assign(UUID, STICK.name, Options(live=True), CALLER)
+    request = Assign(UUID, (STICK.name,), Options(live=True), CALLER)
     with pytest.raises(errors.InvalidOption) as refused:
         await house.daemon.operations.start(request, _nobody)
     assert str(refused.value).startswith("ab2Jc does not run")
     put(house, machine("a\u202eb\x9b2Jc\n", live=(hostdev(PAIR[0]),)))
     put(house, machine("other", OTHER))
     with pytest.raises(errors.Blocked) as blocked:
-        await house.daemon.operations.start(dataclasses.replace(request, machine=OTHER, device=PAIR[0].name), _nobody)
+        await house.daemon.operations.start(
+            dataclasses.replace(request, machine=OTHER, devices=(PAIR[0].name,)), _nobody
+        )
     assert "The running machine ab2Jc has" in str(blocked.value)
     assert house.records()[0]["MACHINE_NAME"] == "ab2Jc"
     await asyncio.sleep(0)

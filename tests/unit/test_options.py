@@ -63,8 +63,8 @@ def test_a_value_that_cannot_be_is_refused_in_words(name: str, value: Any, words
 
 
 def test_an_unknown_one_is_refused_with_those_there_are() -> None:
-    with pytest.raises(errors.InvalidOption, match="no option 'plan' here: the options are config, instance"):
-        options.read({"plan": Variant("s", "x")}, options.PLAN_DISMISS, DEFAULT)
+    with pytest.raises(errors.InvalidOption, match="no option 'rom-bar' here: the options are config, instance"):
+        options.read({"rom-bar": Variant("b", True)}, options.DISMISS, DEFAULT)
 
 
 def test_a_code_that_cannot_be_overridden_is_no_mistake_of_words() -> None:

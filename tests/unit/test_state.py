@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hostpassd.model.codes import Detail, detailed
 from hostpassd.model.device import Device, Scsi, same_thing
 from hostpassd.model.events import (
     DeviceGone,
@@ -23,14 +24,17 @@ from hostpassd.model.events import (
     MachineGone,
     MachineRead,
     MachinesListed,
+    ProblemChanged,
     Releasing,
+    host_use,
 )
-from hostpassd.model.machine import Claim, InterfaceSource, MachineKey, NodeSource, UsbSource
+from hostpassd.model.machine import Claim, Hold, InterfaceSource, Look, MachineKey, NodeSource, Settings, UsbSource
 from hostpassd.passthrough.assign import blockers_for
-from hostpassd.state import Changes, State
+from hostpassd.state import MANAGER, Changes, State
 from hostpassd.state.eligibility import blockers, companions, is_leaf, use_blockers
 from hostpassd.state.holdings import Holdings
 from hostpassd.state.multimap import Multimap
+from hostpassd.state.problems import problems
 from hostpassd.state.tree import Tree
 from tests.sim.world import (
     KEY,
@@ -80,9 +84,135 @@ def test_a_claim_finds_its_device_when_that_comes_and_is_missing_when_it_goes() 
     assert state.apply(DeviceSeen(STICK))[0].holds_added
     instance = state.devices[STICK.name].instance
     assert state.missing[UUID] == () and held(state) == {STICK.name: (False, True)}
-    assert state.apply(DeviceGone(STICK.sysfs_path))[0].holds_removed
+    [batch] = state.apply(DeviceGone(STICK.sysfs_path))
     assert held(state) == {} and len(state.missing[UUID]) == 1
+    [lost] = batch.holds_missing
+    assert lost.hold.device == STICK.name and lost.rows == state.missing[UUID] and not batch.holds_removed
     assert state.last_place(KEY, state.missing[UUID][0].id) == (STICK.name, instance)
+
+
+def test_what_is_missing_is_told_as_it_was_last_and_what_never_was_here_is_not_known() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(), on_node("/dev/not-here")))))
+    state.apply(DeviceSeen(dataclasses.replace(STICK, label="Data Traveler")))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    rows = {row.source: row.look for row in state.missing[UUID]}
+    assert rows == {"usb 46f4:0001": Look("Data Traveler", "disk", "1-1"), "/dev/not-here": Look()}
+
+
+def moved(batches: list[Changes]) -> list[tuple[str, str]]:
+    """What became of holds, and on which devices."""
+    return [
+        *(("removed", hold.device) for b in batches for hold in b.holds_removed),
+        *(("missing", lost.hold.device) for b in batches for lost in b.holds_missing),
+        *(("changed", hold.device) for b in batches for _, hold in b.holds_changed),
+        *(("added", hold.device) for b in batches for hold in b.holds_added),
+    ]
+
+
+def test_what_is_missing_comes_back_or_is_given_back() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    assert moved(state.apply(DeviceGone(STICK.sysfs_path))) == [("missing", STICK.name)]
+    assert moved(state.apply(DeviceSeen(STICK))) == [("added", STICK.name)]
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert moved(state.apply(MachineRead(machine("renamed", config=(by_ids(),))))) == []
+    assert moved(state.apply(MachineRead(machine()))) == [("removed", STICK.name)]
+    assert moved(state.apply(MachineRead(machine(config=(by_ids(),))))) == []  # it never was here
+    assert moved(state.apply(MachineGone(KEY))) == []
+
+
+def test_what_is_missing_is_told_as_it_is_at_the_end_of_the_batch() -> None:
+    state = state_of(STICK)
+    both = machine(live=(by_ids(),), config=(by_ids(),))
+    state.apply(MachineRead(both))
+    batch = Changes()
+    for event in (DeviceGone(STICK.sysfs_path), MachineRead(dataclasses.replace(both, config=()))):
+        for changes in state.apply(event):
+            batch.merge(changes)
+    [lost] = batch.holds_missing
+    assert lost.rows == state.missing[UUID] and [(row.live, row.config) for row in lost.rows] == [(True, False)]
+
+
+def test_what_comes_back_elsewhere_is_held_there_and_was_never_given_back() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert moved(state.apply(DeviceSeen(TWIN))) == [("added", TWIN.name)]
+    assert moved(state.apply(MachineRead(machine()))) == [("removed", TWIN.name)]
+
+
+def test_what_another_device_makes_ambiguous_is_missing_and_not_given_back() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    assert moved(state.apply(DeviceSeen(TWIN))) == [("missing", STICK.name)]
+    assert moved(state.apply(DeviceGone(TWIN.sysfs_path))) == [("added", STICK.name)]
+
+
+def test_a_hold_beside_a_stale_claim_is_given_back_by_itself() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(live=(by_ids("old", 1, 3),))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    state.apply(DeviceSeen(usb("1-1", number=9, serial="A")))
+    fresh = by_ids("new", 1, 9)
+    assert moved(state.apply(MachineRead(machine(live=(by_ids("old", 1, 3), fresh))))) == [("added", STICK.name)]
+    assert moved(state.apply(MachineRead(machine(live=(by_ids("old", 1, 3),))))) == [("removed", STICK.name)]
+
+
+def test_a_machine_that_goes_gives_back_what_is_missing_too() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    state.apply(DeviceGone(STICK.sysfs_path))
+    assert moved(state.apply(MachineGone(KEY))) == [("removed", STICK.name)]
+
+
+def test_any_change_of_a_hold_is_told_with_what_it_was() -> None:
+    state = state_of(STICK)
+    state.apply(HypervisorChanged(URI, True))
+    state.apply(MachineRead(machine(live=(hostdev(STICK, "ua-x"),))))
+    both = machine(live=(hostdev(STICK, "ua-x"),), config=(hostdev(STICK, "ua-x"),))
+    for event, field in (
+        (MachineRead(both), "config"),
+        (Releasing(KEY, "ua-x"), "releasing"),
+        (HypervisorChanged(URI, False), "stale"),
+    ):
+        [batch] = state.apply(event)
+        [(before, after)] = batch.holds_changed
+        assert (getattr(before, field), getattr(after, field)) == (False, True)
+        assert not batch.holds_added and not batch.holds_removed
+
+
+def test_of_several_claims_the_first_that_says_something_is_told() -> None:
+    state = state_of(STICK)
+    first = dataclasses.replace(by_ids(bus=1, number=3), settings=Settings(boot_order=1, managed=False))
+    second = dataclasses.replace(by_ids(), settings=Settings(boot_order=2, startup_policy="optional"))
+    state.apply(
+        MachineRead(machine(live=(first,), config=(dataclasses.replace(second, guest_address="0000:04:00.0"),)))
+    )
+    [hold] = state.holds_on(STICK.name)
+    assert hold.settings == Settings(boot_order=1, managed=False, startup_policy="optional")
+    assert hold.guest_address == "0000:04:00.0"
+    assert hold.claims == (first.id, second.id)
+    state.apply(MachineRead(machine(config=(second,))))
+    [hold] = state.holds_on(STICK.name)
+    assert (hold.settings, hold.guest_address) == (second.settings, "")
+
+
+def test_a_device_that_goes_and_comes_back_in_one_batch_is_told_as_what_became_of_it() -> None:
+    state = state_of(STICK)
+    state.apply(MachineRead(machine(config=(by_ids(),))))
+    batch = Changes()
+    ambiguous_for_a_moment: list[Event] = [DeviceSeen(TWIN), DeviceGone(TWIN.sysfs_path)]
+    for event in ambiguous_for_a_moment:
+        for changes in state.apply(event):
+            batch.merge(changes)
+    assert moved([batch]) == []
+    for event in (*ambiguous_for_a_moment, MachineRead(machine(live=(by_ids(),)))):
+        for changes in state.apply(event):
+            batch.merge(changes)
+    [(before, after)] = batch.holds_changed
+    assert ((before.live, before.config), (after.live, after.config)) == ((False, True), (True, False))
+    assert moved([batch]) == [("changed", STICK.name)]
 
 
 def test_twins_are_told_apart_by_number_and_by_the_live_half() -> None:
@@ -107,7 +237,7 @@ def test_an_identity_that_cannot_be_read_or_is_another_loses_nothing_below() -> 
     lun = dataclasses.replace(lun, facts=(Scsi(2, 0, 0, 0, "disk", "naa.1"),))
     disk = block("sda", lun)
     state = state_of(lun, disk)
-    uses = HostUsesRead({disk.name: (HostUse("mount", "/ on /dev/sda", system=True),)})
+    uses = HostUsesRead({disk.name: (host_use("mount", mount_points=("/",), system=True),)})
     state.apply(uses)
     first = state.devices[lun.name].instance
     state.apply(DeviceSeen(dataclasses.replace(lun, facts=(Scsi(2, 0, 0, 0, "disk", ""),))))
@@ -123,7 +253,7 @@ def test_an_identity_that_cannot_be_read_or_is_another_loses_nothing_below() -> 
 def test_a_device_that_cannot_be_read_now_is_not_gone() -> None:
     one, two, three = (pci(f"0000:0{n}:00.0", group=n) for n in (1, 2, 3))
     state = state_of(one, two, three)
-    state.apply(HostUsesRead({two.name: (HostUse("address", "192.0.2.7/24"),)}))
+    state.apply(HostUsesRead({two.name: (host_use("address", addresses=("192.0.2.7/24",)),)}))
     state.apply(DevicesScanned((one,), unread=(two.sysfs_path, "/sys/devices/never/seen")))
     assert set(state.devices) == {one.name, two.name}
     assert [b.code for b in blockers(state, state.devices[two.name])] == ["network-in-use"]
@@ -132,7 +262,7 @@ def test_a_device_that_cannot_be_read_now_is_not_gone() -> None:
 def test_an_interface_in_another_namespace_blocks_its_device() -> None:
     card = pci("0000:01:00.0", group=1)
     state = state_of(card)
-    state.apply(HostUsesRead({card.name: (HostUse("namespace", "a network interface in another network namespace"),)}))
+    state.apply(HostUsesRead({card.name: (host_use("upper-link", where="another network namespace"),)}))
     [blocker] = blockers(state, state.devices[card.name])
     assert (blocker.code, blocker.severity) == ("network-in-use", "override")
 
@@ -178,7 +308,8 @@ def test_a_volume_is_held_on_every_disk_behind_it() -> None:
     state.apply(HostUsesRead({}, nodes))
     assert held(state) == {first.name: (True, True), second.name: (True, False)} and state.missing[UUID] == ()
     [batch] = state.apply(DeviceGone(disks[1].sysfs_path))
-    assert [hold.device for hold in batch.holds_removed] == [second.name]
+    assert moved([batch]) == [("missing", second.name)]  # the volume has lost a disk and stands on the other
+    assert [row.source for lost in batch.holds_missing for row in lost.rows] == ["/dev/vg/data"]
     # What is in its place now is another disk, until it has been looked at.
     state.apply(DeviceSeen(disks[1]))
     assert held(state) == {first.name: (True, True)}
@@ -224,6 +355,31 @@ def test_an_update_keeps_the_instance_and_says_nothing_when_nothing_differs() ->
     first = state.devices[STICK.name].instance
     state.apply(DeviceSeen(dataclasses.replace(STICK, driver="")))
     assert state.devices[STICK.name].instance == first
+
+
+def test_problems_are_told_in_order_and_go_with_what_they_come_of() -> None:
+    state = State()
+
+    def after(event: Event) -> list[tuple[str, dict[str, Detail]]]:
+        [batch] = state.apply(event)
+        assert MANAGER in batch.changed
+        assert all(fact.device == "" for fact in problems(state))
+        return [(fact.code, dict(fact.details)) for fact in problems(state)]
+
+    bare, grouped = pci("0000:00:03.0", group=-1), pci("0000:00:04.0", group=4)
+    full = ProblemChanged("state-folder", True, detailed(error="It is full"))
+    assert after(full) == [("state-folder", {"error": "It is full"})]
+    assert state.apply(full) == []
+    assert after(DeviceSeen(bare)) == [("no-iommu", {}), ("state-folder", {"error": "It is full"})]
+    lost = [("hypervisor-unreachable", {"uri": uri, "error": "gone"}) for uri in ("a:///", "b:///")]
+    after(HypervisorChanged("a:///", False, "gone"))
+    assert after(HypervisorChanged("b:///", False, "gone"))[1:3] == lost
+    assert after(HypervisorChanged("a:///", True))[1:2] == lost[1:]
+    assert [code for code, _ in after(DeviceSeen(grouped))] == ["hypervisor-unreachable", "state-folder"]
+    assert [code for code, _ in after(ProblemChanged("state-folder", False))] == ["hypervisor-unreachable"]
+    assert "no-iommu" in [code for code, _ in after(DeviceGone(grouped.sysfs_path))]
+    after(DeviceGone(bare.sysfs_path))
+    assert after(HypervisorChanged("b:///", True)) == []
 
 
 def test_an_unreachable_hypervisor_leaves_holds_stale_and_signals_no_removal() -> None:
@@ -337,12 +493,12 @@ def test_what_a_copy_has_is_not_the_target_machines_own() -> None:
     state = state_of(STICK)
     here = machine(live=(hostdev(STICK),))
     state.apply(MachineRead(here))
-    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == []
+    assert [b.code for b in blockers_for(state, [state.devices[STICK.name]], here)] == []
     state.apply(MachineRead(machine("copy", running=False, config=(hostdev(STICK),), uri=AWAY)))
-    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-config"]
+    assert [b.code for b in blockers_for(state, [state.devices[STICK.name]], here)] == ["held-config"]
     state.apply(MachineRead(machine(config=(hostdev(STICK),))))
     state.apply(MachineRead(machine("copy", live=(hostdev(STICK),), uri=AWAY)))
-    assert [b.code for b in blockers_for(state, state.devices[STICK.name], here)] == ["held-live"]
+    assert [b.code for b in blockers_for(state, [state.devices[STICK.name]], here)] == ["held-live"]
 
 
 def test_what_holds_a_virtual_function_blocks_all_above_the_physical_one_as_long_as_that() -> None:
@@ -449,7 +605,7 @@ _events = st.one_of(
         lambda ask: Releasing(MachineKey(ask[0], ask[1]), ask[2], ask[3])
     ),
     st.tuples(_used, _nodes).map(
-        lambda read: HostUsesRead({n: (HostUse("mount", f"/mnt/{n}"),) for n in read[0]}, read[1])
+        lambda read: HostUsesRead({n: (host_use("mount", mount_points=(f"/mnt/{n}",)),) for n in read[0]}, read[1])
     ),
 )
 
@@ -474,8 +630,9 @@ def _told(state: State) -> dict[str, object]:
         rows[uuid] = (
             shown,
             sorted(map(repr, state.holds_of(uuid))),
-            sorted(map(repr, state.missing.get(uuid, ()))),
+            sorted(repr(dataclasses.replace(row, look=Look())) for row in state.missing.get(uuid, ())),
         )
+    rows["problems"] = [fact for fact in problems(state) if fact.code != "hypervisor-unreachable"]
     return rows
 
 
@@ -536,13 +693,55 @@ def _check_holdings(holdings: Holdings) -> None:
     assert _pairs(holdings.leading) == leading
     assert set(holdings.machines) == {key.uuid for key in holdings.copies}
     assert set(holdings.by_machine) == set(holdings.missing_in) == set(holdings.copies)
+    absent = {(key.uuid, row.id) for key, rows in holdings.missing_in.items() for row in rows}
+    for uuid, lost in holdings.lost.items():
+        assert not set(lost) & set(holdings.told.get(uuid, {}))
+        assert all(any((uuid, claim) in absent for claim in each.hold.claims) for each in lost.values())
+
+
+class Folded:
+    """What a listener knows that folds what is told of holds."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, str, str], Hold] = {}
+        self.missing: set[tuple[str, str, str]] = set()
+
+    def hear(self, batch: Changes) -> None:
+        for hold in batch.holds_removed:
+            assert self.held.pop(_row(hold), None) or _row(hold) in self.missing
+            self.missing.discard(_row(hold))
+        for lost in batch.holds_missing:
+            self.held.pop(_row(lost.hold), None)
+            self.missing.add(_row(lost.hold))
+        for before, after in batch.holds_changed:
+            assert self.held[_row(after)] == before
+            self.held[_row(after)] = after
+        for hold in batch.holds_added:
+            assert _row(hold) not in self.held
+            self.missing.discard(_row(hold))
+            self.held[_row(hold)] = hold
+
+
+def _row(hold: Hold) -> tuple[str, str, str]:
+    return (hold.machine, hold.device, hold.kind)
+
+
+def _check_told(event: Event, batches: list[Changes], folded: Folded, state: State) -> None:
+    for batch in batches:
+        folded.hear(batch)
+        # Unplugging is not giving back.
+        assert not (isinstance(event, DeviceGone) and batch.holds_removed)
+    told = [hold for uuid in state.machines for hold in state.holds_of(uuid)]
+    assert folded.held == {_row(hold): hold for hold in told}
+    lost = {(uuid, *row) for uuid, rows in state.holdings.lost.items() for row in rows}
+    assert lost <= folded.missing and not folded.missing & folded.held.keys()
 
 
 @settings(max_examples=600, deadline=None)
 @given(st.booleans(), st.lists(_events, max_size=25))
 def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[Event]) -> None:
     state = state_of(*_ALL) if whole else State()  # most has most to do where there is everything
-    readings = Readings()
+    readings, folded = Readings(), Folded()
     for event in events:
         devices, before = dict(state.devices), _told(state)
         batches = state.apply(event)
@@ -553,6 +752,7 @@ def test_any_history_gives_what_a_fresh_reading_gives(whole: bool, events: list[
         _check_tree(state.tree)
         _check_spread(state)
         _check_holdings(state.holdings)
+        _check_told(event, batches, folded, state)
     fresh = State()
     fresh.apply(DevicesScanned(tuple(sorted(state.devices.values(), key=_depth))))
     fresh.apply(HostUsesRead(readings.uses, readings.nodes))

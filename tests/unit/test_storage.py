@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 
 from hostpassd.host.reading import Sysfs
 from hostpassd.host.storage import BlockNode, Mount, Storage, mount_of, own_mounts, parse_mounts, parse_swaps
-from hostpassd.model.events import HostUse, Uses
+from hostpassd.model.events import HostUse, Uses, host_use
 
 SDA = "/sys/devices/pci0/host0/block/sda"
 SDB = "/sys/devices/pci0/host0/block/sdb"
+
+
+def mounted(point: str, volume: str, *, system: bool = False) -> HostUse:
+    return host_use("mount", system=system, mount_points=(point,), volumes=(volume,))
 
 
 class Disks:
@@ -152,9 +156,7 @@ def test_what_the_host_cannot_live_without(point: str, system: bool) -> None:
 def test_a_partition_is_its_disks(disks: Disks) -> None:
     disks.mount("8:1", "/boot")
     disks.mount("8:2", "/home")
-    assert disks.uses() == {
-        SDA: (HostUse("mount", "/boot on /dev/sda1", True), HostUse("mount", "/home on /dev/sda2", False))
-    }
+    assert disks.uses() == {SDA: (mounted("/boot", "/dev/sda1", system=True), mounted("/home", "/dev/sda2"))}
 
 
 def test_through_lvm_on_luks_on_a_partition(disks: Disks) -> None:
@@ -164,9 +166,9 @@ def test_through_lvm_on_luks_on_a_partition(disks: Disks) -> None:
     chain = "LVM volume vg-root on LUKS luks-1 on /dev/sda2"
     assert disks.uses() == {
         SDA: (
-            HostUse("mount", f"/ on {chain}", True),
-            HostUse("storage-stack", "LUKS luks-1 on /dev/sda2"),
-            HostUse("storage-stack", chain),
+            mounted("/", chain, system=True),
+            host_use("storage-stack", volumes=("LUKS luks-1 on /dev/sda2",)),
+            host_use("storage-stack", volumes=(chain,)),
         )
     }
 
@@ -174,8 +176,8 @@ def test_through_lvm_on_luks_on_a_partition(disks: Disks) -> None:
 def test_a_raid_is_on_all_its_disks_and_holds_them_unmounted(disks: Disks) -> None:
     disks.add("/sys/devices/virtual/block/md127", "9:127", (f"{SDA}/sda1", SDB), md__level="raid1")
     assert disks.uses() == {
-        SDA: (HostUse("storage-stack", "RAID md127 on /dev/sda1"),),
-        SDB: (HostUse("storage-stack", "RAID md127 on /dev/sdb"),),
+        SDA: (host_use("storage-stack", volumes=("RAID md127 on /dev/sda1",)),),
+        SDB: (host_use("storage-stack", volumes=("RAID md127 on /dev/sdb",)),),
     }
 
 
@@ -183,15 +185,15 @@ def test_a_partition_of_a_raid(disks: Disks) -> None:
     disks.add("/sys/devices/virtual/block/md0", "9:0", (SDB,), md__level="raid1")
     disks.add("/sys/devices/virtual/block/md0/md0p1", "259:0", partition="1")
     disks.mount("259:0", "/srv")
-    assert disks.uses()[SDB][0] == HostUse("mount", "/srv on /dev/md0p1 on /dev/sdb")
+    assert disks.uses()[SDB][0] == mounted("/srv", "/dev/md0p1 on /dev/sdb")
 
 
 def test_multipath(disks: Disks) -> None:
     disks.mapped(0, "mpatha", "mpath-3600", SDA, SDB)
     disks.mount("253:0", "/data")
-    assert {path: found[0].detail for path, found in disks.uses().items()} == {
-        SDA: "/data on multipath mpatha on /dev/sda",
-        SDB: "/data on multipath mpatha on /dev/sdb",
+    assert {path: found[0] for path, found in disks.uses().items()} == {
+        SDA: mounted("/data", "multipath mpatha on /dev/sda"),
+        SDB: mounted("/data", "multipath mpatha on /dev/sdb"),
     }
 
 
@@ -199,7 +201,7 @@ def test_a_loop_is_on_what_its_file_is_on(disks: Disks) -> None:
     disks.add("/sys/devices/virtual/block/loop0", "7:0", loop__backing_file="/home/image")
     disks.mount("8:16", "/home")
     disks.mount("7:0", "/mnt")
-    assert HostUse("mount", "/mnt on loop file /home/image on /dev/sdb") in disks.uses()[SDB]
+    assert mounted("/mnt", "loop file /home/image on /dev/sdb") in disks.uses()[SDB]
 
 
 def test_a_loop_in_a_loop_ends(disks: Disks) -> None:
@@ -216,16 +218,16 @@ def test_an_nvme_head_is_on_its_controllers(disks: Disks) -> None:
     disks.add(f"{subsystem}/nvme0n1/nvme0n1p1", "259:1", partition="1")
     disks.link(f"{subsystem}/nvme0", controller)
     disks.mount("259:1", "/")
-    assert disks.uses() == {controller: (HostUse("mount", "/ on /dev/nvme0n1p1", True),)}
+    assert disks.uses() == {controller: (mounted("/", "/dev/nvme0n1p1", system=True),)}
 
 
 def test_btrfs_is_on_all_its_devices(disks: Disks) -> None:
     for name, place in (("sda2", f"{SDA}/sda2"), ("sdb", SDB)):
         disks.link(f"/sys/fs/btrfs/1234/devices/{name}", place)
     disks.mount("0:40", "/", "/@", "btrfs", "/dev/sda2")
-    assert {path: found[0].detail for path, found in disks.uses().items()} == {
-        SDA: "/ on /dev/sda2",
-        SDB: "/ on /dev/sdb",
+    assert {path: found[0] for path, found in disks.uses().items()} == {
+        SDA: mounted("/", "/dev/sda2", system=True),
+        SDB: mounted("/", "/dev/sdb", system=True),
     }
 
 
@@ -257,16 +259,16 @@ def test_a_zfs_pool_is_on_its_members_and_holds_them_unmounted(disks: Disks) -> 
     }
     assert disks.uses() == {}
     disks.pools = ["tank", "other"]
-    assert disks.uses()[SDB] == (HostUse("storage-stack", "ZFS pool tank on /dev/sdb"),)
+    assert disks.uses()[SDB] == (host_use("storage-stack", volumes=("ZFS pool tank on /dev/sdb",)),)
     disks.mount("0:50", "/srv", "/", "zfs", "tank/srv")
-    assert disks.uses()[SDA][0] == HostUse("mount", "/srv on ZFS pool tank on /dev/sda1")
+    assert disks.uses()[SDA][0] == mounted("/srv", "ZFS pool tank on /dev/sda1")
     assert disks.storage().nodes()["/dev/zvol/tank/vm/disk"] == (SDA, SDB)
 
 
 def test_a_file_system_without_a_number_on_a_mapped_device(disks: Disks) -> None:
     disks.mapped(3, "vg-data", "LVM-1", SDB)
     disks.mount("0:41", "/data", kind="btrfs", source="/dev/mapper/vg-data")
-    assert disks.uses()[SDB][0] == HostUse("mount", "/data on LVM volume vg-data on /dev/sdb")
+    assert disks.uses()[SDB][0] == mounted("/data", "LVM volume vg-data on /dev/sdb")
 
 
 @pytest.mark.parametrize("source", ["sda1", "/dev/sda1", "/dev/sda1:/dev/sdb", "/dev/mapper/vg-data", "/dev/loop0"])
@@ -285,21 +287,24 @@ def test_what_a_file_system_says_that_it_is_from_leads_nowhere(disks: Disks, kin
 
 def test_a_fuse_file_system_on_a_block_device_is_told_by_its_number(disks: Disks) -> None:
     disks.mount("8:16", "/media/me", kind="fuseblk", source="/dev/sda1")
-    assert disks.uses() == {SDB: (HostUse("mount", "/media/me on /dev/sdb"),)}
+    assert disks.uses() == {SDB: (mounted("/media/me", "/dev/sdb"),)}
 
 
 def test_a_source_that_is_no_device_of_a_file_system_that_names_its_own(disks: Disks) -> None:
     disks.mount("0:40", "/data", kind="btrfs", source="/dev/not-here")
     disks.mount("0:41", "/more", kind="bcachefs", source="/etc/passwd:/dev/sdb:/dev/../sda")
-    assert disks.uses() == {SDB: (HostUse("mount", "/more on /dev/sdb"),)}
+    assert disks.uses() == {SDB: (mounted("/more", "/dev/sdb"),)}
 
 
 def test_swap_partitions_and_files(disks: Disks) -> None:
     disks.swaps = [("/dev/sda1", False), ("/home/swap", True), ("/dev/zram0", False)]
     disks.mount("8:16", "/home")
     assert disks.uses() == {
-        SDA: (HostUse("swap", "swap on /dev/sda1", True),),
-        SDB: (HostUse("mount", "/home on /dev/sdb"), HostUse("swap", "swap file /home/swap on /dev/sdb", True)),
+        SDA: (host_use("swap", system=True, volumes=("/dev/sda1",)),),
+        SDB: (
+            mounted("/home", "/dev/sdb"),
+            host_use("swap", system=True, volumes=("/dev/sdb",), paths=("/home/swap",)),
+        ),
     }
 
 
@@ -307,11 +312,11 @@ def test_the_daemons_own_state_is_the_systems(disks: Disks) -> None:
     disks.mount("8:2", "/")
     disks.mount("8:16", "/srv")
     assert disks.uses("/srv/hostpassd")[SDB] == (
-        HostUse("mount", "/srv on /dev/sdb"),
-        HostUse("mount", "/srv/hostpassd on /dev/sdb", True),
+        mounted("/srv", "/dev/sdb"),
+        host_use("state", system=True, volumes=("/dev/sdb",), paths=("/srv/hostpassd",)),
     )
 
 
 def test_what_a_mount_point_is_called_cannot_harm(disks: Disks) -> None:
     disks.mount("8:1", "/mnt/\x1b[31m\n\udcff")
-    assert disks.uses()[SDA][0].detail == "/mnt/[31m on /dev/sda1"
+    assert disks.uses()[SDA][0] == mounted("/mnt/[31m", "/dev/sda1")

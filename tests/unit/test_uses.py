@@ -14,7 +14,7 @@ from hostpassd.host import uses
 from hostpassd.host.reading import Files, Sysfs
 from hostpassd.host.storage import BlockNode
 from hostpassd.host.uses import HostUses
-from hostpassd.model.events import Event, HostUse, HostUsesRead
+from hostpassd.model.events import Event, HostUsesRead, host_use
 from tests.unit.test_storage import Disks
 
 
@@ -56,14 +56,20 @@ class Readings:
         assert blocks == self.blocks and blocks is not self.blocks
         assert nics == self.nics and nics is not self.nics
         self.count += 1
-        found = {"/sys/a": (HostUse("mount", str(self.count)),), "/sys/b": (HostUse("swap", ""),), "/sys/c": ()}
+        found = {
+            "/sys/a": (host_use("mount", mount_points=(str(self.count),)),),
+            "/sys/b": (host_use("swap"),),
+            "/sys/c": (),
+        }
         return uses.Reading(found, {"/dev/x": ("/sys/a", "/sys/b"), "/dev/y": ("/sys/c",)}, self.whole)
 
 
 async def test_readings_are_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = Readings(monkeypatch)
     event = await readings.uses.read_now()
-    assert event == HostUsesRead({"a": (HostUse("mount", "1"), HostUse("swap", ""))}, {"/dev/x": ("a",), "/dev/y": ()})
+    assert event == HostUsesRead(
+        {"a": (host_use("mount", mount_points=("1",)), host_use("swap"))}, {"/dev/x": ("a",), "/dev/y": ()}
+    )
     assert readings.events == [event]
 
 

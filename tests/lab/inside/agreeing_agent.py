@@ -46,8 +46,8 @@ async def user(machine: str, device: str) -> None:
     body = [["unix-process", process], "C", "/lab/Agent"]
     await bus.call(Message(**AUTHORITY, member="RegisterAuthenticationAgent", signature="(sa{sv})ss", body=body))
     assign = Message(
-        "org.hostpassd1", "/org/hostpassd1/manager", "org.hostpassd1.Manager", "Assign", signature="ssa{sv}",
-        body=[machine, device, {"timeout": Variant("u", 250)}], flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION,
+        "org.hostpassd1", "/org/hostpassd1/manager", "org.hostpassd1.Manager", "Assign", signature="sasa{sv}",
+        body=[machine, [device], {"timeout": Variant("u", 250)}], flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION,
     )  # fmt: skip
     call = asyncio.ensure_future(bus.call(assign))
     reader = asyncio.StreamReader()
