@@ -256,10 +256,13 @@ def _owner_of_range(uid: int) -> str:
 
 def _together(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The details of one prompt for several devices: of each, what the devices have, in their order."""
-    return {
+    if len(rows) == 1:
+        return dict(rows[0])
+    joined = {
         key: ("; " if key == "device.label" else " ").join(dict.fromkeys(row[key] for row in rows if row[key]))
         for key in rows[0]
     }
+    return {key: _within(text, DETAIL_LIMIT) for key, text in joined.items()}
 
 
 def _shown(key: str, text: str) -> str:
@@ -270,7 +273,11 @@ def _shown(key: str, text: str) -> str:
     """
     limit = CLAIM_LIMIT if key in CLAIMS else DETAIL_LIMIT
     fit = "".join(char if _is_harmless(char) else "\N{REPLACEMENT CHARACTER}" for char in text[:limit])
-    return fit if len(text) <= limit else fit[:-1] + "\N{HORIZONTAL ELLIPSIS}"
+    return _within(fit if len(text) <= limit else fit + " ", limit)
+
+
+def _within(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _is_harmless(char: str) -> bool:

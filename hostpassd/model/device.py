@@ -237,6 +237,14 @@ class Device:
             yield from facts.lookup_keys()
         yield from (("node", node) for node in self.device_nodes)
 
+    def said(self) -> Iterator[Key]:
+        """What it says of itself, and can be looked for by."""
+        if self.ids:
+            yield ("ids", *self.ids)
+        if self.serial:
+            yield ("serial", self.serial)
+        yield from (("mac", facts.mac_address.lower()) for facts in self.facts if isinstance(facts, Net))
+
     @property
     def keyboard_of(self) -> str:
         """The seat whose keyboard it is, '' if it is none."""

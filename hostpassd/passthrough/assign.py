@@ -17,6 +17,7 @@ from hostpassd.passthrough.cards import card_places, functions_beside
 from hostpassd.passthrough.plan import (
     DETACHABLE_KINDS,
     asked_devices,
+    check_apart,
     check_instance,
     check_reachable,
     hold_of,
@@ -46,32 +47,34 @@ class Assign(Request):
         check_reachable(machine)
         check_instance(asked, self.options)
         live, config = _halves(machine, self.options)
-        devices = _moving(state, asked)
+        lacked = [d for d in asked if _lacks(state, machine, d, live=live, config=config)]
+        if not lacked:
+            names = ", ".join(d.name for d in asked)
+            raise errors.AlreadyAssigned(f"{machine.name} already has {names}: there is nothing to do.")
+        devices = _moving(state, lacked)
+        check_apart(state, lacked, devices)
         plan = Plan(
             self,
             machine.key,
-            tuple(d.name for d in asked),
+            tuple(d.name for d in lacked),
             tuple(d.name for d in devices),
             tuple(d.instance for d in devices),
             (),
             locks_of(state, devices),
-            blockers_for(state, asked, machine),
+            blockers_for(state, lacked, machine),
         )
-        if any(d.kind not in ASSIGNABLE_KINDS for d in asked):
+        if any(d.kind not in ASSIGNABLE_KINDS for d in lacked):
             return plan
         _check_fits(asked, self.options)
         held = {d.name: hold_of(state, machine, d.name) for d in devices}
         to_store = [d for d in devices if config and not _half(held[d.name], live=False)]
         to_attach = [d for d in devices if live and not _half(held[d.name], live=True)]
-        if not to_store and not to_attach:
-            names = ", ".join(plan.asked)
-            raise errors.AlreadyAssigned(f"{machine.name} already has {names}: there is nothing to do.")
         return dataclasses.replace(
             plan,
-            steps=(*self._store(state, machine, asked, to_store), *self._attach(state, asked, devices, to_attach)),
+            steps=(*self._store(state, machine, lacked, to_store), *self._attach(state, lacked, devices, to_attach)),
             blockers=tuple(sorted((*plan.blockers, *_port_blockers(machine, to_attach)), key=lambda b: b.place)),
             loses=_loses(state, devices),
-            consequences=tuple(_consequences(state, asked, devices)),
+            consequences=tuple(_consequences(state, lacked, devices)),
         )
 
     def action(self, overridden: bool) -> str:
@@ -193,6 +196,12 @@ def _consequences(state: State, asked: list[Device], devices: list[Device]) -> I
         if along:
             told = tuple(shown(state.devices[name]) for name in along)
             yield fact(CONSEQUENCES["takes-along"], device.name, what=what, devices=told)
+
+
+def _lacks(state: State, machine: Machine, device: Device, *, live: bool, config: bool) -> bool:
+    """Whether MACHINE has DEVICE, or what moves with it, not in each half that is asked for."""
+    held = [hold_of(state, machine, d.name) for d in _moving(state, [device])]
+    return any((live and not _half(hold, live=True)) or (config and not _half(hold, live=False)) for hold in held)
 
 
 def _half(hold: Hold | None, *, live: bool) -> bool:

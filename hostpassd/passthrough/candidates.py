@@ -32,11 +32,16 @@ def plans(state: State, machine: Machine, names: list[str], *, everything: bool)
     for name in names:
         plan = _plan(state, machine, name)
         moving = frozenset(plan.devices if plan else ())
-        if not plan or moving in listed or (not everything and any(b.code in _UNLISTED for b in plan.blockers)):
+        if not plan or moving in listed or (not everything and _is_unlisted(plan)):
             yield None
             continue
         listed.add(moving)
         yield plan
+
+
+def _is_unlisted(plan: Plan) -> bool:
+    """Whether the device of PLAN is stopped by what it is; what stops a companion is a reason to be told."""
+    return any(b.device in plan.asked and b.code in _UNLISTED for b in plan.blockers)
 
 
 def _plan(state: State, machine: Machine, name: str) -> Plan | None:

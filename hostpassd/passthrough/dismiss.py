@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,7 @@ class Dismiss(Request):
 
     def _together(self, state: State, machine: Machine, parts: Sequence[_Part]) -> Plan:
         """Of everything that is unstored first, unplugged then, and given back to its host driver last."""
+        _check_places(parts)
         moved = {name: instance for part in parts for name, instance in part.moved.items()}
         names = in_tree_order(state, moved)
         unstore = dict.fromkeys(step for part in parts for step in part.unstore)
@@ -131,6 +133,16 @@ class Dismiss(Request):
         unplug = [Unplug(name, claim.alias, claim.id) for claim in live_claims]
         live, config = _halves_held(self.options, machine, name, live=bool(unplug), config=bool(unstore))
         return _Part((name,), {name: instance}, unstore if config else [], unplug if live else [], (name,))
+
+
+def _check_places(parts: Sequence[_Part]) -> None:
+    """Raises InvalidArgs if PARTS are about two things at one place: what is there, and what was there last."""
+    moved = {thing for part in parts for thing in part.moved.items()}
+    for name, count in Counter(name for name, _ in moved).items():
+        if count > 1:
+            raise errors.InvalidArgs(
+                f"What is at {name} and what was there last are two things: dismiss one after the other."
+            )
 
 
 def _halves_held(options: Options, machine: Machine, name: str, *, live: bool, config: bool) -> tuple[bool, bool]:

@@ -11,6 +11,7 @@ from hostpassd.model.machine import MachineKey
 from hostpassd.passthrough.request import Plan
 from hostpassd.passthrough.steps import Attach
 from hostpassd.state import State
+from hostpassd.state.eligibility import mates
 
 # An action, and what polkit, its rules and its prompts are told of one device that it is about.
 Check = tuple[str, Mapping[str, str]]
@@ -86,13 +87,22 @@ def details(state: State, plan: Plan, name: str, overridden: Sequence[Blocker]) 
         "device.product-id": ids[1],
         "device.serial": device.serial if device else "",
         "device.driver": device.driver if device else "",
-        "device.companions": " ".join(d for d in plan.devices if d != name),
+        "device.companions": " ".join(_companions(state, plan, name)),
         "machine.name": machine.name if machine else "",
         "machine.uuid": machine.uuid if machine else "",
         "machine.state": machine.state if machine else "",
         "operation": plan.operation,
         "override": " ".join(sorted({blocker.code for blocker in overridden})),
     }
+
+
+def _companions(state: State, plan: Plan, name: str) -> list[str]:
+    """Of the devices that PLAN moves, those that move because NAME does, or the other way round."""
+    if len(plan.asked) == 1:
+        return [other for other in plan.devices if other != name]
+    device = state.device(name)
+    beside = {mate.name for mate in mates(state, device)} if device else set()
+    return [other for other in plan.devices if other in beside]
 
 
 def _one_word(name: str) -> str:

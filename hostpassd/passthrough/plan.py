@@ -52,15 +52,24 @@ def check_reachable(machine: Machine) -> None:
 def asked_devices(state: State, texts: Sequence[str]) -> list[Device]:
     """The devices that an operation on TEXTS is about, each once, in tree order.
 
-    Errors: those of `find`, InvalidArgs where there is none, too many, or one that is below another.
+    Errors: those of `find`, InvalidArgs where there is none, or too many.
     """
     check_number(texts)
     found = {device.name: device for device in (one_device(state, text) for text in texts)}
-    for name in found:
-        above = next((above.name for above in state.ancestors(name) if above.name in found), "")
-        if above:
-            raise errors.InvalidArgs(f"{name} is below {above} and moves with it: name one of them.")
     return [found[name] for name in in_tree_order(state, found)]
+
+
+def check_apart(state: State, asked: Sequence[Device], moving: Sequence[Device]) -> None:
+    """Raises InvalidArgs if one of the devices ASKED for is below another of those MOVING, which takes it off the host.
+
+    What moves with it is not meant: a controller that shares a group with what it drives.
+    """
+    names = {device.name for device in moving}
+    for device in asked:
+        above = (d.name for d in state.ancestors(device.name))
+        taken = (name for name in above if name in names - set(eligibility.companions(state, device)))
+        if name := next(taken, ""):
+            raise errors.InvalidArgs(f"{device.name} is below {name} and moves with it: name one of them.")
 
 
 def check_number(texts: Sequence[str]) -> None:

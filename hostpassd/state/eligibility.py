@@ -57,8 +57,11 @@ def is_leaf(device: Device, under_usb: bool) -> bool:
 
 
 def companions(view: View, device: Device) -> tuple[str, ...]:
-    """Of an endpoint: the other members of its IOMMU group with header type 0 that a driver binds, by name."""
-    if device.pci and device.pci.header_type in (1, 2):
+    """Of an endpoint: the other members of its IOMMU group with header type 0 that a driver binds, by name.
+
+    None where one of the group can never be taken from its driver, for then nothing can move.
+    """
+    if device.pci and (device.pci.header_type in (1, 2) or any(_culprits(view, device))):
         return ()
     return tuple(sorted(d.name for d in mates(view, device) if d.pci and d.pci.header_type == 0 and d.driver))
 

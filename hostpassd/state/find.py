@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterable
 
 from hostpassd import errors
-from hostpassd.model.device import KERNEL_NAMED_KINDS, Device, Net, device_name
+from hostpassd.model.device import KERNEL_NAMED_KINDS, Device, device_name
 from hostpassd.model.machine import Machine, Missing
 from hostpassd.model.naming import NO_INTERFACE
+from hostpassd.model.order import in_tree_order
 from hostpassd.state import State
 
 # Characters. Nothing that is here has a longer name.
@@ -34,7 +35,7 @@ _INTERFACE_LIMIT = 15
 
 
 def find_devices(state: State, text: str) -> list[str]:
-    """The names of the devices that TEXT spells, sorted. Error: InvalidArgs, TEXT is too long.
+    """The names of the devices that TEXT spells, in tree order. Error: InvalidArgs, TEXT is too long.
 
     Spellings: name, path in /sys/devices, device node, PCI address, vvvv:pppp, MAC address, kernel name
     (a USB port is one), interface name, and a serial number behind "serial:".
@@ -42,19 +43,18 @@ def find_devices(state: State, text: str) -> list[str]:
     _check_length(text)
     if text.startswith(_SERIAL):
         serial = text.removeprefix(_SERIAL)
-        return sorted(device.name for device in state.devices.values() if serial and device.serial == serial)
+        return in_tree_order(state, state.saying(("serial", serial)))
     if here := state.located(text):
         return [here.name]
     if text.startswith("/"):
-        return sorted(_at_path(state, text))
+        return in_tree_order(state, _at_path(state, text))
     if text in state.devices:
         return [text]
     if ids := _IDS.fullmatch(text):
-        wanted = (int(ids[1], 16), int(ids[2], 16))
-        return sorted(device.name for device in state.devices.values() if device.ids == wanted)
+        return in_tree_order(state, state.saying(("ids", int(ids[1], 16), int(ids[2], 16))))
     if _MAC.fullmatch(text):
-        return sorted(device.name for device in _of_kinds(state, "net") if _mac(device) == text.lower())
-    return sorted(_called(state, text))
+        return in_tree_order(state, state.saying(("mac", text.lower())))
+    return in_tree_order(state, _called(state, text))
 
 
 def _check_length(text: str) -> None:
@@ -90,14 +90,6 @@ def _called(state: State, text: str) -> Iterable[str]:
 def _is_called(device: Device | None, kernel_name: str) -> bool:
     """Whether DEVICE is the kernel's KERNEL_NAME: more than one of these can come to the same name here."""
     return device is not None and device.sysfs_path.rpartition("/")[2] == kernel_name
-
-
-def _of_kinds(state: State, *kinds: str) -> Iterable[Device]:
-    return (device for device in state.devices.values() if device.kind in kinds)
-
-
-def _mac(device: Device) -> str:
-    return next((facts.mac_address.lower() for facts in device.facts if isinstance(facts, Net)), "")
 
 
 def one_device(state: State, text: str) -> Device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from hostpassd.model.category import category
 from hostpassd.model.codes import Blocker, Details
@@ -192,6 +192,10 @@ class State:
     def keyed(self, key: Key) -> list[str]:
         """The devices that KEY names; of a partition's, volume's or bridge's those behind it."""
         return self.holdings.keyed(key)
+
+    def saying(self, key: Key) -> Collection[str]:
+        """The devices that say KEY of themselves (`Device.said`)."""
+        return self.tree.said[key]
 
     def find_claim(self, machine: MachineKey, claim: Claim, *, live: bool) -> str | None:
         """The device that a machine's CLAIM means now."""

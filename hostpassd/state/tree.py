@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from hostpassd.model.device import ASSIGNABLE_KINDS, Device
+from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Key
 from hostpassd.model.naming import location
 from hostpassd.state.changes import Batches
 from hostpassd.state.multimap import Multimap
@@ -30,6 +30,7 @@ class Tree:
         self.by_path: dict[str, str] = {}
         self.by_location: dict[str, str] = {}
         self.by_parent: Multimap[str, str] = Multimap()
+        self.said: Multimap[Key, str] = Multimap()
         self.keyboards: Multimap[str, str] = Multimap()
 
     # --- reading ---
@@ -75,6 +76,7 @@ class Tree:
         self.devices[device.name] = device
         self.by_path[device.sysfs_path] = device.name
         self.by_location[location(device)] = device.name
+        self.said.put(device.name, device.said())
         self._index(device, device)
         for name in self.descendants(device.name):
             self.touch(name)
@@ -84,11 +86,13 @@ class Tree:
         self._leave_location(self.devices[device.name])
         self.devices[device.name] = device
         self.by_location[location(device)] = device.name
+        self.said.put(device.name, device.said())
 
     def unlink(self, device: Device) -> None:
         """Takes DEVICE out of how things lie; it stays among the devices until `drop` or the next `link`."""
         self.by_path.pop(device.sysfs_path, None)
         self._leave_location(device)
+        self.said.put(device.name, ())
         self._index(device, None)
 
     def drop(self, name: str) -> None:

@@ -71,8 +71,10 @@ def test_who_is_not_root_is_told_what_to_install_and_then_sees_the_same(machine:
 
 @pytest.mark.timeout(2000)
 def test_a_contributors_checks_pass(machine: Machine) -> None:
+    """All of them: with udevd, which `./dev check` does not install, none has anything missing."""
+    succeed(machine, "apt-get --quiet update && DEBIAN_FRONTEND=noninteractive apt-get install --yes udev")
     text = succeed(machine, "HOSTPASSD_FLOOD_SECONDS=1 ./dev check")  # how long floods are borne is seen on the host
-    assert re.search(r"^\d+ passed, 0 failed", text, re.MULTILINE)
+    assert re.search(r"^\d+ passed, 0 failed, 0 skipped", text, re.MULTILINE)
 
 
 def test_the_code_generators_of_qt_and_glib_take_the_interface(machine: Machine) -> None:

@@ -16,7 +16,7 @@ from hostpassd.bus.connection import Incoming, read
 from hostpassd.bus.peers import BusCallError, Match
 from hostpassd.bus.router import Batch, Call, Router
 from hostpassd.bus.spec import PEER
-from tests.bus import fakebus
+from tests.bus import fakebus, told
 from tests.bus.busd import AGENT, DRIVER, PATIENCE, Client
 from tests.bus.conftest import NewClient
 from tests.bus.fakebus import DESTINATION, INTERFACE, MEMBER, PATH, REPLY_SERIAL, STRANGER, FakeBus
@@ -138,16 +138,7 @@ async def test_a_bus_that_does_not_answer_is_told_and_is_no_fault(
         raise AssertionError("who calls is not known")
 
     monkeypatch.setattr(peers, "DRIVER_TIMEOUT", 0.01)
-    manager = {
-        "Version": "",
-        "Features": [],
-        "State": "",
-        "Problems": [],
-        "Counters": {},
-        "Hypervisors": [],
-        "Generation": 0,
-    }
-    alone.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
+    alone.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: told.manager()}}))
     alone.handle(names.MANAGER, "Rescan", rescan)
     await line.send(
         fakebus.message(fakebus.CALL, {PATH: names.MANAGER_PATH, INTERFACE: names.MANAGER, MEMBER: "Rescan"})

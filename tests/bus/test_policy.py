@@ -15,6 +15,7 @@ import pytest
 from hostpassd import errors, names
 from hostpassd.bus.router import Batch, Call, Router
 from hostpassd.bus.spec import OBJECT_MANAGER, PROPERTIES, Specification
+from tests.bus import told
 from tests.bus.busd import (
     AUTHORITY,
     DRIVER,
@@ -78,16 +79,7 @@ async def test_all_can_read_and_call(router: Router, new_client: NewClient, uid:
     async def assign(_: Call) -> Sequence[Any]:
         return [names.ROOT]
 
-    manager = {
-        "Version": "1",
-        "Features": [],
-        "State": "",
-        "Problems": [],
-        "Counters": {},
-        "Hypervisors": [],
-        "Generation": 0,
-    }
-    router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: manager}}))
+    router.publish(Batch(added={names.MANAGER_PATH: {names.MANAGER: told.manager()}}))
     router.handle(names.MANAGER, "Assign", assign)
     client = await new_client(uid)
     await client.match()

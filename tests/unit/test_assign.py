@@ -220,3 +220,22 @@ def test_a_mediated_device_that_is_no_pci_device_in_the_guest_gets_no_pci_addres
     state.apply(MachineRead(machine()))
     with pytest.raises(errors.InvalidOption, match="guest-address"):
         assign(state, crypto, Options(guest_address="0000:04:00.0"))
+
+
+def test_what_is_there_already_blocks_nothing_and_is_not_authorised_again() -> None:
+    serial = pci("0000:07:00.0", group=40, code=0x070002)
+    state = state_of(NIC, serial)
+    state.excluded_classes = ("07",)
+    held = (hostdev(serial),)
+    state.apply(MachineRead(machine(live=held, config=held)))
+    plan = assign_all(state, [serial.name, NIC.name])
+    assert plan.asked == plan.devices == (NIC.name,) and plan.blockers == ()
+
+
+def test_what_is_below_a_companion_of_another_does_not_move_with_both() -> None:
+    graphics, controller = pci("0000:08:00.0", group=41), pci("0000:08:00.2", group=41, driver="xhci_hcd")
+    stick = dataclasses.replace(usb("3-1", number=2), parent=controller.name)
+    state = state_of(graphics, controller, stick)
+    state.apply(MachineRead(machine()))
+    with pytest.raises(errors.InvalidArgs, match="is below pci_0000_08_00_2"):
+        assign_all(state, [graphics.name, stick.name], accepting("not-leaf"))

@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 
 from hostpassd import errors
-from hostpassd.model.events import DeviceGone, MachineRead
+from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
 from hostpassd.model.machine import Ports
 from hostpassd.passthrough.request import Options
 from hostpassd.passthrough.steps import Reattach, Store, Unplug, Unstore
 from hostpassd.state import State
 from tests.sim.plans import CARD, LUN, NIC, PAIR, STICK, assign, dismiss, dismiss_all, kinds, with_ports, world
-from tests.sim.world import hostdev, machine, pci, state_of
+from tests.sim.world import hostdev, machine, pci, state_of, usb
 
 
 def test_dismiss_takes_the_stored_half_first_then_all_of_the_group_then_gives_back() -> None:
@@ -117,3 +117,17 @@ def test_the_instance_is_of_one_device_only() -> None:
     state = world(machine(live=(hostdev(STICK), hostdev(NIC))))
     with pytest.raises(errors.InvalidOption):
         dismiss_all(state, [STICK.name, NIC.name], Options(instance=1))
+
+
+def test_what_is_at_a_place_and_what_was_there_last_are_not_dismissed_at_once() -> None:
+    first = usb("1-1", number=3, product=7)
+    state = state_of(first)
+    state.apply(MachineRead(machine(config=(hostdev(first, config=True),))))
+    state.apply(DeviceGone(first.sysfs_path))
+    state.apply(DeviceSeen(STICK))
+    [row] = state.missing[machine().uuid]
+    state.apply(MachineRead(dataclasses.replace(state.machines[machine().uuid], live=(hostdev(STICK),))))
+    for texts in ([STICK.name, row.id], [row.id, STICK.name]):
+        with pytest.raises(errors.InvalidArgs, match="two things"):
+            dismiss_all(state, texts)
+    assert dismiss_all(state, [row.id]).steps and dismiss_all(state, [STICK.name]).steps

@@ -258,3 +258,11 @@ def test_the_configuration_keeps_a_device_for_the_host() -> None:
     for device in (PORT, NIC):
         state.apply(DeviceSeen(device))
     assert codes(state, NIC) == {("host-system", "never")}
+
+
+def test_nothing_moves_along_where_one_of_the_group_stays_with_the_host() -> None:
+    one, other = pci("0000:00:1f.2", group=7), pci("0000:00:1f.4", group=7, driver="snd")
+    assert companions(state_of(one, other), one) == (other.name,)
+    isa = pci("0000:00:1f.0", group=7, driver="lpc_ich", code=0x060100)
+    state = state_of(one, other, isa)
+    assert companions(state, one) == () and [b.code for b in blockers(state, one)] == ["group-not-viable"]

@@ -14,6 +14,7 @@ from hostpassd.model.device import Device, Net, device_name
 from hostpassd.model.events import DeviceGone, DeviceSeen, MachineRead
 from hostpassd.model.machine import Claim
 from hostpassd.model.naming import location
+from hostpassd.model.order import in_tree_order
 from hostpassd.state import State, find
 from tests.sim.world import OTHER, UUID, block, hostdev, machine, mdev, net, pci, scsi, state_of, usb
 
@@ -70,7 +71,7 @@ NOTHING = ("", "serial:", "serial:same", "SAME", "stick SAME", "/", "/sys", "/de
 @pytest.mark.parametrize(("text", "found"), SPELT.items())
 def test_every_spelling_finds_what_it_says(text: str, found: list[Device]) -> None:
     state = state_of(*TRUTH, CARD, SOUND, STICK_FACE)
-    assert find.find_devices(state, text) == sorted(device.name for device in found)
+    assert find.find_devices(state, text) == in_tree_order(state, (device.name for device in found))
 
 
 @pytest.mark.parametrize("text", NOTHING)
@@ -228,3 +229,15 @@ def test_a_location_finds_exactly_that_node() -> None:
     state.apply(DeviceGone(INTERFACE.sysfs_path))
     state.apply(DeviceSeen(dataclasses.replace(renamed, name="net_lan0", sysfs_path=f"{NIC.sysfs_path}/lan0")))
     assert find.find_devices(state, "enp1s0") == [] and find.find_devices(state, "lan0") == ["net_lan0"]
+
+
+def test_what_a_text_spells_is_in_tree_order_and_forgotten_with_the_device() -> None:
+    sticks = [usb(f"1-{port}", number=port, serial="SAME") for port in (10, 2)]
+    state = state_of(*sticks)
+    for text in ("46f4:0001", "serial:SAME"):
+        assert find.find_devices(state, text) == ["usb_1_2", "usb_1_10"]
+    state.apply(DeviceSeen(dataclasses.replace(sticks[0], serial="OTHER")))
+    assert find.find_devices(state, "serial:SAME") == ["usb_1_2"]
+    state.apply(DeviceGone(sticks[1].sysfs_path))
+    assert find.find_devices(state, "serial:SAME") == []
+    assert find.find_devices(state, "46f4:0001") == ["usb_1_10"]

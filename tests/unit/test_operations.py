@@ -373,6 +373,18 @@ async def _nobody(checks: Sequence[Check]) -> None:
     pytest.fail("nobody is to be asked")
 
 
+async def test_of_several_devices_each_has_its_own_companions(house: House) -> None:
+    request = Assign(UUID, (STICK.name, PAIR[0].name), Options(timeout=5), CALLER)
+    asked: dict[str, str] = {}
+
+    async def authorise(checks: Sequence[Check]) -> None:
+        asked.update((row["device.name"], row["device.companions"]) for _, row in checks)
+
+    job = await house.daemon.operations.start(request, authorise)
+    await job.ended.wait()
+    assert asked == {STICK.name: "", PAIR[0].name: PAIR[1].name, PAIR[1].name: PAIR[0].name}
+
+
 async def test_what_machines_are_called_is_shown_clean(house: House) -> None:
     put(house, machine("a\u202eb\x9b2Jc\n", running=False))
     request = Assign(UUID, (STICK.name,), Options(live=True), CALLER)

@@ -1,0 +1,43 @@
+"""Which devices a machine could be given, and which are not listed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hostpassd.model.device import Device
+from hostpassd.model.events import MachineRead
+from hostpassd.passthrough.candidates import plans, subjects
+from hostpassd.state import State
+from tests.sim.plans import NIC, PAIR, PORT, STICK, world
+from tests.sim.world import hostdev, machine, pci, state_of, usb
+
+
+def listed(state: State, *, everything: bool = False) -> dict[tuple[str, ...], list[str]]:
+    """The codes of what blocks each set that moves together."""
+    [here] = state.machines.values()
+    found = [plan for plan in plans(state, here, subjects(state), everything=everything) if plan]
+    return {plan.devices: [b.code for b in plan.blockers] for plan in found}
+
+
+def names(*devices: Device) -> tuple[str, ...]:
+    return tuple(device.name for device in devices)
+
+
+def test_each_set_that_moves_together_is_listed_once_and_what_is_there_is_not() -> None:
+    held = (hostdev(STICK),)
+    rows = listed(world(machine(live=held, config=held)))
+    assert rows[names(*PAIR)] == rows[names(NIC)] == [] and names(STICK) not in rows
+    assert names(STICK) in listed(world(machine(live=held)))  # there is a half to be added
+
+
+def test_a_bridge_is_listed_only_where_everything_is() -> None:
+    state = world(machine())
+    assert names(PORT) not in listed(state) and listed(state, everything=True)[names(PORT)] == ["bridge"]
+
+
+def test_what_is_plugged_into_a_companion_is_a_reason_and_hides_nothing() -> None:
+    graphics, controller = pci("0000:08:00.0", group=41), pci("0000:08:00.2", group=41, driver="xhci_hcd")
+    stick = dataclasses.replace(usb("3-1", number=2), parent=controller.name)
+    state = state_of(graphics, controller, stick)
+    state.apply(MachineRead(machine()))
+    assert listed(state) == {names(graphics, controller): ["not-leaf"], names(stick): []}
