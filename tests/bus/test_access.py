@@ -306,6 +306,22 @@ async def test_a_prompt_that_nobody_answers_ends(
     assert cancelled.body == [cookie] and not access.prompts
 
 
+async def test_what_one_prompt_says_of_many_devices_is_bounded(
+    checks: Checks, several: list[Check], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Mapping[str, str]] = []
+
+    async def ask(_: Access, call: Call, action: str, details: Mapping[str, str], *, interactive: bool) -> Any:
+        told.extend([details] if interactive else [])
+        return interactive, True, {}
+
+    monkeypatch.setattr(Access, "ask", ask)
+    several += [device(1, **{"device.companions": f"pci_{number}_" * 100}) for number in range(64)]
+    assert await asyncio.wait_for(dismiss(client), PATIENCE) == ["/ok"]
+    [details] = told
+    assert max(map(len, details.values())) == len(details["device.companions"]) == access_module.DETAIL_LIMIT
+
+
 async def test_several_devices_are_asked_for_in_one_prompt(
     checks: Checks, several: list[Check], polkit: Polkit, client: Client, agent: Client
 ) -> None:
