@@ -45,26 +45,42 @@ def test_virsh_attach_and_detach_are_seen_without_asking(
     assert front.holds(name) == []
 
 
-def test_plug_and_unplug_fold_to_the_truth(host: Host, front: Front, recording: Recording) -> None:
+@pytest.fixture
+def spare(host: Host) -> Iterator[Callable[[bool], None]]:
+    """Plugs a second stick into one port, or unplugs it. It is STICK's twin, so it never stays behind."""
+    here = "lsblk -dnro SERIAL | grep -q SPARE-0001"
+    plugged = False
+
+    def put(there: bool) -> None:
+        nonlocal plugged
+        if there:
+            host.plug_usb_storage("spare", "SPARE-0001", port="4")
+        else:
+            host.unplug("spare")
+        plugged = there
+        host.wait_for(here if there else f"! {here}")
+
+    yield put
+    if plugged:
+        put(False)
+
+
+def test_plug_and_unplug_fold_to_the_truth(front: Front, recording: Recording, spare: Callable[[bool], None]) -> None:
     front.sync()
     first = front.objects()
-    host.plug_usb_storage("spare", "SPARE-0001")
-    host.wait_for("lsblk -dnro SERIAL | grep -q SPARE-0001")
+    spare(True)
     front.sync()
-    [stick] = front.manager("FindDevices", "s", "serial:SPARE-0001")[0][:1]
+    stick, *_ = front.manager("FindDevices", "s", "serial:SPARE-0001")[0]
     there = front.objects()
-    assert stick in there
+    assert stick == DEVICES + "usb_2_4" and stick in there
     instance = there[stick]["org.hostpassd1.Device"]["Instance"]
-    host.unplug("spare")
-    host.wait_for("! lsblk -dnro SERIAL | grep -q SPARE-0001")
+    spare(False)
     front.sync()
     assert stick not in front.objects()
-    host.plug_usb_storage("spare", "SPARE-0001")
-    host.wait_for("lsblk -dnro SERIAL | grep -q SPARE-0001")
+    spare(True)
     front.sync()
     assert front.objects()[stick]["org.hostpassd1.Device"]["Instance"] > instance
-    host.unplug("spare")
-    host.wait_for("! lsblk -dnro SERIAL | grep -q SPARE-0001")
+    spare(False)
     generation = front.sync()
     folded = fold(first, recording.until_generation(generation))
     assert _lasting(folded) == _lasting(front.objects())
