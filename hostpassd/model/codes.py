@@ -24,6 +24,7 @@ Details = tuple[tuple[str, Detail], ...]
 KEYS: Mapping[str, str] = {
     "addresses": "as",  # with their prefix lengths: 192.0.2.7/24
     "class": "s",  # of a PCI function: 0c05
+    "controller": "s",  # of a machine, by libvirt's model: pcie-root-port
     "devices": "as",  # for people: Label (Location)
     "driver": "s",  # of the kernel
     "error": "s",  # whoever failed said so
@@ -38,7 +39,6 @@ KEYS: Mapping[str, str] = {
     "machine-name": "s",
     "members": "as",  # of the IOMMU group, with their drivers: 0000:00:1f.0 (lpc_ich)
     "mount-points": "as",
-    "needs": "s",  # what a machine lacks
     "owner": "s",  # the device to name instead
     "paths": "as",  # of files and folders on a device
     "places": "i",  # free ones
@@ -96,7 +96,8 @@ BLOCKERS = _table(
     Code(
         "held-live",
         NEVER,
-        "The running machine {machine-name} has {what}: dismiss it there first.",
+        "The running machine {machine-name} has {what}[, by its virtual functions {functions}]: dismiss it there "
+        "first.",
         "A running machine has the device, a companion, a virtual function of it, or something below it.",
     ),
     Code(
@@ -177,7 +178,8 @@ BLOCKERS = _table(
     Code(
         "no-free-port",
         OVERRIDE,
-        "{machine-name} has {places} free places for {devices}: give it {needs} for each and start it again.",
+        "{machine-name} has {places} free places for {devices}: give it an empty {controller} for each and start it "
+        "again.",
         "Only in a plan: the running machine has no place for one more PCI device.",
     ),
     Code(

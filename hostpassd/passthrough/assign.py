@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
-from hostpassd.model.codes import CONSEQUENCES, Blocker, Fact, blocker, fact
+from hostpassd.model.codes import CONSEQUENCES, Blocker, Detail, Fact, blocker, fact
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Mdev
 from hostpassd.model.drivers import VFIO_PCI
 from hostpassd.model.machine import Hold, Machine
@@ -162,15 +162,15 @@ def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
 
 def _port_blockers(machine: Machine, to_attach: list[Device]) -> Iterable[Blocker]:
     """Whether the running machine has a free place for each PCI device: libvirt's own refusal is cryptic."""
-    for express, free, what in (
-        (True, len(machine.ports.express), "an empty pcie-root-port"),
-        (False, len(machine.ports.conventional), "a pcie-to-pci-bridge with a free slot"),
+    for express, free, model in (
+        (True, len(machine.ports.express), "pcie-root-port"),
+        (False, len(machine.ports.conventional), "pcie-to-pci-bridge"),
     ):
         needed = [d for d in to_attach if d.pci and d.pci.express is express]
         if len(needed) > free:
             names = tuple(shown(d) for d in needed)
-            told = machine.shown_name
-            yield blocker("no-free-port", needed[0].name, machine_name=told, devices=names, places=free, needs=what)
+            details: dict[str, Detail] = {"devices": names, "places": free, "controller": model}
+            yield blocker("no-free-port", needed[0].name, machine_name=machine.shown_name, **details)
 
 
 # The kinds of node that are what a device does for the host.

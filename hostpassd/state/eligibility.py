@@ -173,11 +173,14 @@ def _details_of(code: str, uses: list[HostUse]) -> dict[str, Detail]:
 
 
 def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
-    """Of holds on DEVICE, and of live ones on its virtual functions, which go with it."""
-    for name in sorted(view.virtual_functions(device.name)):
+    """Of holds on DEVICE, and of live ones on its virtual functions, which go with it: one row for each machine."""
+    functions: dict[str, set[str]] = {}
+    for name in view.virtual_functions(device.name):
         for hold in view.holds_on(name):
             if hold.live:
-                yield _hold_blocker(view, "held-live", device, hold, f"{name}, a virtual function of {shown(device)}")
+                functions.setdefault(hold.machine, set()).add(name)
+    for machine, names in functions.items():
+        yield _hold_blocker(view, "held-live", device, machine, tuple(sorted(names)))
     for hold in view.holds_on(device.name):
         yield from hold_blockers(view, device, hold)
 
@@ -185,11 +188,11 @@ def _hold_blockers(view: View, device: Device) -> Iterable[Blocker]:
 def hold_blockers(view: View, device: Device, hold: Hold) -> Iterable[Blocker]:
     """Of one HOLD on DEVICE itself."""
     if hold.live:
-        yield _hold_blocker(view, "held-live", device, hold, shown(device))
+        yield _hold_blocker(view, "held-live", device, hold.machine)
     if hold.config:
-        yield _hold_blocker(view, "held-config", device, hold, shown(device))
+        yield _hold_blocker(view, "held-config", device, hold.machine)
 
 
-def _hold_blocker(view: View, code: str, device: Device, hold: Hold, what: str) -> Blocker:
-    name = view.machine_name(hold.machine)
-    return blocker(code, device.name, what=what, machine=hold.machine, machine_name=name)
+def _hold_blocker(view: View, code: str, device: Device, machine: str, functions: tuple[str, ...] = ()) -> Blocker:
+    name = view.machine_name(machine)
+    return blocker(code, device.name, what=shown(device), machine=machine, machine_name=name, functions=functions)

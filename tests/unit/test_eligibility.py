@@ -243,12 +243,15 @@ def test_virtual_functions_stand_on_their_own_and_block_their_physical_one() -> 
     assert codes(state, physical) == {("has-virtual-functions", "override")}
 
 
-def test_a_virtual_function_in_a_running_machine_keeps_its_physical_one() -> None:
+def test_virtual_functions_in_a_running_machine_keep_their_physical_one_with_one_row() -> None:
     physical = pci("0000:06:00.0", group=10)
     virtual = pci("0000:06:10.0", group=11, physical=physical)
-    state = state_of(physical, virtual)
-    [batch] = state.apply(MachineRead(machine(live=(hostdev(virtual),))))
-    assert ("held-live", "never") in codes(state, physical) and ("device", physical.name) in batch.changed
+    second = pci("0000:06:10.1", group=12, physical=physical)
+    state = state_of(physical, virtual, second)
+    [batch] = state.apply(MachineRead(machine(live=(hostdev(virtual), hostdev(second)))))
+    [held] = [row for row in blockers(state, physical) if row.code == "held-live"]
+    assert dict(held.details)["functions"] == (virtual.name, second.name) and ("device", physical.name) in batch.changed
+    assert dict(held.details)["what"] == shown(physical)
     state.apply(MachineRead(machine(config=(hostdev(virtual),))))
     assert codes(state, physical) == {("has-virtual-functions", "override")}
 
