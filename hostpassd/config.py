@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from hostpassd.state.eligibility import EXCLUDED_CLASSES
 
 DEFAULT_PATH = Path("/etc/hostpassd/hostpassd.toml")
+ROM_FOLDER = "/usr/share"  # what is below it is root's, on every host
 
 
 class ConfigError(Exception):
@@ -25,6 +27,7 @@ class Config:
     excluded_classes: tuple[str, ...] = EXCLUDED_CLASSES  # PCI base classes (07) or class and subclass (0c05)
     never: frozenset[str] = frozenset()  # device names never to be given away
     timeout: int = 20  # seconds, of a job whose caller names none
+    rom_folders: tuple[str, ...] = (ROM_FOLDER,)  # below which the files of the option rom-file are
 
 
 def load(path: Path) -> Config:
@@ -53,6 +56,7 @@ def _read(table: dict[str, Any]) -> Config:
         "excluded-classes": lambda v: tuple(_class_code(c) for c in _strings("excluded-classes", v)),
         "never": lambda v: frozenset(_device_name(name) for name in _strings("never", v)),
         "timeout": _timeout,
+        "rom-folders": _rom_folders,
     }
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -87,6 +91,16 @@ def _class_code(code: str) -> str:
             f'excluded-classes holds {code!r}: a PCI class is two or four hexadecimal digits, "07" or "0c05"'
         )
     return code.lower()
+
+
+def _rom_folders(value: object) -> tuple[str, ...]:
+    return (ROM_FOLDER, *map(_folder, _strings("rom-folders", value)))
+
+
+def _folder(path: str) -> str:
+    if not re.fullmatch(r"(/[^/\0]+)+", path) or os.path.normpath(path) != path:
+        raise ValueError(f'rom-folders holds {path!r}: it wants whole paths of folders, "/srv/roms"')
+    return path
 
 
 def _timeout(value: object) -> int:

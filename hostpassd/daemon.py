@@ -53,8 +53,17 @@ class Daemon:
         # is still at work.
         self._listeners = (self.counters, self.publisher, self.executor, self.operations, self._audit)
         access = Access(self.router, ends.inlet.emit, log=logging.getLogger("hostpassd.access"))
-        options = Options(timeout=config.timeout)
-        ManagerMethods(self.state, self.router, access, self.operations, self.publisher, sync, ends.inlet.emit, options)
+        ManagerMethods(
+            self.state,
+            self.router,
+            access,
+            self.operations,
+            self.publisher,
+            sync,
+            ends.inlet.emit,
+            Options(timeout=config.timeout),
+            config.rom_folders,
+        )
         self._tasks = Tasks()  # what nothing works without: if one fails, the daemon ends, to be started afresh
         self._told = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -13,10 +13,28 @@ from hostpassd.model.codes import BLOCKERS, OVERRIDABLE
 from hostpassd.passthrough.request import Options
 
 DISMISS = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b", "plan": "s"}
-ASSIGN = {**DISMISS, "guest-address": "s", "rom-bar": "b", "override": "as"}
+ASSIGN = {
+    **DISMISS,
+    "startup-policy": "s",
+    "driver": "s",
+    "rom-bar": "b",
+    "rom-file": "s",
+    "boot-order": "u",
+    "guest-address": "s",
+    "override": "as",
+}
 LIST_CANDIDATES = {"all": "b"}
 
-_GUEST_ADDRESS = re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]")
+# The texts that can be told by their looks, and what each is.
+_TEXTS = {
+    "guest_address": (
+        re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]"),
+        "a PCI address such as 0000:04:00.0",
+    ),
+    "startup_policy": (re.compile("mandatory|requisite|optional"), "mandatory, requisite or optional"),
+    "rom_file": (re.compile("/.+", re.DOTALL), "the whole path of a file"),
+    "driver": (re.compile(r"[A-Za-z0-9_-]{1,64}"), "the name of a driver of the kernel, such as mlx5_vfio_pci"),
+}
 
 # An hour: longer, nobody is waiting any more, and the group stays locked.
 _LONGEST = 3600
@@ -49,6 +67,8 @@ def _check(values: dict[str, Any]) -> None:
         for code in sorted(values["override"] - BLOCKERS.keys()):
             known = ", ".join(sorted(OVERRIDABLE))
             raise errors.InvalidOption(f"There is no blocker {code[:40]!r}: those that can be overridden are {known}.")
-    address = values.get("guest_address")
-    if address is not None and not _GUEST_ADDRESS.fullmatch(address):
-        raise errors.InvalidOption("The option guest-address is a PCI address such as 0000:04:00.0.")
+    if values.get("boot_order") == 0:
+        raise errors.InvalidOption("The option boot-order is a place in the machine's boot order, from 1 on.")
+    for name, (pattern, words) in _TEXTS.items():
+        if name in values and not pattern.fullmatch(values[name]):
+            raise errors.InvalidOption(f"The option {name.replace('_', '-')} is {words}.")

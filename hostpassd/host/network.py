@@ -84,4 +84,4 @@ def elsewhere(sysfs: Sysfs, nics: Iterable[str]) -> Uses:
     Their folder of interfaces is there as long as they have one, and shows those of this namespace only.
     """
     hidden = [nic for nic in nics if sysfs.has(f"{nic}/net") and not sysfs.names(f"{nic}/net")]
-    return {nic: (host_use("upper-link", where="another network namespace"),) for nic in hidden}
+    return {nic: (host_use("upper-link", kinds=("netns",)),) for nic in hidden}

@@ -102,6 +102,7 @@ class Connection:
         self._warned: set[tuple[str, Fact]] = set()
         try:
             self._connection = libvirt.open(uri)
+            self.version: int = self._connection.getLibVersion()  # of the libvirt that answers: 10000000 is 10.0
         except libvirt.libvirtError as error:
             raise HypervisorUnavailable(f"libvirt at {uri} cannot be reached: {_words(error)}.") from None
         try:

@@ -7,7 +7,7 @@ import hashlib
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lxml import etree
@@ -135,6 +135,9 @@ def read_ports(xml: str) -> Ports:
     return Ports(tuple(express), tuple(place for place in slots if place not in used))
 
 
+_AS_IT_COMES = Settings()
+
+
 def hostdev_xml(
     device: Device,
     *,
@@ -143,19 +146,22 @@ def hostdev_xml(
     unique: bool,
     guest_address: str = "",
     multifunction: bool = False,
-    rom_bar: bool | None = None,
+    settings: Settings = _AS_IT_COMES,
+    rom_file: str = "",
 ) -> str:
     """The <hostdev> element that hands DEVICE to a machine.
 
     CONFIG: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
-    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. ValueError: DEVICE is of no kind that can be
-    handed over, or GUEST_ADDRESS is no PCI address.
+    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. SETTINGS: how the machine is to have it, as far as
+    that fits the device. ValueError: DEVICE is of no kind that can be handed over, or GUEST_ADDRESS is no PCI address.
     """
     facts, write = _writer(device)
     element = etree.Element("hostdev", mode="subsystem")
-    write(element, etree.SubElement(element, "source"), facts, config, unique)
-    if rom_bar is not None:
-        etree.SubElement(element, "rom", bar="on" if rom_bar else "off")
+    source = etree.SubElement(element, "source")
+    write(element, source, facts, config, unique)
+    if config and (device.usb or settings.startup_policy):
+        source.set("startupPolicy", settings.startup_policy or "optional")
+    _write_settings(element, settings, rom_file)
     if alias:
         etree.SubElement(element, "alias", name=alias)
     if guest_address:
@@ -538,8 +544,6 @@ def _write_pci(element: etree._Element, source: etree._Element, pci: Pci, config
 def _write_usb(element: etree._Element, source: etree._Element, usb: Usb, config: bool, unique: bool) -> None:
     """Live always by bus and number, too: that is this very plug-in, and libvirt checks that the rest is so."""
     element.set("type", "usb")
-    if config:
-        source.set("startupPolicy", "optional")
     named = usb.vendor_id != 0  # libvirt refuses a vendor of 0
     if named:
         etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
@@ -561,6 +565,22 @@ def _write_mdev(element: etree._Element, source: etree._Element, mdev: Mdev, con
 
 
 _WRITERS: dict[type[Facts], _Write] = {Pci: _write_pci, Usb: _write_usb, Scsi: _write_scsi, Mdev: _write_mdev}
+
+
+def _write_settings(element: etree._Element, settings: Settings, rom_file: str) -> None:
+    """What is written the same for every kind."""
+    if settings.driver:
+        etree.SubElement(element, "driver", name="vfio", model=settings.driver)
+    rom = {"bar": _words(_ON_OFF, settings.rom_bar), "file": rom_file}
+    if any(rom.values()):
+        etree.SubElement(element, "rom", {name: value for name, value in rom.items() if value})
+    if settings.boot_order:
+        etree.SubElement(element, "boot", order=str(settings.boot_order))
+
+
+def _words(words: Mapping[str, bool], value: bool | None) -> str:
+    """The word for VALUE, '' for None."""
+    return next((word for word, meaning in words.items() if meaning is value), "")
 
 
 def _write_guest_address(element: etree._Element, guest_address: str, multifunction: bool) -> None:

@@ -23,6 +23,7 @@ Details = tuple[tuple[str, Detail], ...]
 # name and a machine's UUID.
 KEYS: Mapping[str, str] = {
     "addresses": "as",  # with their prefix lengths: 192.0.2.7/24
+    "card": "s",  # a slot of the host with several functions: 0000:07:00
     "class": "s",  # of a PCI function: 0c05
     "controller": "s",  # of a machine, by libvirt's model: pcie-root-port
     "devices": "as",  # for people: Label (Location)
@@ -34,7 +35,7 @@ KEYS: Mapping[str, str] = {
     "group": "i",  # number of the IOMMU group
     "interfaces": "as",  # names of network interfaces
     "kind": "s",  # of a device
-    "kinds": "as",  # of network interfaces: bridge bond vlan macvlan
+    "kinds": "as",  # of what stands on an interface: bridge bond vlan macvlan; netns: another network namespace has it
     "machine": "o",
     "machine-name": "s",
     "members": "as",  # of the IOMMU group, with their drivers: 0000:00:1f.0 (lpc_ich)
@@ -50,7 +51,6 @@ KEYS: Mapping[str, str] = {
     "volume": "s",
     "volumes": "as",  # what lies on a device, topmost first: LVM volume vg-data on LUKS safe on /dev/sda2
     "what": "s",  # the device that the row is about, for people
-    "where": "s",  # another place, for people
 }
 
 
@@ -154,7 +154,7 @@ BLOCKERS = _table(
         "network-in-use",
         OVERRIDE,
         "The host's network uses {what}[, with the addresses {addresses}][, with the routes {routes}][, under "
-        "{interfaces}][, in {where}]: take it out of there first.",
+        "{interfaces}][ ({kinds})]: take it out of there first.",
         "An address that is not link-local, a default route, or an interface that stands on it is the host's.",
     ),
     Code(
@@ -219,7 +219,7 @@ STEPS = _table(
     Code(
         "attach",
         FACT,
-        "Attach {what} to the running machine[, at {where}].",
+        "Attach {what} to the running machine[, as a function of the card {card} on a port of its own].",
         "The device is plugged into the running machine; done means that libvirt has said so.",
     ),
     Code(
@@ -305,8 +305,8 @@ HOST_USES = _table(
     Code(
         "upper-link",
         FACT,
-        "The host's network is built on {what}[: {interfaces} ({kinds})][, with the addresses {addresses}][, with the "
-        "routes {routes}][, in {where}].",
+        "The host's network is built on {what}[: {interfaces}][ ({kinds})][, with the addresses {addresses}][, with "
+        "the routes {routes}].",
         "It is a member of a bridge or a bond, a VLAN, macvlan or ipvlan stands on it, or it is in another network "
         "namespace, where what it does cannot be seen.",
     ),

@@ -85,11 +85,12 @@ class ProblemChanged:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HypervisorChanged:
-    """A hypervisor connection came or went. `error` is '' while connected."""
+    """A hypervisor connection came or went. `error` is '' while connected; `version` is that of its libvirt."""
 
     uri: str
     connected: bool
     error: str = ""
+    version: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.codes import CONSEQUENCES, Blocker, Detail, Fact, blocker, fact
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Mdev
 from hostpassd.model.drivers import VFIO_PCI
-from hostpassd.model.machine import Hold, Machine
+from hostpassd.model.machine import Hold, Machine, Settings
 from hostpassd.model.naming import shown
 from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.cards import card_places, functions_beside
@@ -28,6 +28,8 @@ from hostpassd.passthrough.steps import Attach, Detach, Step, Store
 from hostpassd.state import State, eligibility
 from hostpassd.state.eligibility import companions, mates
 from hostpassd.state.find import one_machine
+
+_VARIANT_DRIVERS = 10_000_000  # the version of libvirt, as it counts, whose <driver> has a model
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class Assign(Request):
         )
         if any(d.kind not in ASSIGNABLE_KINDS for d in lacked):
             return plan
-        _check_fits(asked, self.options)
+        _check_fits(asked, self.options, config)
+        _check_driver(state, machine, self.options)
         held = {d.name: hold_of(state, machine, d.name) for d in devices}
         to_store = [d for d in devices if config and not _half(held[d.name], live=False)]
         to_attach = [d for d in devices if live and not _half(held[d.name], live=True)]
@@ -94,8 +97,8 @@ class Assign(Request):
             if shared and d.driver not in ("", VFIO_PCI):
                 yield Detach(d.name, d.driver)
         for d in devices:
-            of_card = len(functions_beside(d, devices)) > 1
-            yield Attach(d.name, alias_of(d), _xml(state, d, self.options, asked, "", config=False), of_card)
+            card = d.pci.address.rpartition(".")[0] if d.pci and len(functions_beside(d, devices)) > 1 else ""
+            yield Attach(d.name, alias_of(d), _xml(state, d, self.options, asked, "", config=False), card)
 
 
 def blockers_for(state: State, asked: list[Device], machine: Machine) -> tuple[Blocker, ...]:
@@ -129,21 +132,56 @@ def _moving(state: State, asked: list[Device]) -> list[Device]:
     return [state.devices[name] for name in in_tree_order(state, moving)]
 
 
-def _check_fits(asked: list[Device], options: Options) -> None:
-    """Raises InvalidOption if one of OPTIONS is not for the devices ASKED for."""
-    for device in asked:
-        if options.guest_address and not _is_pci_in_guest(device):
-            raise errors.InvalidOption(
-                f"{device.name} is {device.kind}, which gets no PCI address: leave the option guest-address out."
-            )
-        if options.rom_bar is not None and not device.pci:
-            raise errors.InvalidOption(
-                f"{device.name} is {device.kind}, which has no ROM to show: leave the option rom-bar out."
-            )
+def _check_fits(asked: list[Device], options: Options, config: bool) -> None:
+    """Raises InvalidOption if one of OPTIONS is not for the devices ASKED for, or for the halves (CONFIG)."""
+    wanted = {
+        "guest-address": bool(options.guest_address),
+        "rom-bar": options.rom_bar is not None,
+        "rom-file": bool(options.rom_file),
+        "driver": bool(options.driver),
+        "boot-order": options.boot_order is not None,
+        "startup-policy": bool(options.startup_policy),
+    }
+    for option in (name for name, is_wanted in wanted.items() if is_wanted):
+        fits, lack = _FITTING[option]
+        if unfit := next((device for device in asked if not fits(device)), None):
+            raise errors.InvalidOption(f"{unfit.name} is {unfit.kind}, which {lack}: leave the option {option} out.")
+    if options.startup_policy and not config:
+        raise errors.InvalidOption(
+            "The option startup-policy is for the stored configuration alone: leave it out, or config as it is."
+        )
+
+
+def _is_pci(device: Device) -> bool:
+    return device.pci is not None
+
+
+def _is_usb(device: Device) -> bool:
+    return device.usb is not None
 
 
 def _is_pci_in_guest(device: Device) -> bool:
-    return device.pci is not None or any(isinstance(f, Mdev) and f.api == VFIO_PCI for f in device.facts)
+    return _is_pci(device) or any(isinstance(f, Mdev) and f.api == VFIO_PCI for f in device.facts)
+
+
+# The devices that each option is for, and what the others have not.
+_FITTING: Mapping[str, tuple[Callable[[Device], bool], str]] = {
+    "guest-address": (_is_pci_in_guest, "gets no PCI address"),
+    "rom-bar": (_is_pci, "has no ROM to show"),
+    "rom-file": (_is_pci, "has no ROM to replace"),
+    "driver": (_is_pci, "has no VFIO driver of its own"),
+    "boot-order": (lambda device: device.kind != "mdev", "libvirt boots no machine from"),
+    "startup-policy": (_is_usb, "libvirt lets no machine start without"),
+}
+
+
+def _check_driver(state: State, machine: Machine, options: Options) -> None:
+    """Raises NotSupported if libvirt knows no variant drivers, and one is asked for."""
+    known = state.hypervisors.get(machine.uri)
+    if options.driver and (known is None or known.version < _VARIANT_DRIVERS):
+        raise errors.NotSupported(
+            f"libvirt at {machine.uri} is older than 10.0 and takes no variant driver: leave the option driver out."
+        )
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
@@ -218,5 +256,15 @@ def _xml(state: State, device: Device, options: Options, asked: list[Device], pl
         unique=unique,
         guest_address=place or (options.guest_address if device in asked else ""),
         multifunction=place.endswith(".0"),
-        rom_bar=options.rom_bar if device in asked else None,
+        settings=_settings(options) if device in asked else Settings(),
+        rom_file=options.rom_file if device in asked else "",
+    )
+
+
+def _settings(options: Options) -> Settings:
+    return Settings(
+        startup_policy=options.startup_policy or None,
+        driver=options.driver or None,
+        rom_bar=options.rom_bar,
+        boot_order=options.boot_order,
     )

@@ -28,7 +28,11 @@ class Options:
     timeout: int = 20  # seconds, for the whole job
     wait: bool = True
     guest_address: str = ""
+    startup_policy: str = ""
+    driver: str = ""  # a VFIO variant driver
     rom_bar: bool | None = None
+    rom_file: str = ""
+    boot_order: int | None = None
     override: frozenset[str] = frozenset()  # codes of blockers that the caller accepts
     plan: str = ""  # the token of the plan that this must still be
 

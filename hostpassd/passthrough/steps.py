@@ -266,12 +266,12 @@ class Attach(Step):
 
     alias: str
     xml: str
-    of_card: bool = False  # one of several functions of a card: libvirt takes only function 0 of a slot while it runs
+    card: str = ""  # the host's slot with it and others: libvirt takes only function 0 of a guest's slot while it runs
 
     code = "attach"
 
     def more(self) -> dict[str, str]:
-        return {"where": "a port of its own"} if self.of_card else {}
+        return {"card": self.card}
 
     async def do(self, hands: Hands) -> None:
         with hands.listening(self.alias) as answer:

@@ -48,6 +48,7 @@ class HypervisorState:
     uri: str
     connected: bool
     error: str
+    version: int = 0  # of its libvirt, as that counts: 10000000 is 10.0
     listed: bool = False  # whether it has told its machines since it was connected
 
 
@@ -240,8 +241,8 @@ class State:
                 self._listed(uri, machines)
             case ProblemChanged(code, there, details):
                 self._problem(code, details if there else None)
-            case HypervisorChanged(uri, connected, error):
-                self._hypervisor(HypervisorState(uri, connected, error))
+            case HypervisorChanged(uri, connected, error, version):
+                self._hypervisor(HypervisorState(uri, connected, error, version))
             case Releasing(key, alias, asked):
                 self.holdings.releasing(key, alias, asked=asked)
             case DeviceRemoved(key, alias):

@@ -143,6 +143,24 @@ def test_a_stopped_machine_has_it_after_its_start(host: Host, front: Front, gues
     assert front.holds(LONE) == [] and hostdevs(stopped.stored_xml()) == 0
 
 
+def test_what_the_machine_is_to_do_with_a_device_is_written_and_told(front: Front, guest: NewGuest) -> None:
+    # The other interface has a place in the boot order, too: else libvirt writes one of kinds, and takes no other.
+    stopped = guest("wishes", devices="<interface type='user'><boot order='2'/></interface>")
+    stopped.define()
+    rom = "/usr/share/misc/pci.ids"
+    front.assign("wishes", LONE, rom_bar=False, rom_file=rom, boot_order=1, driver="vfio-pci")
+    xml = stopped.stored_xml()
+    assert f"<rom bar='off' file='{rom}'/>" in xml and "<boot order='1'/>" in xml and "model='vfio-pci'" in xml
+    [[_, hold]] = front.device(LONE)["Holders"]
+    assert (hold["rom-bar"], hold["boot-order"], hold["driver"]) == (False, 1, "vfio-pci")
+    front.assign("wishes", "2-2", startup_policy="mandatory")
+    assert "startupPolicy='mandatory'" in stopped.stored_xml()
+    with pytest.raises(BusError, match=ERROR + "InvalidOption"):
+        front.assign("wishes", PAIR[0], rom_file="/usr/share/../../etc/hostname")
+    front.manager("Dismiss", "sasa{sv}", "wishes", [LONE, "2-2"], {})
+    assert hostdevs(stopped.stored_xml()) == 0
+
+
 def test_a_transient_machine_gets_the_live_half(host: Host, front: Front, guest: NewGuest) -> None:
     transient = guest("transient", persistent=False)
     transient.start()

@@ -129,11 +129,11 @@ def test_an_interface_in_another_network_namespace(host: Host, front: Front, rec
     member = interface(host, "0000:06:01.0")
     host.run(f"ip netns add away && ip link set {member} netns away")
     try:
-        told(recording, SPARE, lambda codes: "another network namespace" in codes.get("network-in-use", ""))
+        told(recording, SPARE, lambda codes: "netns" in codes.get("network-in-use", ""))
         assert front.blockers(SOUND).keys() == {"network-in-use"}  # its companion's
         host.run("systemctl restart hostpassd")
         front.sync()
-        assert "another network namespace" in front.blockers(SPARE)["network-in-use"]
+        assert "netns" in front.blockers(SPARE)["network-in-use"]
         recording.forget()
         host.run(f"ip -n away link set {member} netns 1")
         told(recording, SPARE, lambda codes: "network-in-use" not in codes)

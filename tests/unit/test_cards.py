@@ -76,6 +76,6 @@ def test_live_each_function_of_a_card_has_a_port_of_its_own_and_the_job_says_so(
     plan = assign(state, CARD[0])
     attaches = [step for step in plan.steps if isinstance(step, Attach)]
     assert len(attaches) == 3
-    assert all("<address type" not in step.xml and step.text.endswith("at a port of its own") for step in attaches)
+    assert all("<address type" not in step.xml and step.text.endswith("on a port of its own") for step in attaches)
     lone = assign(world(machine()), PAIR[0])
     assert not any("of its own" in step.text for step in lone.steps)

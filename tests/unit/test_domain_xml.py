@@ -522,7 +522,9 @@ def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
     stored = etree.fromstring(hostdev_xml(usb, alias="", config=True, unique=True))
     assert stored.find("source").get("startupPolicy") == "optional"
     assert stored.find("source/address") is None
-    live = etree.fromstring(hostdev_xml(usb, alias="", config=False, unique=True))
+    strict = Settings(startup_policy="mandatory")
+    assert only(hostdev_xml(usb, alias="", config=True, unique=True, settings=strict)).settings == strict
+    live = etree.fromstring(hostdev_xml(usb, alias="", config=False, unique=True, settings=strict))
     assert live.find("source").get("startupPolicy") is None
     assert dict(live.find("source/address").attrib) == {"bus": "1", "device": "10"}
 
@@ -535,11 +537,15 @@ def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
         unique=True,
         guest_address="0000:04:00.0",
         multifunction=True,
-        rom_bar=False,
+        settings=Settings(rom_bar=False, driver="mlx5_vfio_pci", boot_order=3),
+        rom_file="/usr/share/a&b.rom",
     )
     element = etree.fromstring(xml)
     assert element.get("managed") == "yes"
-    assert element.find("rom").get("bar") == "off"
+    assert dict(element.find("rom").attrib) == {"bar": "off", "file": "/usr/share/a&b.rom"}
+    assert dict(element.find("driver").attrib) == {"name": "vfio", "model": "mlx5_vfio_pci"}
+    told = only(xml).settings
+    assert (told.rom_bar, told.driver, told.boot_order) == (False, "mlx5_vfio_pci", 3)
     assert element.find("alias") is None
     address = {"domain": "0x0000", "bus": "0x04", "slot": "0x00", "function": "0x0", "multifunction": "on"}
     assert dict(element.find("address").attrib) == {"type": "pci", **address}

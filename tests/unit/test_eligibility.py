@@ -185,6 +185,7 @@ def test_addresses_routes_and_interfaces_are_one_row() -> None:
     assert dict(row.details) == {
         "addresses": ("192.0.2.7/24", "198.51.100.1/24"),
         "interfaces": ("tagged",),
+        "kinds": ("vlan",),
         "routes": ("default via 192.0.2.1",),
         "what": shown(interface),
     }

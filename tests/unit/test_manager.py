@@ -194,6 +194,20 @@ async def test_a_plans_authorization_is_the_worst_of_all_that_moves(
     assert [details["device.name"] for _, details in bus.asked] == [device.name for device in PAIR]
 
 
+async def test_a_path_that_a_caller_gives_is_looked_at_before_anything_is_planned(house: House, bus: Bus) -> None:
+    for member in ("Assign", "PlanAssign"):
+        for path in ("/etc/hostname", "/usr/share/../../etc/hostname"):
+            wanted = {"rom-file": Variant("s", path)}
+            with pytest.raises(errors.InvalidOption, match="below /usr/share"):
+                await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, member, "nobody", ["nothing"], wanted)
+
+
+async def test_a_rom_below_the_folder_that_every_host_has_is_taken(house: House, bus: Bus) -> None:
+    wanted = {"rom-file": Variant("s", "/usr/share/misc/pci.ids")}
+    [plan] = await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, "PlanAssign", "vm", [PAIR[0].name], wanted)
+    assert plan["possible"].value
+
+
 async def test_candidates_are_listed_by_what_moves_together_with_what_counts_for_the_machine(
     house: House, bus: Bus
 ) -> None:

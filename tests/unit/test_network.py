@@ -15,7 +15,7 @@ def test_an_interface_in_another_namespace_is_a_use_of_its_device(tmp_path: Path
     for path in (f"{nic}/net/eth0", f"{away}/net", unbound):
         (tmp_path / path.removeprefix("/")).mkdir(parents=True)
     found = elsewhere(Sysfs(str(tmp_path / "sys")), (nic, away, unbound, "/sys/devices/gone"))
-    assert found == {away: (host_use("upper-link", where="another network namespace"),)}
+    assert found == {away: (host_use("upper-link", kinds=("netns",)),)}
 
 
 def uses(network: Network, name: str) -> tuple[HostUse, ...]:

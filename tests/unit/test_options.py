@@ -21,7 +21,11 @@ VALUES: dict[str, Any] = {
     "timeout": 5,
     "wait": False,
     "guest-address": "0000:04:00.0",
+    "startup-policy": "requisite",
+    "driver": "mlx5_vfio_pci",
     "rom-bar": True,
+    "rom-file": "/usr/share/roms/x.rom",
+    "boot-order": 2,
     "override": ["mounted"],
     "plan": "0" * 32,
 }
@@ -55,6 +59,13 @@ def test_each_is_of_its_type_alone(name: str) -> None:
         ("guest-address", "04:00.0", "is a PCI address such as"),
         ("guest-address", "", "is a PCI address such as"),
         ("override", ["mounted", "nonsense"], "no blocker 'nonsense'"),
+        ("startup-policy", "always", "is mandatory, requisite or optional"),
+        ("startup-policy", "", "is mandatory, requisite or optional"),
+        ("driver", "../vfio", "is the name of a driver"),
+        ("driver", "", "is the name of a driver"),
+        ("driver", "x" * 65, "is the name of a driver"),
+        ("boot-order", 0, "from 1 on"),
+        ("rom-file", "", "is the whole path of a file"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_words(name: str, value: Any, words: str) -> None:

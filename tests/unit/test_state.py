@@ -262,7 +262,7 @@ def test_a_device_that_cannot_be_read_now_is_not_gone() -> None:
 def test_an_interface_in_another_namespace_blocks_its_device() -> None:
     card = pci("0000:01:00.0", group=1)
     state = state_of(card)
-    state.apply(HostUsesRead({card.name: (host_use("upper-link", where="another network namespace"),)}))
+    state.apply(HostUsesRead({card.name: (host_use("upper-link", kinds=("netns",)),)}))
     [blocker] = blockers(state, state.devices[card.name])
     assert (blocker.code, blocker.severity) == ("network-in-use", "override")
 
