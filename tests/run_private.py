@@ -15,25 +15,20 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from dbus_next import Message, MessageType, Variant
+from dbus_next import Message, MessageType
 from dbus_next.aio import MessageBus
 
 from tests.bus.busd import BusDidNotStart, PrivateBus, hang_up
 from tests.bus.mockhost import MockHost
+from tests.sim import demo
 
 NAME, ROOT, MANAGER_PATH = "org.hostpassd1", "/org/hostpassd1", "/org/hostpassd1/manager"
 POLKIT = "org.freedesktop.PolicyKit1"
 LIBVIRT_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
 EMBEDDED = "test:///default"
 PATIENCE = 60  # seconds for the daemon to own its name
-
-DEMO_MACHINE = """<node><domain type='test'><name>demo</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
-<memory>8192</memory><os><type>hvm</type></os>
-<test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate></domain></node>
-"""
 
 
 class Failed(Exception):
@@ -128,26 +123,37 @@ async def stand_in_for_polkit(address: str) -> MessageBus:
 
 
 async def demonstrate(front: Front) -> None:
-    """One assign into and one dismiss from a stored configuration, on the simulated host."""
-    machine = await front.manager("GetMachine", "s", "demo")
-    for member in ("Assign", "Dismiss"):
-        job = await front.manager(member, "sasa{sv}", "demo", ["1-1.2"], {"config": Variant("b", True)})
-        row = (await front.objects())[machine]
-        held = ", ".join(path.rpartition("/")[2] for path, _ in row["Devices"]) or "nothing"
-        print(f"{member} demo 1-1.2: {job} is done; the stored configuration of demo now has {held}")
+    """An assign into a running machine and a dismiss, on the simulated host: its guest refuses the first time."""
+    device = f"{ROOT}/devices/pci_0000_01_00_0"
+    for member in ("Assign", "Dismiss", "Dismiss"):
+        try:
+            told = f"{await front.manager(member, 'sasa{sv}', 'web', ['01:00.0'], {})} is done"
+        except Failed as refusal:
+            told = str(refusal).removeprefix(f"{member}: ").rstrip(".")
+        driver = (await front.objects())[device]["Driver"]
+        print(f"{member} web 01:00.0: {told}; its driver is {driver} now", flush=True)
 
 
 async def show(arguments: argparse.Namespace, daemon: asyncio.subprocess.Process, address: str, uri: str) -> int:
     """Shows what the daemon says, and, unless it is told to do it once, returns only when that ends."""
+    if not arguments.simulated:
+        return await show_all(arguments, daemon, address, uri)
+    polkit = await stand_in_for_polkit(address)
+    try:
+        return await show_all(arguments, daemon, address, uri)
+    finally:
+        hang_up(polkit)
+
+
+async def show_all(arguments: argparse.Namespace, daemon: asyncio.subprocess.Process, address: str, uri: str) -> int:
+    """What `show` does, when it is settled who may do what."""
     front = Front(await MessageBus(bus_address=address).connect())
     await front.wait_for_name(daemon)
     print_tree(await front.objects())
     if uri == EMBEDDED:
         print("No libvirt runs here, so its embedded driver is asked, with one machine that is in memory alone.")
     if arguments.simulated:
-        polkit = await stand_in_for_polkit(address)
         await demonstrate(front)
-        hang_up(polkit)
     busctl = ["busctl", f"--address={address}"]
     state = [*busctl, "get-property", NAME, MANAGER_PATH, NAME + ".Manager", "State"]
     print("$ " + shlex.join(state), flush=True)
@@ -167,9 +173,14 @@ async def serve(arguments: argparse.Namespace, address: str, environment: dict[s
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    command = [sys.executable, "-B", "-m", "hostpassd", "--bus-address", address, "--uri", uri]
-    command += ["--state-folder", f"{folder}/state", "--config", f"{folder}/none.toml", "--log-level", "warning"]
-    daemon = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
+    if arguments.simulated:
+        command = ["tests.sim.demo", address, f"{folder}/state"]
+    else:
+        command = ["hostpassd", "--bus-address", address, "--uri", uri, "--state-folder", f"{folder}/state"]
+        command += ["--config", f"{folder}/none.toml", "--log-level", "warning"]
+    daemon = await asyncio.create_subprocess_exec(
+        sys.executable, "-B", "-m", *command, env=environment, start_new_session=True
+    )
     showing = asyncio.create_task(show(arguments, daemon, address, uri))
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -187,14 +198,12 @@ async def serve(arguments: argparse.Namespace, address: str, environment: dict[s
 
 
 @contextlib.contextmanager
-def host(simulated: bool, folder: str) -> Iterator[tuple[dict[str, str], str]]:
+def host(simulated: bool) -> Iterator[tuple[dict[str, str], str]]:
     """The environment in which the daemon sees the host, and its hypervisor."""
     if simulated:
-        machine = Path(folder, "demo.xml")
-        machine.write_text(DEMO_MACHINE, encoding="utf-8")
         with MockHost() as mock:
-            mock.furnish()
-            yield mock.environment(), f"test://{machine}"
+            demo.furnish(mock)
+            yield mock.environment(), demo.URI
         return
     there = any(os.path.exists(path) for path in LIBVIRT_SOCKETS)
     yield dict(os.environ), "qemu:///system" if there else EMBEDDED
@@ -209,7 +218,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="hostpassd-run-") as folder, PrivateBus() as bus:
             address = bus.address.partition(",")[0]  # without its guid it is shorter, and as good
-            with host(arguments.simulated, folder) as (environment, uri):
+            with host(arguments.simulated) as (environment, uri):
                 return asyncio.run(serve(arguments, address, environment, uri, folder))
     except (BusDidNotStart, Failed) as error:
         print(f"run: {error}", file=sys.stderr)

@@ -277,7 +277,7 @@ class Attach(Step):
         with hands.listening(self.alias) as answer:
             await hands.made(hands.libvirt.attach_live(hands.key.uuid, self.xml))
             if not await hands.until(lambda: answer.said is DeviceAdded):
-                raise errors.TimedOut(f"libvirt did not confirm that {self.alias} was added: see the machine's log.")
+                raise errors.TimedOut(f"libvirt did not confirm that {self.device} was added: see the machine's log.")
 
     def shows(self, seen: Seen) -> bool:
         return any(c.alias == self.alias for c in seen.live)
@@ -324,9 +324,9 @@ class Unplug(Step):
 
     async def _wait_for(self, answer: Answer, hands: Hands) -> None:
         if not await hands.until(lambda: answer.has_left or answer.said is RemovalFailed):
-            raise errors.GuestDidNotRelease(f"{hands.machine_name} has not let {self.alias} go in time: {_STILL}")
+            raise errors.GuestDidNotRelease(f"{hands.machine_name} has not let {self.device} go in time: {_STILL}")
         if answer.said is RemovalFailed:
-            raise errors.GuestDidNotRelease(f"{hands.machine_name} refused to let {self.alias} go: {_STILL}")
+            raise errors.GuestDidNotRelease(f"{hands.machine_name} refused to let {self.device} go: {_STILL}")
 
     def shows(self, seen: Seen) -> bool:
         return all(c.alias != self.alias or self.claim_id not in ("", c.id) for c in seen.live)

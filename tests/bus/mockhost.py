@@ -412,9 +412,13 @@ class MockHost:
                            driver="mpt3sas", attributes={"reset_method": "flr bus"})  # fmt: skip
         self.scsi_disk(adapter)
         # The chipset: one group that is not viable.
-        chipset = ((0, 0x060100, "lpc_ich"), (2, 0x010601, "ahci"), (3, 0x0C0500, "i801_smbus"))
-        for function, class_code, driver in chipset:
-            self.pci(f"0000:00:1f.{function}", device=0x2910 + function, class_code=class_code, group=7, driver=driver)
+        chipset = (
+            (0, 0x2918, 0x060100, "lpc_ich"),
+            (2, 0x2922, 0x010601, "ahci"),
+            (3, 0x2930, 0x0C0500, "i801_smbus"),
+        )
+        for function, device, class_code, driver in chipset:
+            self.pci(f"0000:00:1f.{function}", device=device, class_code=class_code, group=7, driver=driver)
         self.add("tty", "/sys/devices/platform/serial8250/tty/ttyS0", {"dev": "4:64"}, {"DEVNAME": "ttyS0"})
 
     def _root_port(self, address: str, group: int) -> str:
