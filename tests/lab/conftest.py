@@ -15,7 +15,7 @@ from tests.lab.front import Front, Recording
 from tests.lab.guest import Guest
 from tests.lab.install import install
 from tests.lab.machine import PATIENCE, Host
-from tests.lab.repeat import pytest_runtest_protocol, watch
+from tests.lab.repeat import end_watch, pytest_runtest_protocol, watch
 from tests.roots import cache_folder
 
 __all__ = ["pytest_runtest_protocol"]  # a hook that pytest finds here
@@ -28,6 +28,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
         install(booted)
         watch(request.session, booted)
         yield booted
+        end_watch(request.session)
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,20 @@ from tests.lab.machine import Host
 
 HOST = pytest.StashKey[Host]()
 RESTARTS = pytest.StashKey[int]()
+END = pytest.StashKey[str]()  # what had become of the last host when its tests were over
 
 
 def watch(session: pytest.Session, host: Host) -> None:
     """From now on, HOST is what the session's tests run on."""
     session.stash[HOST] = host
+    session.stash[END] = ""
+
+
+def end_watch(session: pytest.Session) -> None:
+    """The host is about to be closed, which comes before the last test's reports."""
+    if HOST in session.stash:
+        session.stash[END] = session.stash[HOST].lost()
+        del session.stash[HOST]
 
 
 @pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator, unused-ignore]
@@ -51,12 +60,13 @@ def _reports(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.Tes
 def _lost(session: pytest.Session) -> str:
     """What became of the host; '' where it is there as before."""
     host = session.stash.get(HOST, None)
-    return "" if host is None else host.lost()
+    return session.stash.get(END, "") if host is None else host.lost()
 
 
 def _take_down(item: pytest.Item) -> None:
     """Ends every fixture, the host's own too; the next test sets them up anew."""
-    del item.session.stash[HOST]
+    if HOST in item.session.stash:
+        del item.session.stash[HOST]
     with contextlib.suppress(Exception):  # most of them want to tidy up on a host that is no longer there
         item.session._setupstate.teardown_exact(None)
 
