@@ -97,13 +97,7 @@ class Access:
 
     async def would(self, call: Call, checks: Sequence[Check]) -> str:
         """What `check` would come to, without a prompt: yes, challenge (a prompt would be needed) or no."""
-        try:
-            await self.check(dataclasses.replace(call, interactive=False), checks)
-        except InteractiveAuthorizationRequired:
-            return "challenge"
-        except NotAuthorized:
-            return "no"
-        return "yes"
+        return await Asking(self, call).would(checks)
 
     async def _check(self, call: Call, checks: Sequence[Check]) -> None:
         person = await _person(await self._router.uid_of(call.sender))
@@ -124,7 +118,7 @@ class Access:
             async with self._quiet_place(person), asyncio.timeout(TIMEOUT):
                 authorized, challenge, _ = await self.ask(call, action, details, interactive=False)
         except TimeoutError:
-            raise NotAuthorized("polkit does not answer: ask the administrator to restart it.") from None
+            raise _Silent("polkit does not answer: ask the administrator to restart it.") from None
         except BusCallError as error:
             await self._without_answer(call, action, error)
             return False
@@ -213,6 +207,32 @@ class Access:
         if absent != self._is_absent:
             self._is_absent = absent
             self._emit(ProblemChanged("no-polkit", absent))
+
+
+class Asking:
+    """What the sender of CALL would be allowed, one thing after the other."""
+
+    def __init__(self, access: Access, call: Call) -> None:
+        self._access = access
+        self._call = dataclasses.replace(call, interactive=False)
+        self._is_silent = False
+
+    async def would(self, checks: Sequence[Check]) -> str:
+        """As `Access.would`; once polkit has not answered in time it is no for all that follows, without asking."""
+        if self._is_silent:
+            return "no"
+        try:
+            await self._access.check(self._call, checks)
+        except InteractiveAuthorizationRequired:
+            return "challenge"
+        except NotAuthorized as error:
+            self._is_silent = isinstance(error, _Silent)
+            return "no"
+        return "yes"
+
+
+class _Silent(NotAuthorized):
+    """polkit does not answer."""
 
 
 async def _unless(gone: asyncio.Event, checking: Coroutine[Any, Any, None]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from hostpassd import errors, names
 from hostpassd.bus import options, romfile
-from hostpassd.bus.access import Access
+from hostpassd.bus.access import Access, Asking
 from hostpassd.bus.present import candidate_row, plan_row
 from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.router import Call, Router
@@ -78,11 +78,12 @@ class ManagerMethods:
         text, wanted = call.args
         everything = options.given(wanted, options.LIST_CANDIDATES).get("all", False)
         machine = find.one_machine(self._state, machine_text(text))
+        asking = Asking(self._access, call)
         rows = []
         for plan in plans(self._state, machine, subjects(self._state), everything=everything):
             await asyncio.sleep(0)  # a plan each turn of the loop: there can be thousands
             if plan:
-                rows.append(candidate_row(plan, await self._access.would(call, checks(self._state, plan))))
+                rows.append(candidate_row(plan, await asking.would(checks(self._state, plan))))
         return [sorted(rows, key=lambda row: not row[1])]
 
     async def _assign(self, call: Call) -> Sequence[Any]:

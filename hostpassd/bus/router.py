@@ -7,7 +7,6 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from hostpassd.bus.connection import MESSAGE_LIMIT, Connection, Incoming, TooMuc
 from hostpassd.bus.peers import BusCallError
 from hostpassd.bus.spec import InterfaceSpec, MethodSpec, Specification
 from hostpassd.bus.tree import Batch, Draft, Interfaces, Object, Signal, Table, Telling
-from hostpassd.bus.wire import Wire, frame, join
+from hostpassd.bus.wire import Wire, array_of, frame
 
 __all__ = [
     "Batch",
@@ -51,6 +50,8 @@ CALLS_PER_TURN = 8
 # Bytes, about, of calls that came and wait for their turn.
 WAITING_PER_SENDER = 1024 * 1024
 WAITING = 16 * 1024 * 1024
+
+ROWS_PER_TURN = 32  # of an answer
 
 BODY_LIMIT = MESSAGE_LIMIT - 1024  # a reply's header has two names and a signature of 255 bytes at most
 
@@ -442,7 +443,7 @@ class Router:
             async with self._place(call):
                 results = await handler(call)
             if message.wants_reply:
-                self._answer(message, signature, self._wire.marshal(signature, results))
+                self._answer(message, signature, await self._marshalled(signature, results))
         except asyncio.CancelledError:
             self._answer_error(message, errors.Cancelled("hostpassd ended before this was done."))
             raise
@@ -450,6 +451,17 @@ class Router:
             self._answer_error(message, error)
         finally:
             self._end(call)
+
+    async def _marshalled(self, signature: str, results: Sequence[Any]) -> bytes:
+        """RESULTS as bytes. Of an array of structs, which can have thousands, only some in each turn of the loop."""
+        if not signature.startswith("a("):
+            return self._wire.marshal(signature, results)
+        rows: list[bytes] = []
+        for row in results[0]:
+            rows.append(self._wire.marshal(signature[1:], [row]))
+            if len(rows) % ROWS_PER_TURN == 0:
+                await asyncio.sleep(0)
+        return array_of(rows)
 
     def _end(self, call: Call) -> None:
         """CALL is at work no more."""
@@ -563,8 +575,7 @@ class Router:
         return values | {key: self._wire.fit_property(interface, key, value()) for key, value in live.items()}
 
     def managed_objects(self) -> bytes:
-        array = join([self._entry(path, thing) for path, thing in self.table.objects.items()])
-        return struct.pack("<I4x", len(array)) + array
+        return array_of([self._entry(path, thing) for path, thing in self.table.objects.items()])
 
     def _entry(self, path: str, thing: Object) -> bytes:
         thing.entry = thing.entry or self._wire.entry(path, thing.interfaces)

@@ -123,6 +123,12 @@ def join(entries: Sequence[bytes]) -> bytes:
     return b"".join(parts[:-1])  # no padding after the last one
 
 
+def array_of(entries: Sequence[bytes]) -> bytes:
+    """The body that is an array of ENTRIES, as `join` takes them."""
+    array = join(entries)
+    return struct.pack("<I4x", len(array)) + array
+
+
 def _string_field(code: int, type_: bytes, value: str) -> bytes:
     raw = value.encode()
     return struct.pack("<BBcxI", code, 1, type_, len(raw)) + raw + b"\0" if raw else b""

@@ -607,6 +607,43 @@ async def test_calls_that_read_wait_for_their_turn_however_many_come_together(se
     assert most == router_module.READS_PER_SENDER and not served.reading and not served.running
 
 
+async def test_an_answer_with_thousands_of_rows_leaves_the_loop_to_others_and_is_whole(
+    served: Router, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(number: int) -> list[Any]:
+        details = {"kinds": Variant("as", ["x" * (number % 9)])}
+        path = f"/org/hostpassd1/devices/d{number}"
+        return [[path] * (number % 4), bool(number % 2), [[path, "c", "never", details, "m" * number]], {}]
+
+    rows = [row(number) for number in range(3 * router_module.ROWS_PER_TURN + 1)]
+
+    async def candidates(call: Call) -> Sequence[Any]:
+        return [rows if call.args[0] else []]
+
+    served.handle(MANAGER, "ListCandidates", candidates, reads=True)
+    marshal, turn = served._wire.marshal, 0
+    turns: list[int] = []  # of each row
+
+    def counted(signature: str, body: Any) -> bytes:
+        if signature.startswith("(ao"):
+            turns.append(turn)
+        return marshal(signature, body)
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(served._wire, "marshal", counted)
+    counting = asyncio.create_task(count())
+    [found] = await client.call(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "vm", {})
+    assert [(row[0], row[1], row[2][0][4], row[3]) for row in found] == [(r[0], r[1], r[2][0][4], {}) for r in rows]
+    counting.cancel()
+    assert len(turns) == len(rows) and max(map(turns.count, turns)) <= router_module.ROWS_PER_TURN
+    assert await client.call(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "", {}) == [[]]
+
+
 async def test_calls_of_one_user_are_limited_however_many_connections(
     served: Router, client: Client, new_client: NewClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

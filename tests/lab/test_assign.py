@@ -147,6 +147,7 @@ def test_what_the_machine_is_to_do_with_a_device_is_written_and_told(front: Fron
     # The other interface has a place in the boot order, too: else libvirt writes one of kinds, and takes no other.
     stopped = guest("wishes", devices="<interface type='user'><boot order='2'/></interface>")
     stopped.define()
+    front.sync()
     rom = "/usr/share/misc/pci.ids"
     front.assign("wishes", LONE, rom_bar=False, rom_file=rom, boot_order=1, driver="vfio-pci")
     xml = stopped.stored_xml()

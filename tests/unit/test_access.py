@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hostpassd import errors
-from hostpassd.bus.access import Access
+from hostpassd.bus import access as access_module
+from hostpassd.bus.access import Access, Asking
 from hostpassd.bus.router import BusCallError, Call
 from hostpassd.model.events import Event, ProblemChanged
 from tests.sim.house import CALLER
@@ -50,3 +51,19 @@ async def test_that_polkit_is_not_there_is_told_once_and_that_it_is_back() -> No
         heard.append(len(told))
     assert heard == [1, 1, 2, 2, 3, 4]
     assert told == [ProblemChanged("no-polkit", there=there) for there in (True, False, True, False)]
+
+
+async def test_once_polkit_has_not_answered_in_time_nobody_waits_for_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_module, "TIMEOUT", 0.01)
+    polkit: Any = Polkit("", "AccessDenied")
+    asking = Asking(Access(polkit, lambda event: None, log=logging.getLogger("test")), ASSIGN)
+    assert [await asking.would([("assign", {})]) for _ in range(2)] == ["yes", "no"]  # the second is no silence
+    asked = []
+
+    async def never(*_: Any, **__: Any) -> None:
+        asked.append(1)
+        await asyncio.get_running_loop().create_future()
+
+    polkit.call = never
+    polkit.tell = lambda *_: None
+    assert [await asking.would([("assign", {})]) for _ in range(3)] == ["no"] * 3 and len(asked) == 1
