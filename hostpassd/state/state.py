@@ -380,7 +380,7 @@ class State:
 
     def _hypervisor(self, new: HypervisorState) -> None:
         old = self.hypervisors.get(new.uri)
-        if old and (old.connected, old.error) == (new.connected, new.error):
+        if old and (old.connected, old.error, old.version) == (new.connected, new.error, new.version):
             return
         self.hypervisors[new.uri] = new
         self._batches.current.change(MANAGER)
