@@ -31,7 +31,7 @@ _TEXTS = {
         re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]"),
         "a PCI address such as 0000:04:00.0",
     ),
-    "startup_policy": (re.compile("mandatory|requisite|optional"), "mandatory, requisite or optional"),
+    "startup_policy": (re.compile("mandatory|requisite|optional"), "one of mandatory, requisite, optional"),
     "rom_file": (re.compile("/.+", re.DOTALL), "the whole path of a file"),
     "driver": (re.compile(r"[A-Za-z0-9_-]{1,64}"), "the name of a driver of the kernel, such as mlx5_vfio_pci"),
 }
