@@ -148,7 +148,7 @@ _Moves = Iterator[tuple[str, str, Hold]]
 
 def _missing(changes: Changes) -> _Moves:
     for lost in changes.holds_missing:
-        yield "missing", "missing, its device is gone and nobody gave it back", lost.hold
+        yield "missing", "missing, its device is gone or has a twin now, and nobody gave it back", lost.hold
 
 
 def _back(changes: Changes) -> _Moves:

@@ -74,7 +74,8 @@ async def test_what_is_unplugged_is_missing_and_nobody_gave_it_back(house: House
     house.emit(DeviceSeen(STICK))
     missing, found = house.records()
     assert (missing["KIND"], missing["DEVICE"], missing["OPERATION"]) == ("foreign", STICK.name, "missing")
-    assert missing["MESSAGE"] == f"hold missing, its device is gone and nobody gave it back: vm and {STICK.name}"
+    words = "hold missing, its device is gone or has a twin now, and nobody gave it back"
+    assert missing["MESSAGE"] == f"{words}: vm and {STICK.name}"
     assert (found["DEVICE"], found["OPERATION"]) == (STICK.name, "found")
     house.emit(DeviceGone(STICK.sysfs_path))
     house.records()
