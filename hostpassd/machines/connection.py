@@ -87,6 +87,12 @@ _NO_PORT = (
     "The machine has no free place for it: give it an empty pcie-root-port for a PCI Express device, "
     "or a pcie-to-pci-bridge with a free slot for a conventional one."
 )
+# "per-device boot elements cannot be used together with os/boot elements" comes from libvirt's domain_conf.c and
+# domain_postparse.c.
+_BOOTS_BY_KIND = (
+    "The machine boots by a <boot dev='...'/> in its <os>, which libvirt writes where no device has a place in the "
+    "boot order: give its own disk a <boot order='...'/> instead, or leave the option boot-order out."
+)
 # "Device ... is already in the process of unplug" is QEMU's answer to a second device_del, which libvirt passes on.
 
 
@@ -347,6 +353,8 @@ def _refusal(words: str) -> HypervisorRefused:
         return UnplugPending(told)
     if "PCI slots" in words:
         return NoFreePort(f"{told} {_NO_PORT}")
+    if "os/boot" in words:
+        return HypervisorRefused(f"{told} {_BOOTS_BY_KIND}")
     return HypervisorRefused(told)
 
 

@@ -15,6 +15,7 @@ from lxml import etree
 from hostpassd.model.codes import WARNINGS, Fact, fact
 from hostpassd.model.device import Device, Facts, Mdev, Pci, Scsi, Usb
 from hostpassd.model.machine import (
+    STARTUP_POLICIES,
     Claim,
     ClaimSource,
     InterfaceSource,
@@ -135,6 +136,10 @@ def read_ports(xml: str) -> Ports:
     return Ports(tuple(express), tuple(place for place in slots if place not in used))
 
 
+# How a machine is to have a device of which nobody says more: as libvirt has it.
+_NOTHING_SAID = Settings()
+
+
 def hostdev_xml(
     device: Device,
     *,
@@ -143,19 +148,22 @@ def hostdev_xml(
     unique: bool,
     guest_address: str = "",
     multifunction: bool = False,
-    rom_bar: bool | None = None,
+    settings: Settings = _NOTHING_SAID,
 ) -> str:
     """The <hostdev> element that hands DEVICE to a machine.
 
     CONFIG: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
-    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. ValueError: DEVICE is of no kind that can be
-    handed over, or GUEST_ADDRESS is no PCI address.
+    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. SETTINGS: of these the startup policy (of a USB
+    device, in the stored half), the ROM's bar and the boot order are a caller's to choose. ValueError: DEVICE is of no
+    kind that can be handed over, or GUEST_ADDRESS is no PCI address.
     """
     facts, write = _writer(device)
     element = etree.Element("hostdev", mode="subsystem")
-    write(element, etree.SubElement(element, "source"), facts, config, unique)
-    if rom_bar is not None:
-        etree.SubElement(element, "rom", bar="on" if rom_bar else "off")
+    source = etree.SubElement(element, "source")
+    write(element, source, facts, config, unique)
+    if config and settings.startup_policy:
+        source.set("startupPolicy", settings.startup_policy)
+    _write_settings(element, settings)
     if alias:
         etree.SubElement(element, "alias", name=alias)
     if guest_address:
@@ -481,7 +489,6 @@ def _guest_address(element: etree._Element) -> str:
 
 _YES_NO = {"yes": True, "no": False}
 _ON_OFF = {"on": True, "off": False}
-_POLICIES = frozenset({"mandatory", "requisite", "optional"})
 _DECIMAL = re.compile(r"[0-9]{1,10}")
 _DRIVER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
@@ -492,7 +499,7 @@ def _settings(element: etree._Element) -> Settings:
     mac = _attribute(element, "mac", "address")
     return Settings(
         managed=_YES_NO.get(element.get("managed") or _attribute(element, "source", "managed")),
-        startup_policy=policy if policy in _POLICIES else None,
+        startup_policy=policy if policy in STARTUP_POLICIES else None,
         driver=_variant_driver(element),
         rom_bar=_ON_OFF.get(_attribute(element, "rom", "bar")),
         mac_address=mac.lower() if _MAC.fullmatch(mac) else None,
@@ -561,6 +568,13 @@ def _write_mdev(element: etree._Element, source: etree._Element, mdev: Mdev, con
 
 
 _WRITERS: dict[type[Facts], _Write] = {Pci: _write_pci, Usb: _write_usb, Scsi: _write_scsi, Mdev: _write_mdev}
+
+
+def _write_settings(element: etree._Element, settings: Settings) -> None:
+    if settings.rom_bar is not None:
+        etree.SubElement(element, "rom", bar="on" if settings.rom_bar else "off")
+    if settings.boot_order is not None:
+        etree.SubElement(element, "boot", order=str(settings.boot_order))
 
 
 def _write_guest_address(element: etree._Element, guest_address: str, multifunction: bool) -> None:

@@ -10,7 +10,7 @@ from hostpassd.machines.domain_xml import claim_of, hostdev_xml
 from hostpassd.model.codes import CONSEQUENCES, Blocker, Fact, blocker, fact
 from hostpassd.model.device import ASSIGNABLE_KINDS, Device, Mdev
 from hostpassd.model.drivers import VFIO_PCI
-from hostpassd.model.machine import Hold, Machine
+from hostpassd.model.machine import Hold, Machine, Settings
 from hostpassd.model.naming import shown
 from hostpassd.model.order import in_tree_order
 from hostpassd.passthrough.cards import card_places, functions_beside
@@ -132,14 +132,16 @@ def _moving(state: State, asked: list[Device]) -> list[Device]:
 def _check_fits(asked: list[Device], options: Options) -> None:
     """Raises InvalidOption if one of OPTIONS is not for the devices ASKED for."""
     for device in asked:
-        if options.guest_address and not _is_pci_in_guest(device):
-            raise errors.InvalidOption(
-                f"{device.name} is {device.kind}, which gets no PCI address: leave the option guest-address out."
-            )
-        if options.rom_bar is not None and not device.pci:
-            raise errors.InvalidOption(
-                f"{device.name} is {device.kind}, which has no ROM to show: leave the option rom-bar out."
-            )
+        for option, is_given, fits, why in (
+            ("guest-address", bool(options.guest_address), _is_pci_in_guest(device), "gets no PCI address"),
+            ("rom-bar", options.rom_bar is not None, device.pci, "has no ROM to show"),
+            ("startup-policy", options.startup_policy is not None, device.usb, "no machine starts without"),
+            ("boot-order", options.boot_order is not None, device.pci or device.usb, "no machine boots from"),
+        ):
+            if is_given and not fits:
+                raise errors.InvalidOption(
+                    f"{device.name} is {device.kind}, which {why}: leave the option {option} out."
+                )
 
 
 def _is_pci_in_guest(device: Device) -> bool:
@@ -157,6 +159,10 @@ def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
         )
     if not live and not config:
         raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
+    if options.startup_policy and not config:
+        raise errors.InvalidOption(
+            "The option startup-policy is for the stored configuration, which is not to be changed: leave it out."
+        )
     return live, config
 
 
@@ -211,12 +217,16 @@ def _half(hold: Hold | None, *, live: bool) -> bool:
 def _xml(state: State, device: Device, options: Options, asked: list[Device], place: str, *, config: bool) -> str:
     """PLACE: the guest address as a function of a card, '' for none."""
     unique = not device.usb or len(state.keyed(("usb-id", device.usb.vendor_id, device.usb.product_id))) == 1
+    if device not in asked:
+        options = Options()  # it moves along, and is given to the machine as libvirt has it
     return hostdev_xml(
         device,
         alias=alias_of(device),
         config=config,
         unique=unique,
-        guest_address=place or (options.guest_address if device in asked else ""),
+        guest_address=place or options.guest_address,
         multifunction=place.endswith(".0"),
-        rom_bar=options.rom_bar if device in asked else None,
+        settings=Settings(
+            startup_policy=options.startup_policy, rom_bar=options.rom_bar, boot_order=options.boot_order
+        ),
     )

@@ -95,7 +95,11 @@ def check_instance(asked: Sequence[Device], options: Options) -> None:
 
 def check_single(asked: Sequence[object], options: Options) -> None:
     """Raises InvalidOption if OPTIONS have what only one device can have, and ASKED are more."""
-    given = {"instance": options.instance is not None, "guest-address": bool(options.guest_address)}
+    given = {
+        "instance": options.instance is not None,
+        "guest-address": bool(options.guest_address),
+        "boot-order": options.boot_order is not None,
+    }
     for option in (name for name, is_given in given.items() if is_given and len(asked) > 1):
         raise errors.InvalidOption(f"The option {option} is for one device: leave it out, or name one device only.")
 

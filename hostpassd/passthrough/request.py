@@ -29,6 +29,8 @@ class Options:
     wait: bool = True
     guest_address: str = ""
     rom_bar: bool | None = None
+    startup_policy: str | None = None  # of STARTUP_POLICIES
+    boot_order: int | None = None  # from 1 on
     override: frozenset[str] = frozenset()  # codes of blockers that the caller accepts
     plan: str = ""  # the token of the plan that this must still be
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from hostpassd import errors
+from hostpassd.machines.domain_xml import claim_of
 from hostpassd.model.device import Device, Mdev
 from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, MachineRead, host_use
-from hostpassd.model.machine import Claim, Machine, NodeSource, Ports
-from hostpassd.passthrough.request import Options
+from hostpassd.model.machine import Claim, Machine, NodeSource, Ports, Settings
+from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.steps import Attach, Detach, Store
 from tests.sim.plans import LUN, NIC, PAIR, STICK, accepting, assign, assign_all, kinds, world
 from tests.sim.world import OTHER, block, hostdev, machine, net, pci, state_of, usb
@@ -122,14 +124,61 @@ def test_what_the_host_loses_is_named() -> None:
     assert assign(state, NIC).loses == (interface.name,)
 
 
-def test_what_does_not_fit_the_device_is_no_option_of_it() -> None:
-    state = world(machine())
-    for device in (STICK, LUN):
-        with pytest.raises(errors.InvalidOption, match="guest-address"):
-            assign(state, device, Options(guest_address="0000:04:00.0"))
-        with pytest.raises(errors.InvalidOption, match="rom-bar"):
-            assign(state, device, Options(rom_bar=False))
-    assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[attr-defined]
+# A value of each option that not every device takes, and those that take it.
+FITTING: dict[str, tuple[Any, list[Device]]] = {
+    "guest_address": ("0000:04:00.0", [NIC]),
+    "rom_bar": (False, [NIC]),
+    "startup_policy": ("requisite", [STICK]),
+    "boot_order": (1, [NIC, STICK]),
+}
+
+
+@pytest.mark.parametrize("device", [NIC, STICK, LUN], ids=lambda device: device.kind)
+@pytest.mark.parametrize("option", FITTING)
+def test_what_does_not_fit_the_device_is_no_option_of_it(device: Device, option: str) -> None:
+    value, fitting = FITTING[option]
+    state, options = world(machine()), Options(**{option: value})
+    if device in fitting:
+        assert assign(state, device, options).token != assign(state, device).token
+        return
+    with pytest.raises(errors.InvalidOption, match=f"leave the option {option.replace('_', '-')} out"):
+        assign(state, device, options)
+
+
+def said(plan: Plan) -> dict[str, Settings]:
+    """What each element that PLAN writes says of its device, but for what all say."""
+    written = [
+        (step, step.claim.xml if isinstance(step, Store) else step.xml)
+        for step in plan.steps
+        if isinstance(step, Store | Attach)
+    ]
+    return {
+        f"{step.code} {step.device}": dataclasses.replace(claim_of(xml).settings, managed=None) for step, xml in written
+    }
+
+
+def test_both_halves_say_what_was_chosen_and_what_moves_along_is_as_libvirt_has_it() -> None:
+    chosen = Options(rom_bar=False, boot_order=2, guest_address="0000:04:00.0")
+    first, second = (d.name for d in PAIR)
+    wanted = Settings(rom_bar=False, boot_order=2)
+    assert said(assign(world(machine()), PAIR[0], chosen)) == {
+        f"store {first}": wanted,
+        f"store {second}": Settings(),
+        f"attach {first}": wanted,
+        f"attach {second}": Settings(),
+    }
+
+
+def test_a_startup_policy_is_of_the_stored_half_and_of_nothing_else() -> None:
+    chosen = Options(startup_policy="mandatory")
+    plan = assign(world(machine()), STICK, chosen)
+    assert said(plan) == {
+        f"store {STICK.name}": Settings(startup_policy="mandatory"),
+        f"attach {STICK.name}": Settings(),
+    }
+    for given, options in ((machine(persistent=False), chosen), (machine(), dataclasses.replace(chosen, config=False))):
+        with pytest.raises(errors.InvalidOption, match="startup-policy"):
+            assign(world(given), STICK, options)
 
 
 DISK = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
@@ -195,6 +244,8 @@ def test_of_several_devices_those_that_are_there_are_left_as_they_are() -> None:
         ([NIC.name, STICK.name], Options(instance=1), errors.InvalidOption),
         ([NIC.name, LUN.name], Options(guest_address="0000:04:00.0"), errors.InvalidOption),
         ([NIC.name, STICK.name], Options(rom_bar=False), errors.InvalidOption),
+        ([NIC.name, STICK.name], Options(boot_order=1), errors.InvalidOption),
+        ([NIC.name, STICK.name], Options(startup_policy="optional"), errors.InvalidOption),
     ],
 )
 def test_what_is_wrong_with_one_of_several_refuses_all(

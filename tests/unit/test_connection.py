@@ -27,6 +27,11 @@ def connection() -> Iterator[Connection]:
         ("operation failed: cannot hot unplug multifunction PCI device: hostdev0", WholeCardOnly, "live=false"),
         ("unable to execute QEMU command: Device ua-1 is already in the process of unplug", UnplugPending, ""),
         ("internal error: No more available PCI slots", NoFreePort, "pcie-root-port"),
+        (
+            "unsupported configuration: per-device boot elements cannot be used together with os/boot elements",
+            HypervisorRefused,
+            "leave the option boot-order out",
+        ),
         ("may need \"multifunction='on'\" for the device on function 0", HypervisorRefused, ""),
         ("no room", HypervisorRefused, ""),
     ],

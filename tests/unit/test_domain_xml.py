@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 import subprocess
 import sys
@@ -525,6 +526,30 @@ def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
     live = etree.fromstring(hostdev_xml(usb, alias="", config=False, unique=True))
     assert live.find("source").get("startupPolicy") is None
     assert dict(live.find("source/address").attrib) == {"bus": "1", "device": "10"}
+    chosen = Settings(startup_policy="mandatory")
+    assert only(hostdev_xml(usb, alias="", config=True, unique=True, settings=chosen)).settings == chosen
+    assert only(hostdev_xml(usb, alias="", config=False, unique=True, settings=chosen)).settings == Settings()
+
+
+CHOSEN = [
+    (DEVICES[0][0], Settings(rom_bar=True, boot_order=3)),
+    (DEVICES[1][0], Settings(startup_policy="mandatory", boot_order=1)),
+]
+
+
+@pytest.mark.parametrize(("given_device", "chosen"), CHOSEN)
+def test_libvirt_has_a_device_as_the_caller_chose(given_device: Device, chosen: Settings) -> None:
+    written = hostdev_xml(given_device, alias="", config=True, unique=True, settings=chosen)
+    whole = f"""<domain type='test'><name>x</name><memory>1024</memory><os><type>hvm</type></os>
+    <devices>{written}</devices></domain>"""
+    connection = libvirt.open("test:///default")
+    try:
+        flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE
+        taken = connection.defineXMLFlags(whole, flags).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        [claim] = read_claims(taken)[0]
+        assert dataclasses.replace(claim.settings, managed=None) == chosen
+    finally:
+        connection.close()
 
 
 def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
@@ -535,7 +560,7 @@ def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
         unique=True,
         guest_address="0000:04:00.0",
         multifunction=True,
-        rom_bar=False,
+        settings=Settings(rom_bar=False),
     )
     element = etree.fromstring(xml)
     assert element.get("managed") == "yes"

@@ -331,6 +331,16 @@ async def test_a_driver_that_cannot_attach_is_given_the_whole_machine_again(uri:
         assert stored(tape, OFF).keys() == {"hostdev:usb:046d:c52b"}
 
 
+async def test_a_machine_that_boots_by_its_os_element_takes_no_boot_order_and_is_told_why(uri: str) -> None:
+    async with running(uri) as (hypervisor, tape):
+        await tape.until_listed()
+        with pytest.raises(
+            HypervisorRefused, match=r"cannot be used together with os/boot .*leave the option boot-order"
+        ):
+            await hypervisor.attach_config(OFF, PCI.replace("<source>", "<boot order='1'/><source>"))
+        assert "hostdev:pci:0000:06:00.0" not in stored(tape, OFF)
+
+
 async def test_the_same_device_stored_again_by_somebody_else_stays(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()

@@ -22,6 +22,8 @@ VALUES: dict[str, Any] = {
     "wait": False,
     "guest-address": "0000:04:00.0",
     "rom-bar": True,
+    "startup-policy": "requisite",
+    "boot-order": 2,
     "override": ["mounted"],
     "plan": "0" * 32,
 }
@@ -54,6 +56,11 @@ def test_each_is_of_its_type_alone(name: str) -> None:
         ("timeout", 3601, "from 1 to 3600"),
         ("guest-address", "04:00.0", "is a PCI address such as"),
         ("guest-address", "", "is a PCI address such as"),
+        ("startup-policy", "", "is one of mandatory, requisite, optional"),
+        ("startup-policy", "Optional", "is one of mandatory, requisite, optional"),
+        ("startup-policy", "optional\n", "is one of mandatory, requisite, optional"),
+        ("boot-order", 0, "from 1 to 2147483647"),
+        ("boot-order", 2**31, "from 1 to 2147483647"),
         ("override", ["mounted", "nonsense"], "no blocker 'nonsense'"),
     ],
 )
