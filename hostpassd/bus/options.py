@@ -10,11 +10,20 @@ from typing import Any
 from hostpassd import errors
 from hostpassd.bus.router import Variant
 from hostpassd.model.codes import BLOCKERS, OVERRIDABLE
+from hostpassd.model.drivers import DRIVER_NAME
 from hostpassd.model.machine import STARTUP_POLICIES
 from hostpassd.passthrough.request import Options
 
 DISMISS = {"live": "b", "config": "b", "instance": "t", "timeout": "u", "wait": "b", "plan": "s"}
-ASSIGN = {**DISMISS, "guest-address": "s", "rom-bar": "b", "startup-policy": "s", "boot-order": "u", "override": "as"}
+ASSIGN = {
+    **DISMISS,
+    "guest-address": "s",
+    "rom-bar": "b",
+    "driver": "s",
+    "startup-policy": "s",
+    "boot-order": "u",
+    "override": "as",
+}
 LIST_CANDIDATES = {"all": "b"}
 
 # How texts look, and what they are in words.
@@ -23,6 +32,7 @@ _TEXTS = {
         re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]"),
         "a PCI address such as 0000:04:00.0",
     ),
+    "driver": (DRIVER_NAME, "the name of a kernel module such as mlx5_vfio_pci"),
     "startup-policy": (re.compile("|".join(STARTUP_POLICIES)), f"one of {', '.join(STARTUP_POLICIES)}"),
 }
 # The highest that numbers can be, from 1 on, and what they are in words.

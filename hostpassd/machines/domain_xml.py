@@ -14,6 +14,7 @@ from lxml import etree
 
 from hostpassd.model.codes import WARNINGS, Fact, fact
 from hostpassd.model.device import Device, Facts, Mdev, Pci, Scsi, Usb
+from hostpassd.model.drivers import DRIVER_NAME
 from hostpassd.model.machine import (
     STARTUP_POLICIES,
     Claim,
@@ -154,8 +155,8 @@ def hostdev_xml(
 
     CONFIG: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
     GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. SETTINGS: of these the startup policy (of a USB
-    device, in the stored half), the ROM's bar and the boot order are a caller's to choose. ValueError: DEVICE is of no
-    kind that can be handed over, or GUEST_ADDRESS is no PCI address.
+    device, in the stored half), the VFIO driver, the ROM's bar and the boot order are a caller's to choose. ValueError:
+    DEVICE is of no kind that can be handed over, or GUEST_ADDRESS is no PCI address.
     """
     facts, write = _writer(device)
     element = etree.Element("hostdev", mode="subsystem")
@@ -490,7 +491,6 @@ def _guest_address(element: etree._Element) -> str:
 _YES_NO = {"yes": True, "no": False}
 _ON_OFF = {"on": True, "off": False}
 _DECIMAL = re.compile(r"[0-9]{1,10}")
-_DRIVER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 
 
@@ -513,7 +513,7 @@ def _variant_driver(element: etree._Element) -> str | None:
     if element.tag != "hostdev" and element.get("type") != "hostdev":
         return None
     driver = _attribute(element, "driver", "model")
-    return driver if _DRIVER.fullmatch(driver) else None
+    return driver if DRIVER_NAME.fullmatch(driver) else None
 
 
 def _whole(element: etree._Element, path: str, name: str, lowest: int, highest: int) -> int | None:
@@ -571,6 +571,8 @@ _WRITERS: dict[type[Facts], _Write] = {Pci: _write_pci, Usb: _write_usb, Scsi: _
 
 
 def _write_settings(element: etree._Element, settings: Settings) -> None:
+    if settings.driver is not None:
+        etree.SubElement(element, "driver", model=settings.driver)
     if settings.rom_bar is not None:
         etree.SubElement(element, "rom", bar="on" if settings.rom_bar else "off")
     if settings.boot_order is not None:

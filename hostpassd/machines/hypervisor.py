@@ -200,8 +200,8 @@ class Hypervisor:
             due.fail(self._unavailable())
         link.lost.set_result(None)
 
-    def _tell(self, connected: bool, error: str = "") -> None:
-        change = HypervisorChanged(self.uri, connected, error)
+    def _tell(self, connected: bool, error: str = "", version: int = 0) -> None:
+        change = HypervisorChanged(self.uri, connected, error, version)
         if change != self._told:
             self._told = change
             self._emit(change)
@@ -307,7 +307,7 @@ class Hypervisor:
         machines = {uuid: self._known.get(uuid) if late else machine for uuid, (machine, late) in found.items()}
         self._known = {uuid: machine for uuid, machine in machines.items() if machine}
         link.listed = True
-        self._tell(True)
+        self._tell(True, version=link.connection.version)
         self._emit(MachinesListed(self.uri, tuple(self._known.values())))
         due.succeed()
 

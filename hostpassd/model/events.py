@@ -90,6 +90,7 @@ class HypervisorChanged:
     uri: str
     connected: bool
     error: str = ""
+    version: int = 0  # of its libvirt, 9000000 for 9.0.0; 0: not known
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -29,6 +29,9 @@ from hostpassd.state import State, eligibility
 from hostpassd.state.eligibility import companions, mates
 from hostpassd.state.find import one_machine
 
+# The first libvirt that reads a hostdev's <driver model=...>, as libvirt counts its versions.
+_TAKES_DRIVERS = 10_000_000
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Assign(Request):
@@ -40,7 +43,7 @@ class Assign(Request):
         """The plan that hands the devices and their companions to the machine, with what blocks it.
 
         What is there already is left as it is. Errors: those of `find` and of `asked_devices`, HypervisorUnavailable,
-        InvalidOption, StalePlan, AlreadyAssigned.
+        InvalidOption, NotSupported, StalePlan, AlreadyAssigned.
         """
         machine = one_machine(state, self.machine)
         asked = asked_devices(state, self.devices)
@@ -66,6 +69,7 @@ class Assign(Request):
         if any(d.kind not in ASSIGNABLE_KINDS for d in lacked):
             return plan
         _check_fits(asked, self.options)
+        _check_version(state, machine, self.options)
         held = {d.name: hold_of(state, machine, d.name) for d in devices}
         to_store = [d for d in devices if config and not _half(held[d.name], live=False)]
         to_attach = [d for d in devices if live and not _half(held[d.name], live=True)]
@@ -135,6 +139,7 @@ def _check_fits(asked: list[Device], options: Options) -> None:
         for option, is_given, fits, why in (
             ("guest-address", bool(options.guest_address), _is_pci_in_guest(device), "gets no PCI address"),
             ("rom-bar", options.rom_bar is not None, device.pci, "has no ROM to show"),
+            ("driver", options.driver is not None, device.pci, "has no VFIO driver"),
             ("startup-policy", options.startup_policy is not None, device.usb, "no machine starts without"),
             ("boot-order", options.boot_order is not None, device.pci or device.usb, "no machine boots from"),
         ):
@@ -142,6 +147,14 @@ def _check_fits(asked: list[Device], options: Options) -> None:
                 raise errors.InvalidOption(
                     f"{device.name} is {device.kind}, which {why}: leave the option {option} out."
                 )
+
+
+def _check_version(state: State, machine: Machine, options: Options) -> None:
+    """Raises NotSupported for what the machine's libvirt would ignore."""
+    if options.driver is not None and state.hypervisors[machine.uri].version < _TAKES_DRIVERS:
+        raise errors.NotSupported(
+            f"The libvirt at {machine.uri} is older than 10.0 and takes no VFIO driver: leave the option driver out."
+        )
 
 
 def _is_pci_in_guest(device: Device) -> bool:
@@ -227,6 +240,9 @@ def _xml(state: State, device: Device, options: Options, asked: list[Device], pl
         guest_address=place or options.guest_address,
         multifunction=place.endswith(".0"),
         settings=Settings(
-            startup_policy=options.startup_policy, rom_bar=options.rom_bar, boot_order=options.boot_order
+            driver=options.driver,
+            startup_policy=options.startup_policy,
+            rom_bar=options.rom_bar,
+            boot_order=options.boot_order,
         ),
     )

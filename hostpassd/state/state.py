@@ -48,6 +48,7 @@ class HypervisorState:
     uri: str
     connected: bool
     error: str
+    version: int = 0  # of its libvirt, 9000000 for 9.0.0; 0: not known
     listed: bool = False  # whether it has told its machines since it was connected
 
 
@@ -240,8 +241,8 @@ class State:
                 self._listed(uri, machines)
             case ProblemChanged(code, there, details):
                 self._problem(code, details if there else None)
-            case HypervisorChanged(uri, connected, error):
-                self._hypervisor(HypervisorState(uri, connected, error))
+            case HypervisorChanged(uri, connected, error, version):
+                self._hypervisor(HypervisorState(uri, connected, error, version))
             case Releasing(key, alias, asked):
                 self.holdings.releasing(key, alias, asked=asked)
             case DeviceRemoved(key, alias):
@@ -379,7 +380,7 @@ class State:
 
     def _hypervisor(self, new: HypervisorState) -> None:
         old = self.hypervisors.get(new.uri)
-        if old and (old.connected, old.error) == (new.connected, new.error):
+        if old and (old.connected, old.error, old.version) == (new.connected, new.error, new.version):
             return
         self.hypervisors[new.uri] = new
         self._batches.current.change(MANAGER)

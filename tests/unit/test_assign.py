@@ -10,12 +10,13 @@ import pytest
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of
 from hostpassd.model.device import Device, Mdev
-from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, MachineRead, host_use
+from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, HypervisorChanged, MachineRead, host_use
 from hostpassd.model.machine import Claim, Machine, NodeSource, Ports, Settings
 from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.steps import Attach, Detach, Store
+from hostpassd.state import State
 from tests.sim.plans import LUN, NIC, PAIR, STICK, accepting, assign, assign_all, kinds, world
-from tests.sim.world import OTHER, block, hostdev, machine, net, pci, state_of, usb
+from tests.sim.world import OTHER, URI, block, hostdev, machine, net, pci, state_of, usb
 
 
 @pytest.mark.parametrize("device", [NIC, STICK, LUN])
@@ -124,11 +125,19 @@ def test_what_the_host_loses_is_named() -> None:
     assert assign(state, NIC).loses == (interface.name,)
 
 
+def current(*machines: Machine, version: int = 10_000_000) -> State:
+    """A host whose libvirt is of VERSION."""
+    state = world(*machines)
+    state.apply(HypervisorChanged(URI, True, version=version))
+    return state
+
+
 # A value of each option that not every device takes, and those that take it.
 FITTING: dict[str, tuple[Any, list[Device]]] = {
     "guest_address": ("0000:04:00.0", [NIC]),
     "rom_bar": (False, [NIC]),
     "startup_policy": ("requisite", [STICK]),
+    "driver": ("mlx5_vfio_pci", [NIC]),
     "boot_order": (1, [NIC, STICK]),
 }
 
@@ -137,7 +146,7 @@ FITTING: dict[str, tuple[Any, list[Device]]] = {
 @pytest.mark.parametrize("option", FITTING)
 def test_what_does_not_fit_the_device_is_no_option_of_it(device: Device, option: str) -> None:
     value, fitting = FITTING[option]
-    state, options = world(machine()), Options(**{option: value})
+    state, options = current(machine()), Options(**{option: value})
     if device in fitting:
         assert assign(state, device, options).token != assign(state, device).token
         return
@@ -158,15 +167,21 @@ def said(plan: Plan) -> dict[str, Settings]:
 
 
 def test_both_halves_say_what_was_chosen_and_what_moves_along_is_as_libvirt_has_it() -> None:
-    chosen = Options(rom_bar=False, boot_order=2, guest_address="0000:04:00.0")
+    chosen = Options(driver="x", rom_bar=False, boot_order=2, guest_address="0000:04:00.0")
     first, second = (d.name for d in PAIR)
-    wanted = Settings(rom_bar=False, boot_order=2)
-    assert said(assign(world(machine()), PAIR[0], chosen)) == {
+    wanted = Settings(driver="x", rom_bar=False, boot_order=2)
+    assert said(assign(current(machine()), PAIR[0], chosen)) == {
         f"store {first}": wanted,
         f"store {second}": Settings(),
         f"attach {first}": wanted,
         f"attach {second}": Settings(),
     }
+
+
+def test_a_libvirt_that_would_ignore_a_driver_is_not_asked_for_it() -> None:
+    with pytest.raises(errors.NotSupported, match="older than 10"):
+        assign(current(machine(), version=9_999_999), NIC, Options(driver="vfio-pci"))
+    assert assign(current(machine(), version=9_999_999), NIC).steps
 
 
 def test_a_startup_policy_is_of_the_stored_half_and_of_nothing_else() -> None:

@@ -552,6 +552,13 @@ def test_libvirt_has_a_device_as_the_caller_chose(given_device: Device, chosen: 
         connection.close()
 
 
+def test_a_driver_is_written_as_libvirt_10_reads_it() -> None:
+    chosen = Settings(managed=True, driver="mlx5_vfio_pci")
+    written = hostdev_xml(DEVICES[0][0], alias="", config=False, unique=True, settings=chosen)
+    assert dict(etree.fromstring(written).find("driver").attrib) == {"model": "mlx5_vfio_pci"}
+    assert only(written).settings == chosen
+
+
 def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
     xml = hostdev_xml(
         DEVICES[0][0],

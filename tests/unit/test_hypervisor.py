@@ -193,7 +193,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 async def test_all_machines_are_listed_with_both_halves(uri: str) -> None:
     async with running(uri) as (_, tape):
         listed = await tape.until_listed()
-        assert tape.events[0] == HypervisorChanged(uri, True, "")
+        assert tape.events[0] == HypervisorChanged(uri, True, "", libvirt.getVersion())
     machines = {machine.name: machine for machine in listed.machines}
     assert machines.keys() == {"gaming", "off", "trans"}
     gaming = machines["gaming"]
