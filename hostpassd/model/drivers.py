@@ -15,8 +15,3 @@ STUBS = frozenset({VFIO_PCI, "pci-stub"})
 # Drivers that leave DMA to whoever owns the IOMMU group (since Linux 5.18 they set driver_managed_dma; before that
 # vfio_dev_driver_allowed in drivers/vfio/vfio.c): a group with these alone is viable.
 GROUP_SAFE = STUBS | {"pcieport"}
-
-
-def is_hosts(driver: str) -> bool:
-    """Whether DRIVER ('': none) is one by which the host itself uses a device."""
-    return driver != "" and driver not in STUBS

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import NamedTuple
 
 from hostpassd.model import drivers
+from hostpassd.model.device import Device
 from hostpassd.passthrough.intents import IntentLog
 from hostpassd.passthrough.steps import Libvirt
 from hostpassd.passthrough.waiting import Patience, Waiting
@@ -88,7 +89,7 @@ class Loans:
         await patience.made(libvirt.reattach_host(device))
         await self._settle()
         here = self._state.device(device)
-        if here and here.driver in drivers.STUBS:
+        if here and _is_stubbed(here):
             return  # where the administrator has it (driverctl, vfio-pci.ids)
         if not self.has_host_driver(device):
             await self._waiting.until(lambda: self.has_host_driver(device), Patience("", _MOMENT))
@@ -106,10 +107,15 @@ class Loans:
     def has_host_driver(self, device: str) -> bool:
         """Whether a driver of the host's has DEVICE, or it is not here any more."""
         here = self._state.device(device)
-        return here is None or drivers.is_hosts(here.driver)
+        return here is None or (here.driver != "" and not _is_stubbed(here))
 
     def is_group_free(self, device: str) -> bool:
         """Whether no machine has a member of DEVICE's IOMMU group."""
         here = self._state.device(device)
         group = [device, *(mate.name for mate in (mates(self._state, here) if here else ()))]
         return not any(hold.live for name in group for hold in self._state.holds_on(name))
+
+
+def _is_stubbed(device: Device) -> bool:
+    """Whether the driver of DEVICE has it for somebody else. A variant driver of VFIO has a name of its own."""
+    return device.driver in drivers.STUBS or bool(device.pci and device.pci.vfio_device)

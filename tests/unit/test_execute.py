@@ -561,6 +561,20 @@ async def test_what_is_left_outlives_other_jobs_and_daemons_whose_jobs_have_the_
     assert world.intents.unfinished == () and not [c for c in world.libvirt.machines[UUID].config if "pci" in c.id]
 
 
+@pytest.mark.parametrize(
+    ("driver", "vfio_device", "back"),
+    [("e1000e", "", True), ("", "", False), ("vfio-pci", "vfio0", False), ("mlx5_vfio_pci", "vfio0", False)],
+)
+async def test_a_device_on_any_driver_of_vfio_is_not_back_yet(
+    tmp_path: Path, driver: str, vfio_device: str, back: bool
+) -> None:
+    world = World(tmp_path)
+    assert NIC.pci
+    facts = (dataclasses.replace(NIC.pci, vfio_device=vfio_device),)
+    world.emit(DeviceSeen(dataclasses.replace(NIC, driver=driver, facts=facts)))
+    assert world.executor.loans.has_host_driver(NIC.name) == back
+
+
 async def test_what_was_freed_and_then_pulled_out_is_owed_to_nobody(tmp_path: Path) -> None:
     world = World(tmp_path)
 
