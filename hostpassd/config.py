@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -25,6 +26,7 @@ class Config:
     excluded_classes: tuple[str, ...] = EXCLUDED_CLASSES  # PCI base classes (07) or class and subclass (0c05)
     never: frozenset[str] = frozenset()  # device names never to be given away
     timeout: int = 20  # seconds, of a job whose caller names none
+    rom_folders: tuple[str, ...] = ()  # absolute paths; a caller may name files below them as a device's ROM
 
 
 def load(path: Path) -> Config:
@@ -53,6 +55,7 @@ def _read(table: dict[str, Any]) -> Config:
         "excluded-classes": lambda v: tuple(_class_code(c) for c in _strings("excluded-classes", v)),
         "never": lambda v: frozenset(_device_name(name) for name in _strings("never", v)),
         "timeout": _timeout,
+        "rom-folders": _rom_folders,
     }
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -93,6 +96,16 @@ def _timeout(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 3600:
         raise ValueError("timeout is a number of seconds from 1 to 3600")
     return value
+
+
+def _rom_folders(value: object) -> tuple[str, ...]:
+    folders = _strings("rom-folders", value)
+    for path in folders:
+        if not path.startswith("/") or path.startswith("//") or path != os.path.normpath(path):
+            raise ValueError(
+                f'rom-folders holds {path!r}: it wants absolute paths with nothing to shorten, "/srv/roms"'
+            )
+    return folders
 
 
 def _line_of(text: str, key: str) -> int:

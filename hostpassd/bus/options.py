@@ -19,6 +19,7 @@ ASSIGN = {
     **DISMISS,
     "guest-address": "s",
     "rom-bar": "b",
+    "rom-file": "s",
     "driver": "s",
     "startup-policy": "s",
     "boot-order": "u",
@@ -72,6 +73,10 @@ def _check(values: Mapping[str, Any]) -> None:
     for name, (pattern, what) in _TEXTS.items():
         if name in values and not pattern.fullmatch(values[name]):
             raise errors.InvalidOption(f"The option {name} is {what}.")
+    if "rom-file" in values and not values.get("rom-bar", True):
+        raise errors.InvalidOption(
+            "The option rom-file shows the machine a ROM and rom-bar hides it: leave one of them out."
+        )
 
 
 def _codes(override: Sequence[str]) -> frozenset[str]:

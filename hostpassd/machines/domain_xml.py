@@ -149,14 +149,16 @@ def hostdev_xml(
     unique: bool,
     guest_address: str = "",
     multifunction: bool = False,
+    rom_file: str = "",
     settings: Settings = _NOTHING_SAID,
 ) -> str:
     """The <hostdev> element that hands DEVICE to a machine.
 
     CONFIG: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
-    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. SETTINGS: of these the startup policy (of a USB
-    device, in the stored half), the VFIO driver, the ROM's bar and the boot order are a caller's to choose. ValueError:
-    DEVICE is of no kind that can be handed over, or GUEST_ADDRESS is no PCI address.
+    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. ROM_FILE: the path of what the guest sees as its
+    ROM, or "" for its own. SETTINGS: of these the startup policy (of a USB device, in the stored half), the VFIO
+    driver, the ROM's bar and the boot order are a caller's to choose. ValueError: DEVICE is of no kind that can be
+    handed over, or GUEST_ADDRESS is no PCI address.
     """
     facts, write = _writer(device)
     element = etree.Element("hostdev", mode="subsystem")
@@ -164,7 +166,7 @@ def hostdev_xml(
     write(element, source, facts, config, unique)
     if config and settings.startup_policy:
         source.set("startupPolicy", settings.startup_policy)
-    _write_settings(element, settings)
+    _write_settings(element, settings, rom_file)
     if alias:
         etree.SubElement(element, "alias", name=alias)
     if guest_address:
@@ -570,11 +572,13 @@ def _write_mdev(element: etree._Element, source: etree._Element, mdev: Mdev, con
 _WRITERS: dict[type[Facts], _Write] = {Pci: _write_pci, Usb: _write_usb, Scsi: _write_scsi, Mdev: _write_mdev}
 
 
-def _write_settings(element: etree._Element, settings: Settings) -> None:
+def _write_settings(element: etree._Element, settings: Settings, rom_file: str) -> None:
     if settings.driver is not None:
         etree.SubElement(element, "driver", model=settings.driver)
-    if settings.rom_bar is not None:
-        etree.SubElement(element, "rom", bar="on" if settings.rom_bar else "off")
+    rom = {} if settings.rom_bar is None else {"bar": "on" if settings.rom_bar else "off"}
+    rom |= {"file": rom_file} if rom_file else {}
+    if rom:
+        etree.SubElement(element, "rom", rom)
     if settings.boot_order is not None:
         etree.SubElement(element, "boot", order=str(settings.boot_order))
 

@@ -139,6 +139,7 @@ def _check_fits(asked: list[Device], options: Options) -> None:
         for option, is_given, fits, why in (
             ("guest-address", bool(options.guest_address), _is_pci_in_guest(device), "gets no PCI address"),
             ("rom-bar", options.rom_bar is not None, device.pci, "has no ROM to show"),
+            ("rom-file", options.rom_file is not None, device.pci, "has no ROM to show"),
             ("driver", options.driver is not None, device.pci, "has no VFIO driver"),
             ("startup-policy", options.startup_policy is not None, device.usb, "no machine starts without"),
             ("boot-order", options.boot_order is not None, device.pci or device.usb, "no machine boots from"),
@@ -239,6 +240,7 @@ def _xml(state: State, device: Device, options: Options, asked: list[Device], pl
         unique=unique,
         guest_address=place or options.guest_address,
         multifunction=place.endswith(".0"),
+        rom_file=options.rom_file or "",
         settings=Settings(
             driver=options.driver,
             startup_policy=options.startup_policy,

@@ -29,6 +29,7 @@ class Options:
     wait: bool = True
     guest_address: str = ""
     rom_bar: bool | None = None
+    rom_file: str | None = None  # the path of a file that may be one
     driver: str | None = None  # a VFIO variant driver
     startup_policy: str | None = None  # of STARTUP_POLICIES
     boot_order: int | None = None  # from 1 on

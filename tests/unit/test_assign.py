@@ -137,6 +137,7 @@ FITTING: dict[str, tuple[Any, list[Device]]] = {
     "guest_address": ("0000:04:00.0", [NIC]),
     "rom_bar": (False, [NIC]),
     "startup_policy": ("requisite", [STICK]),
+    "rom_file": ("/usr/share/x.rom", [NIC]),
     "driver": ("mlx5_vfio_pci", [NIC]),
     "boot_order": (1, [NIC, STICK]),
 }
@@ -259,7 +260,8 @@ def test_of_several_devices_those_that_are_there_are_left_as_they_are() -> None:
         ([NIC.name, STICK.name], Options(instance=1), errors.InvalidOption),
         ([NIC.name, LUN.name], Options(guest_address="0000:04:00.0"), errors.InvalidOption),
         ([NIC.name, STICK.name], Options(rom_bar=False), errors.InvalidOption),
-        ([NIC.name, STICK.name], Options(boot_order=1), errors.InvalidOption),
+        ([NIC.name, PAIR[0].name], Options(boot_order=1), errors.InvalidOption),
+        ([NIC.name, PAIR[0].name], Options(rom_file="/usr/share/x.rom"), errors.InvalidOption),
         ([NIC.name, STICK.name], Options(startup_policy="optional"), errors.InvalidOption),
     ],
 )

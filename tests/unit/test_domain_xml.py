@@ -552,6 +552,17 @@ def test_libvirt_has_a_device_as_the_caller_chose(given_device: Device, chosen: 
         connection.close()
 
 
+@pytest.mark.parametrize("bar", [None, True, False])
+def test_a_rom_is_a_file_beside_its_bar(bar: bool | None) -> None:
+    said = {} if bar is None else {"bar": "on" if bar else "off"}
+    for file, wanted in (("", said), ("/usr/share/a&b,c.rom", {**said, "file": "/usr/share/a&b,c.rom"})):
+        written = hostdev_xml(
+            DEVICES[0][0], alias="", config=True, unique=True, rom_file=file, settings=Settings(rom_bar=bar)
+        )
+        assert [dict(rom.attrib) for rom in etree.fromstring(written).iterfind("rom")] == ([wanted] if wanted else [])
+        assert only(written).settings.rom_bar is bar
+
+
 def test_a_driver_is_written_as_libvirt_10_reads_it() -> None:
     chosen = Settings(managed=True, driver="mlx5_vfio_pci")
     written = hostdev_xml(DEVICES[0][0], alias="", config=False, unique=True, settings=chosen)

@@ -194,6 +194,21 @@ async def test_a_plans_authorization_is_the_worst_of_all_that_moves(
     assert [details["device.name"] for _, details in bus.asked] == [device.name for device in PAIR]
 
 
+async def test_a_rom_is_looked_up_before_anything_is_planned(house: House, bus: Bus) -> None:
+    """Debian has GPL there, as a link to the newest of its versions."""
+
+    async def operate(member: str, file: str) -> None:
+        given = {"rom-file": Variant("s", file)}
+        await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, member, "vm", [PAIR[0].name], given)
+
+    for member in ("PlanAssign", "Assign"):
+        with pytest.raises(errors.InvalidOption, match="rom-file"):
+            await operate(member, "/etc/hostname")
+        await operate(member, "/usr/share/common-licenses/GPL")
+    [first, second] = house.libvirt.machines[UUID].config
+    assert '<rom file="/usr/share/common-licenses/GPL-3"/>' in first.xml and "<rom" not in second.xml
+
+
 async def test_candidates_are_listed_by_what_moves_together_with_what_counts_for_the_machine(
     house: House, bus: Bus
 ) -> None:

@@ -22,6 +22,7 @@ VALUES: dict[str, Any] = {
     "wait": False,
     "guest-address": "0000:04:00.0",
     "rom-bar": True,
+    "rom-file": "/usr/share/x.rom",
     "driver": "mlx5_vfio_pci",
     "startup-policy": "requisite",
     "boot-order": 2,
@@ -72,6 +73,13 @@ def test_each_is_of_its_type_alone(name: str) -> None:
 def test_a_value_that_cannot_be_is_refused_in_words(name: str, value: Any, words: str) -> None:
     with pytest.raises(errors.InvalidOption, match=words):
         options.read({name: Variant(options.ASSIGN[name], value)}, options.ASSIGN, DEFAULT)
+
+
+def test_a_rom_that_is_hidden_is_not_to_be_another_one() -> None:
+    file, shown = Variant("s", "/usr/share/x.rom"), Variant("b", True)
+    assert options.read({"rom-file": file, "rom-bar": shown}, options.ASSIGN, DEFAULT).rom_bar
+    with pytest.raises(errors.InvalidOption, match="rom-bar hides it"):
+        options.read({"rom-file": file, "rom-bar": Variant("b", False)}, options.ASSIGN, DEFAULT)
 
 
 def test_an_unknown_one_is_refused_with_those_there_are() -> None:
