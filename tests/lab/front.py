@@ -162,7 +162,7 @@ def _signature(key: str, value: Any) -> str:
         return "b"
     if isinstance(value, list):
         return "as"
-    return {"timeout": "u", "instance": "t"}.get(key, "s")
+    return {"timeout": "u", "boot_order": "u", "instance": "t"}.get(key, "s")
 
 
 class Recording:

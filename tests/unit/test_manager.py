@@ -11,12 +11,14 @@ import pytest
 
 from hostpassd import errors, names
 from hostpassd.bus.access import Access
+from hostpassd.bus.present import hold_row
 from hostpassd.bus.router import Call, Variant
-from hostpassd.model.events import DeviceSeen, MachineRead
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceSeen, HypervisorChanged, MachineRead
 from hostpassd.passthrough.permission import Check
 from tests.sim import world
 from tests.sim.house import CALLER, PAIR, STICK, House
-from tests.sim.world import UUID, hostdev, machine, usb
+from tests.sim.world import URI, UUID, hostdev, machine, usb
 
 OTHER = 1001
 
@@ -207,6 +209,29 @@ async def test_a_rom_is_looked_up_before_anything_is_planned(house: House, bus: 
         await operate(member, "/usr/share/common-licenses/GPL")
     [first, second] = house.libvirt.machines[UUID].config
     assert '<rom file="/usr/share/common-licenses/GPL-3"/>' in first.xml and "<rom" not in second.xml
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen"),
+    [
+        (
+            PAIR[0],
+            {"driver": Variant("s", "mlx5_vfio_pci"), "rom-bar": Variant("b", False), "boot-order": Variant("u", 3)},
+        ),
+        (STICK, {"startup-policy": Variant("s", "requisite"), "boot-order": Variant("u", 1)}),
+    ],
+    ids=["pci", "usb"],
+)
+async def test_a_hold_tells_what_was_chosen_and_a_dismiss_finds_it_again(
+    house: House, bus: Bus, device: Device, chosen: dict[str, Variant]
+) -> None:
+    house.emit(HypervisorChanged(URI, True, version=10_000_000))
+    await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, "Assign", "vm", [device.name], chosen)
+    [hold] = house.daemon.state.holds_on(device.name)
+    row = hold_row(hold)
+    assert {key: row[key] for key in chosen} == chosen and hold.live and hold.config
+    await house.do("dismiss", device)
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].config
 
 
 async def test_candidates_are_listed_by_what_moves_together_with_what_counts_for_the_machine(
