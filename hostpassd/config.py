@@ -12,7 +12,6 @@ from typing import Any
 from hostpassd.state.eligibility import EXCLUDED_CLASSES
 
 DEFAULT_PATH = Path("/etc/hostpassd/hostpassd.toml")
-ROM_FOLDER = "/usr/share"  # what is below it is root's, on every host
 
 
 class ConfigError(Exception):
@@ -27,7 +26,7 @@ class Config:
     excluded_classes: tuple[str, ...] = EXCLUDED_CLASSES  # PCI base classes (07) or class and subclass (0c05)
     never: frozenset[str] = frozenset()  # device names never to be given away
     timeout: int = 20  # seconds, of a job whose caller names none
-    rom_folders: tuple[str, ...] = (ROM_FOLDER,)  # below which the files of the option rom-file are
+    rom_folders: tuple[str, ...] = ()  # absolute paths; a caller may name files below them as a device's ROM
 
 
 def load(path: Path) -> Config:
@@ -93,20 +92,20 @@ def _class_code(code: str) -> str:
     return code.lower()
 
 
-def _rom_folders(value: object) -> tuple[str, ...]:
-    return (ROM_FOLDER, *map(_folder, _strings("rom-folders", value)))
-
-
-def _folder(path: str) -> str:
-    if not re.fullmatch(r"(/[^/\0]+)+", path) or os.path.normpath(path) != path:
-        raise ValueError(f'rom-folders holds {path!r}: it wants whole paths of folders, "/srv/roms"')
-    return path
-
-
 def _timeout(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 3600:
         raise ValueError("timeout is a number of seconds from 1 to 3600")
     return value
+
+
+def _rom_folders(value: object) -> tuple[str, ...]:
+    folders = _strings("rom-folders", value)
+    for path in folders:
+        if not path.startswith("/") or path.startswith("//") or path != os.path.normpath(path):
+            raise ValueError(
+                f'rom-folders holds {path!r}: it wants absolute paths with nothing to shorten, "/srv/roms"'
+            )
+    return folders
 
 
 def _line_of(text: str, key: str) -> int:

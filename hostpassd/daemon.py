@@ -16,6 +16,7 @@ from hostpassd.base.tasks import Tasks, first
 from hostpassd.bus.access import Access
 from hostpassd.bus.manager import ManagerMethods
 from hostpassd.bus.publisher import Publisher
+from hostpassd.bus.roms import RomFiles
 from hostpassd.bus.router import Router
 from hostpassd.bus.spec import Specification
 from hostpassd.config import Config
@@ -53,6 +54,7 @@ class Daemon:
         # is still at work.
         self._listeners = (self.counters, self.publisher, self.executor, self.operations, self._audit)
         access = Access(self.router, ends.inlet.emit, log=logging.getLogger("hostpassd.access"))
+        options = Options(timeout=config.timeout)
         ManagerMethods(
             self.state,
             self.router,
@@ -61,8 +63,8 @@ class Daemon:
             self.publisher,
             sync,
             ends.inlet.emit,
-            Options(timeout=config.timeout),
-            config.rom_folders,
+            options,
+            RomFiles(config.rom_folders),
         )
         self._tasks = Tasks()  # what nothing works without: if one fails, the daemon ends, to be started afresh
         self._told = asyncio.Event()

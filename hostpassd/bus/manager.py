@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hostpassd import errors, names
-from hostpassd.bus import options, romfile
+from hostpassd.bus import options
 from hostpassd.bus.access import Access, Asking
 from hostpassd.bus.present import candidate_row, plan_row
 from hostpassd.bus.publisher import Publisher
+from hostpassd.bus.roms import RomFiles
 from hostpassd.bus.router import Call, Router
 from hostpassd.bus.spelling import device_text, machine_text
 from hostpassd.model.events import CancelAnswered, Event
@@ -45,7 +47,7 @@ class ManagerMethods:
         sync: Sync,
         emit: Callable[[Event], None],
         default: Options,
-        rom_folders: Sequence[str],
+        roms: RomFiles,
     ) -> None:
         self._state = state
         self._router = router
@@ -55,7 +57,7 @@ class ManagerMethods:
         self._sync = sync
         self._emit = emit
         self._default = default
-        self._rom_folders = rom_folders
+        self._roms = roms
         router.handle(names.MANAGER, "FindDevices", self._find_devices, reads=True)
         router.handle(names.MANAGER, "GetMachine", self._get_machine, quick=True)
         router.handle(names.MANAGER, "ListCandidates", self._list_candidates, reads=True)
@@ -102,8 +104,8 @@ class ManagerMethods:
         machine, devices, given = call.args
         check_number(devices)
         wanted = options.read(given, known, self._default)
-        if wanted.rom_file:
-            await romfile.check(wanted.rom_file, self._rom_folders)
+        if wanted.rom_file is not None:
+            wanted = dataclasses.replace(wanted, rom_file=await self._roms.find(wanted.rom_file))
         return kind(machine_text(machine), tuple([await device_text(text) for text in devices]), wanted, uid)
 
     async def _preview(self, call: Call, kind: type[Request], known: Mapping[str, str]) -> Sequence[Any]:

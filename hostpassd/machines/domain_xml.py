@@ -7,14 +7,16 @@ import hashlib
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lxml import etree
 
 from hostpassd.model.codes import WARNINGS, Fact, fact
 from hostpassd.model.device import Device, Facts, Mdev, Pci, Scsi, Usb
+from hostpassd.model.drivers import DRIVER_NAME
 from hostpassd.model.machine import (
+    STARTUP_POLICIES,
     Claim,
     ClaimSource,
     InterfaceSource,
@@ -135,7 +137,8 @@ def read_ports(xml: str) -> Ports:
     return Ports(tuple(express), tuple(place for place in slots if place not in used))
 
 
-_AS_IT_COMES = Settings()
+# How a machine is to have a device of which nobody says more: as libvirt has it.
+_NOTHING_SAID = Settings()
 
 
 def hostdev_xml(
@@ -146,21 +149,23 @@ def hostdev_xml(
     unique: bool,
     guest_address: str = "",
     multifunction: bool = False,
-    settings: Settings = _AS_IT_COMES,
     rom_file: str = "",
+    settings: Settings = _NOTHING_SAID,
 ) -> str:
     """The <hostdev> element that hands DEVICE to a machine.
 
     CONFIG: for the stored half. UNIQUE: no other USB device here has its vendor and product. ALIAS: "ua-..." or "".
-    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. SETTINGS: how the machine is to have it, as far as
-    that fits the device. ValueError: DEVICE is of no kind that can be handed over, or GUEST_ADDRESS is no PCI address.
+    GUEST_ADDRESS: 0000:04:00.0 or "", for a PCI or mediated device. ROM_FILE: the path of what the guest sees as its
+    ROM, or "" for its own. SETTINGS: of these the startup policy (of a USB device, in the stored half), the VFIO
+    driver, the ROM's bar and the boot order are a caller's to choose. ValueError: DEVICE is of no kind that can be
+    handed over, or GUEST_ADDRESS is no PCI address.
     """
     facts, write = _writer(device)
     element = etree.Element("hostdev", mode="subsystem")
     source = etree.SubElement(element, "source")
     write(element, source, facts, config, unique)
-    if config and (device.usb or settings.startup_policy):
-        source.set("startupPolicy", settings.startup_policy or "optional")
+    if config and settings.startup_policy:
+        source.set("startupPolicy", settings.startup_policy)
     _write_settings(element, settings, rom_file)
     if alias:
         etree.SubElement(element, "alias", name=alias)
@@ -487,9 +492,7 @@ def _guest_address(element: etree._Element) -> str:
 
 _YES_NO = {"yes": True, "no": False}
 _ON_OFF = {"on": True, "off": False}
-_POLICIES = frozenset({"mandatory", "requisite", "optional"})
 _DECIMAL = re.compile(r"[0-9]{1,10}")
-_DRIVER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 
 
@@ -498,7 +501,7 @@ def _settings(element: etree._Element) -> Settings:
     mac = _attribute(element, "mac", "address")
     return Settings(
         managed=_YES_NO.get(element.get("managed") or _attribute(element, "source", "managed")),
-        startup_policy=policy if policy in _POLICIES else None,
+        startup_policy=policy if policy in STARTUP_POLICIES else None,
         driver=_variant_driver(element),
         rom_bar=_ON_OFF.get(_attribute(element, "rom", "bar")),
         mac_address=mac.lower() if _MAC.fullmatch(mac) else None,
@@ -512,7 +515,7 @@ def _variant_driver(element: etree._Element) -> str | None:
     if element.tag != "hostdev" and element.get("type") != "hostdev":
         return None
     driver = _attribute(element, "driver", "model")
-    return driver if _DRIVER.fullmatch(driver) else None
+    return driver if DRIVER_NAME.fullmatch(driver) else None
 
 
 def _whole(element: etree._Element, path: str, name: str, lowest: int, highest: int) -> int | None:
@@ -544,6 +547,8 @@ def _write_pci(element: etree._Element, source: etree._Element, pci: Pci, config
 def _write_usb(element: etree._Element, source: etree._Element, usb: Usb, config: bool, unique: bool) -> None:
     """Live always by bus and number, too: that is this very plug-in, and libvirt checks that the rest is so."""
     element.set("type", "usb")
+    if config:
+        source.set("startupPolicy", "optional")
     named = usb.vendor_id != 0  # libvirt refuses a vendor of 0
     if named:
         etree.SubElement(source, "vendor", id=f"{usb.vendor_id:#06x}")
@@ -568,19 +573,14 @@ _WRITERS: dict[type[Facts], _Write] = {Pci: _write_pci, Usb: _write_usb, Scsi: _
 
 
 def _write_settings(element: etree._Element, settings: Settings, rom_file: str) -> None:
-    """What is written the same for every kind."""
-    if settings.driver:
-        etree.SubElement(element, "driver", name="vfio", model=settings.driver)
-    rom = {"bar": _words(_ON_OFF, settings.rom_bar), "file": rom_file}
-    if any(rom.values()):
-        etree.SubElement(element, "rom", {name: value for name, value in rom.items() if value})
-    if settings.boot_order:
+    if settings.driver is not None:
+        etree.SubElement(element, "driver", model=settings.driver)
+    rom = {} if settings.rom_bar is None else {"bar": "on" if settings.rom_bar else "off"}
+    rom |= {"file": rom_file} if rom_file else {}
+    if rom:
+        etree.SubElement(element, "rom", rom)
+    if settings.boot_order is not None:
         etree.SubElement(element, "boot", order=str(settings.boot_order))
-
-
-def _words(words: Mapping[str, bool], value: bool | None) -> str:
-    """The word for VALUE, '' for None."""
-    return next((word for word, meaning in words.items() if meaning is value), "")
 
 
 def _write_guest_address(element: etree._Element, guest_address: str, multifunction: bool) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 VFIO_PCI = "vfio-pci"
+
+# What a driver is called; the kernel's own limit is 55 characters (MODULE_NAME_LEN).
+DRIVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # Drivers that a function has for somebody else: where one of these was before, the host is owed nothing.
 STUBS = frozenset({VFIO_PCI, "pci-stub"})

@@ -85,12 +85,12 @@ class ProblemChanged:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HypervisorChanged:
-    """A hypervisor connection came or went. `error` is '' while connected; `version` is that of its libvirt."""
+    """A hypervisor connection came or went. `error` is '' while connected."""
 
     uri: str
     connected: bool
     error: str = ""
-    version: int = 0
+    version: int = 0  # of its libvirt, 9000000 for 9.0.0; 0: not known
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

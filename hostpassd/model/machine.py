@@ -156,12 +156,16 @@ class InterfaceSource(ClaimSource):
         return f"interface {self.interface}"
 
 
+# What a machine's start can do without a device of its stored configuration: libvirt's words.
+STARTUP_POLICIES = ("mandatory", "requisite", "optional")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """How a machine is to have a device, as its XML says. None: it does not say, or in no way that is understood."""
 
     managed: bool | None = None  # libvirt takes it from its host driver, and gives it back
-    startup_policy: str | None = None  # what the machine's start does without it: mandatory requisite optional
+    startup_policy: str | None = None  # of STARTUP_POLICIES
     driver: str | None = None  # the VFIO variant driver that it is to have
     rom_bar: bool | None = None
     mac_address: str | None = None

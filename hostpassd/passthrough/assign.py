@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
@@ -29,7 +29,8 @@ from hostpassd.state import State, eligibility
 from hostpassd.state.eligibility import companions, mates
 from hostpassd.state.find import one_machine
 
-_VARIANT_DRIVERS = 10_000_000  # the version of libvirt, as it counts, whose <driver> has a model
+# The first libvirt that reads a hostdev's <driver model=...>, as libvirt counts its versions.
+_TAKES_DRIVERS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Assign(Request):
         """The plan that hands the devices and their companions to the machine, with what blocks it.
 
         What is there already is left as it is. Errors: those of `find` and of `asked_devices`, HypervisorUnavailable,
-        InvalidOption, StalePlan, AlreadyAssigned.
+        InvalidOption, NotSupported, StalePlan, AlreadyAssigned.
         """
         machine = one_machine(state, self.machine)
         asked = asked_devices(state, self.devices)
@@ -67,8 +68,8 @@ class Assign(Request):
         )
         if any(d.kind not in ASSIGNABLE_KINDS for d in lacked):
             return plan
-        _check_fits(asked, self.options, config)
-        _check_driver(state, machine, self.options)
+        _check_fits(asked, self.options)
+        _check_version(state, machine, self.options)
         held = {d.name: hold_of(state, machine, d.name) for d in devices}
         to_store = [d for d in devices if config and not _half(held[d.name], live=False)]
         to_attach = [d for d in devices if live and not _half(held[d.name], live=True)]
@@ -132,56 +133,33 @@ def _moving(state: State, asked: list[Device]) -> list[Device]:
     return [state.devices[name] for name in in_tree_order(state, moving)]
 
 
-def _check_fits(asked: list[Device], options: Options, config: bool) -> None:
-    """Raises InvalidOption if one of OPTIONS is not for the devices ASKED for, or for the halves (CONFIG)."""
-    wanted = {
-        "guest-address": bool(options.guest_address),
-        "rom-bar": options.rom_bar is not None,
-        "rom-file": bool(options.rom_file),
-        "driver": bool(options.driver),
-        "boot-order": options.boot_order is not None,
-        "startup-policy": bool(options.startup_policy),
-    }
-    for option in (name for name, is_wanted in wanted.items() if is_wanted):
-        fits, lack = _FITTING[option]
-        if unfit := next((device for device in asked if not fits(device)), None):
-            raise errors.InvalidOption(f"{unfit.name} is {unfit.kind}, which {lack}: leave the option {option} out.")
-    if options.startup_policy and not config:
-        raise errors.InvalidOption(
-            "The option startup-policy is for the stored configuration alone: leave it out, or config as it is."
+def _check_fits(asked: list[Device], options: Options) -> None:
+    """Raises InvalidOption if one of OPTIONS is not for the devices ASKED for."""
+    for device in asked:
+        for option, is_given, fits, why in (
+            ("guest-address", bool(options.guest_address), _is_pci_in_guest(device), "gets no PCI address"),
+            ("rom-bar", options.rom_bar is not None, device.pci, "has no ROM to show"),
+            ("rom-file", options.rom_file is not None, device.pci, "has no ROM to show"),
+            ("driver", options.driver is not None, device.pci, "has no VFIO driver"),
+            ("startup-policy", options.startup_policy is not None, device.usb, "no machine starts without"),
+            ("boot-order", options.boot_order is not None, device.kind != "mdev", "no machine boots from"),
+        ):
+            if is_given and not fits:
+                raise errors.InvalidOption(
+                    f"{device.name} is {device.kind}, which {why}: leave the option {option} out."
+                )
+
+
+def _check_version(state: State, machine: Machine, options: Options) -> None:
+    """Raises NotSupported for what the machine's libvirt would ignore."""
+    if options.driver is not None and state.hypervisors[machine.uri].version < _TAKES_DRIVERS:
+        raise errors.NotSupported(
+            f"The libvirt at {machine.uri} is older than 10.0 and takes no VFIO driver: leave the option driver out."
         )
-
-
-def _is_pci(device: Device) -> bool:
-    return device.pci is not None
-
-
-def _is_usb(device: Device) -> bool:
-    return device.usb is not None
 
 
 def _is_pci_in_guest(device: Device) -> bool:
-    return _is_pci(device) or any(isinstance(f, Mdev) and f.api == VFIO_PCI for f in device.facts)
-
-
-# The devices that each option is for, and what the others have not.
-_FITTING: Mapping[str, tuple[Callable[[Device], bool], str]] = {
-    "guest-address": (_is_pci_in_guest, "gets no PCI address"),
-    "rom-bar": (_is_pci, "has no ROM to show"),
-    "rom-file": (_is_pci, "has no ROM to replace"),
-    "driver": (_is_pci, "has no VFIO driver of its own"),
-    "boot-order": (lambda device: device.kind != "mdev", "libvirt boots no machine from"),
-    "startup-policy": (_is_usb, "libvirt lets no machine start without"),
-}
-
-
-def _check_driver(state: State, machine: Machine, options: Options) -> None:
-    """Raises NotSupported if libvirt knows no variant drivers, and one is asked for."""
-    known = state.hypervisors.get(machine.uri)
-    if options.driver and (known is None or known.version < _VARIANT_DRIVERS):
-        raise errors.NotSupported(
-            f"libvirt at {machine.uri} is older than 10.0 and takes no variant driver: leave the option driver out."
-        )
+    return device.pci is not None or any(isinstance(f, Mdev) and f.api == VFIO_PCI for f in device.facts)
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
@@ -195,6 +173,10 @@ def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:
         )
     if not live and not config:
         raise errors.InvalidOption("The options live and config are both false: ask for one of them.")
+    if options.startup_policy and not config:
+        raise errors.InvalidOption(
+            "The option startup-policy is for the stored configuration, which is not to be changed: leave it out."
+        )
     return live, config
 
 
@@ -249,22 +231,20 @@ def _half(hold: Hold | None, *, live: bool) -> bool:
 def _xml(state: State, device: Device, options: Options, asked: list[Device], place: str, *, config: bool) -> str:
     """PLACE: the guest address as a function of a card, '' for none."""
     unique = not device.usb or len(state.keyed(("usb-id", device.usb.vendor_id, device.usb.product_id))) == 1
+    if device not in asked:
+        options = Options()  # it moves along, and is given to the machine as libvirt has it
     return hostdev_xml(
         device,
         alias=alias_of(device),
         config=config,
         unique=unique,
-        guest_address=place or (options.guest_address if device in asked else ""),
+        guest_address=place or options.guest_address,
         multifunction=place.endswith(".0"),
-        settings=_settings(options) if device in asked else Settings(),
-        rom_file=options.rom_file if device in asked else "",
-    )
-
-
-def _settings(options: Options) -> Settings:
-    return Settings(
-        startup_policy=options.startup_policy or None,
-        driver=options.driver or None,
-        rom_bar=options.rom_bar,
-        boot_order=options.boot_order,
+        rom_file=options.rom_file or "",
+        settings=Settings(
+            driver=options.driver,
+            startup_policy=options.startup_policy,
+            rom_bar=options.rom_bar,
+            boot_order=options.boot_order,
+        ),
     )

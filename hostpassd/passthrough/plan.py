@@ -98,7 +98,7 @@ def check_single(asked: Sequence[object], options: Options) -> None:
     given = {
         "instance": options.instance is not None,
         "guest-address": bool(options.guest_address),
-        "rom-file": bool(options.rom_file),
+        "rom-file": options.rom_file is not None,
         "boot-order": options.boot_order is not None,
     }
     for option in (name for name, is_given in given.items() if is_given and len(asked) > 1):

@@ -28,11 +28,11 @@ class Options:
     timeout: int = 20  # seconds, for the whole job
     wait: bool = True
     guest_address: str = ""
-    startup_policy: str = ""
-    driver: str = ""  # a VFIO variant driver
     rom_bar: bool | None = None
-    rom_file: str = ""
-    boot_order: int | None = None
+    rom_file: str | None = None  # the path of a file that may be one
+    driver: str | None = None  # a VFIO variant driver
+    startup_policy: str | None = None  # of STARTUP_POLICIES
+    boot_order: int | None = None  # from 1 on
     override: frozenset[str] = frozenset()  # codes of blockers that the caller accepts
     plan: str = ""  # the token of the plan that this must still be
 

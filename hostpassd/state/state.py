@@ -48,7 +48,7 @@ class HypervisorState:
     uri: str
     connected: bool
     error: str
-    version: int = 0  # of its libvirt, as that counts: 10000000 is 10.0
+    version: int = 0  # of its libvirt, 9000000 for 9.0.0; 0: not known
     listed: bool = False  # whether it has told its machines since it was connected
 
 

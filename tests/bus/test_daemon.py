@@ -231,6 +231,10 @@ async def test_assign_and_dismiss_in_the_stored_configuration(daemon: Daemon, cl
         ("Assign", "demo", "1-1.2", {"live": {"v": ["b", True]}}, "InvalidOption"),
         ("Assign", "demo", "1-1.2", {"timeout": {"v": ["u", 0]}}, "InvalidOption"),
         ("Assign", "demo", "1-1.2", {"instance": {"v": ["t", 1]}}, "StalePlan"),
+        ("Assign", "demo", "1-1.2", {"startup-policy": {"v": ["s", "never"]}}, "InvalidOption"),
+        ("Assign", "demo", "1-1.2", {"boot-order": {"v": ["u", 0]}}, "InvalidOption"),
+        ("Assign", "demo", "1-1.2", {"driver": {"v": ["s", "vfio-pci"]}}, "InvalidOption"),
+        ("Assign", "demo", "01:00.0", {"rom-file": {"v": ["s", "/etc/hostname"]}}, "InvalidOption"),
         ("Assign", "demo", "1-1", {}, "Blocked"),
         ("Assign", "demo", "00:1f.2", {}, "Blocked"),
         ("Assign", "demo", "ttyS0", {}, "Blocked"),
@@ -438,6 +442,7 @@ async def test_a_file_that_cannot_be_read_leaves_that_property_empty(
         ('excluded-classes = ["7"]\n', "line 1: excluded-classes"),
         ('never = ["0000:01:00.0"]\n', "line 1: never"),
         ("hypervisors = []\n", "line 1: hypervisors"),
+        ('rom-folders = ["roms"]\n', "line 1: rom-folders"),
     ],
 )
 async def test_a_broken_configuration_stops_the_start_and_names_the_line(
@@ -451,12 +456,17 @@ async def test_a_broken_configuration_stops_the_start_and_names_the_line(
 
 
 async def test_the_configuration_is_used(bus: PrivateBus, host: MockHost, tmp_path: Path, client: Client) -> None:
-    (tmp_path / "hostpassd.toml").write_text('excluded-classes = ["02"]\nnever = ["usb_1_1_2"]\n', encoding="utf-8")
+    (tmp_path / "card.rom").touch()
+    text = f'excluded-classes = ["02"]\nnever = ["usb_1_1_2"]\nrom-folders = ["{tmp_path}"]\n'
+    (tmp_path / "hostpassd.toml").write_text(text, encoding="utf-8")
     daemon = Daemon(bus, host, tmp_path)
     await daemon.start()
     await wait_for_name(client)
     assert [b[1] for b in (await device(client, "pci_0000_01_00_0"))["Blockers"]] == ["class-excluded"]
     assert [b[1] for b in (await device(client, "usb_1_1_2"))["Blockers"]] == ["host-system"]
+    rom = {"rom-file": {"v": ["s", f"{tmp_path}/card.rom"]}}
+    [plan] = await manager(client, "PlanAssign", "sasa{sv}", "demo", ["01:00.0"], rom)
+    assert not plan["possible"]
     await daemon.stop()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,12 @@ def driver(host: Host, name: str) -> str:
 
 def hostdevs(xml: str) -> int:
     return xml.count("<hostdev")
+
+
+def only_hold(front: Front, name: str) -> dict[str, Any]:
+    """The one hold on a device."""
+    [[_, hold]] = front.device(name)["Holders"]
+    return hold  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +112,47 @@ def test_the_stick_and_the_disk_there_and_back(
     host.wait_for(f'test "$(lsblk -dnro NAME,SERIAL | sort | wc -l)" = {len(before.splitlines())}')
 
 
+def test_a_stick_is_stored_as_one_that_a_start_needs(front: Front, running: Guest) -> None:
+    front.assign("running", "serial:STICK-0001", startup_policy="mandatory")
+    assert "startupPolicy='mandatory'" in running.stored_xml() and "startupPolicy" not in running.live_xml()
+    assert only_hold(front, "usb_2_2")["startup-policy"] == "mandatory"
+    front.dismiss("running", "usb_2_2")
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
+
+
+def test_the_nic_has_the_driver_and_the_rom_that_were_chosen(host: Host, front: Front, running: Guest) -> None:
+    rom = "/usr/share/qemu/lab.rom"
+    host.run(f"truncate -s 4096 {rom}")
+    with pytest.raises(BusError, match=r"InvalidOption.*rom-file"):
+        front.assign("running", LONE, rom_file="/etc/hostname")
+    front.assign("running", LONE, driver="vfio-pci", rom_file=rom)
+    for xml in (running.live_xml(), running.stored_xml()):
+        assert re.search(r"<driver [^>]*model='vfio-pci'", xml) and f"<rom file='{rom}'/>" in xml
+    assert only_hold(front, LONE)["driver"] == "vfio-pci"
+    front.dismiss("running", LONE)
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0 and driver(host, LONE) == DRIVERS[LONE]
+    host.run(f"rm {rom}")
+
+
+def test_a_boot_order_is_for_machines_that_boot_by_their_devices(
+    host: Host, front: Front, running: Guest, guest: NewGuest
+) -> None:
+    with pytest.raises(BusError, match=r"HypervisorRefused.*leave the option boot-order out"):
+        front.assign("running", LONE, boot_order=2)
+    assert hostdevs(running.live_xml()) == hostdevs(running.stored_xml()) == 0
+    drive = "<disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/><boot order='1'/></disk>"
+    ordered = guest("ordered", devices=drive)
+    ordered.define()
+    ordered.start()
+    ordered.wait_up()
+    front.sync()
+    front.assign("ordered", LONE, boot_order=2)
+    assert "<boot order='2'/>" in ordered.live_xml() and "<boot order='2'/>" in ordered.stored_xml()
+    assert only_hold(front, LONE)["boot-order"] == 2
+    front.dismiss("ordered", LONE)
+    assert hostdevs(ordered.live_xml()) == hostdevs(ordered.stored_xml()) == 0 and driver(host, LONE) == DRIVERS[LONE]
+
+
 @pytest.mark.parametrize(
     ("spelling", "codes", "words"),
     [
@@ -141,25 +189,6 @@ def test_a_stopped_machine_has_it_after_its_start(host: Host, front: Front, gues
     assert front.holds(LONE) == [(False, True)] and driver(host, LONE) == DRIVERS[LONE]
     front.dismiss("stopped", LONE)
     assert front.holds(LONE) == [] and hostdevs(stopped.stored_xml()) == 0
-
-
-def test_what_the_machine_is_to_do_with_a_device_is_written_and_told(front: Front, guest: NewGuest) -> None:
-    # The other interface has a place in the boot order, too: else libvirt writes one of kinds, and takes no other.
-    stopped = guest("wishes", devices="<interface type='user'><boot order='2'/></interface>")
-    stopped.define()
-    front.sync()
-    rom = "/usr/share/misc/pci.ids"
-    front.assign("wishes", LONE, rom_bar=False, rom_file=rom, boot_order=1, driver="vfio-pci")
-    xml = stopped.stored_xml()
-    assert f"<rom bar='off' file='{rom}'/>" in xml and "<boot order='1'/>" in xml and "model='vfio-pci'" in xml
-    [[_, hold]] = front.device(LONE)["Holders"]
-    assert (hold["rom-bar"], hold["boot-order"], hold["driver"]) == (False, 1, "vfio-pci")
-    front.assign("wishes", "2-2", startup_policy="mandatory")
-    assert "startupPolicy='mandatory'" in stopped.stored_xml()
-    with pytest.raises(BusError, match=ERROR + "InvalidOption"):
-        front.assign("wishes", PAIR[0], rom_file="/usr/share/../../etc/hostname")
-    front.manager("Dismiss", "sasa{sv}", "wishes", [LONE, "2-2"], {})
-    assert hostdevs(stopped.stored_xml()) == 0
 
 
 def test_a_transient_machine_gets_the_live_half(host: Host, front: Front, guest: NewGuest) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from hostpassd import errors
+from hostpassd.machines.domain_xml import claim_of
 from hostpassd.model.device import Device, Mdev
 from hostpassd.model.events import DeviceGone, DeviceSeen, HostUsesRead, HypervisorChanged, MachineRead, host_use
-from hostpassd.model.machine import Claim, Machine, NodeSource, Ports
-from hostpassd.passthrough.request import Options
+from hostpassd.model.machine import Claim, Machine, NodeSource, Ports, Settings
+from hostpassd.passthrough.request import Options, Plan
 from hostpassd.passthrough.steps import Attach, Detach, Store
 from hostpassd.state import State
 from tests.sim.plans import LUN, NIC, PAIR, STICK, accepting, assign, assign_all, kinds, world
@@ -123,71 +125,85 @@ def test_what_the_host_loses_is_named() -> None:
     assert assign(state, NIC).loses == (interface.name,)
 
 
-def test_what_does_not_fit_the_device_is_no_option_of_it() -> None:
-    state = world(machine())
-    for device in (STICK, LUN):
-        with pytest.raises(errors.InvalidOption, match="guest-address"):
-            assign(state, device, Options(guest_address="0000:04:00.0"))
-        with pytest.raises(errors.InvalidOption, match="rom-bar"):
-            assign(state, device, Options(rom_bar=False))
-        with pytest.raises(errors.InvalidOption, match="rom-file"):
-            assign(state, device, Options(rom_file="/usr/share/x"))
-        with pytest.raises(errors.InvalidOption, match="driver"):
-            assign(state, device, Options(driver="mlx5_vfio_pci"))
-    for device in (NIC, LUN):
-        with pytest.raises(errors.InvalidOption, match="startup-policy"):
-            assign(state, device, Options(startup_policy="mandatory"))
-    assert "04" in assign(state, NIC, Options(guest_address="0000:04:00.0", rom_bar=False)).steps[-1].xml  # type: ignore[attr-defined]
+def current(*machines: Machine, version: int = 10_000_000) -> State:
+    """A host whose libvirt is of VERSION."""
+    state = world(*machines)
+    state.apply(HypervisorChanged(URI, True, version=version))
+    return state
 
 
-def test_what_the_machine_is_to_do_with_a_device_is_written_into_both_halves() -> None:
-    state = world(machine(running=True))
-    wanted = Options(rom_bar=True, rom_file="/usr/share/x.rom", boot_order=2)
-    written = [step.xml if isinstance(step, Attach) else step.claim.xml for step in _writing(state, NIC, wanted)]
-    assert len(written) == 2
-    assert all('<rom bar="on" file="/usr/share/x.rom"/><boot order="2"/>' in xml for xml in written)
-    [stored, live] = _writing(state, STICK, Options(startup_policy="requisite", boot_order=1))
-    assert isinstance(stored, Store) and 'startupPolicy="requisite"' in stored.claim.xml
-    assert isinstance(live, Attach) and "startupPolicy" not in live.xml and '<boot order="1"/>' in live.xml
+# A value of each option that not every device takes, and those that take it.
+FITTING: dict[str, tuple[Any, list[Device]]] = {
+    "guest_address": ("0000:04:00.0", [NIC]),
+    "rom_bar": (False, [NIC]),
+    "startup_policy": ("requisite", [STICK]),
+    "rom_file": ("/usr/share/x.rom", [NIC]),
+    "driver": ("mlx5_vfio_pci", [NIC]),
+    "boot_order": (1, [NIC, STICK, LUN]),
+}
 
 
-def _writing(state: State, device: Device, options: Options) -> list[Store | Attach]:
-    return [step for step in assign(state, device, options).steps if isinstance(step, Store | Attach)]
+@pytest.mark.parametrize("device", [NIC, STICK, LUN], ids=lambda device: device.kind)
+@pytest.mark.parametrize("option", FITTING)
+def test_what_does_not_fit_the_device_is_no_option_of_it(device: Device, option: str) -> None:
+    value, fitting = FITTING[option]
+    state, options = current(machine()), Options(**{option: value})
+    if device in fitting:
+        assert assign(state, device, options).token != assign(state, device).token
+        return
+    with pytest.raises(errors.InvalidOption, match=f"leave the option {option.replace('_', '-')} out"):
+        assign(state, device, options)
 
 
-def test_a_companion_is_had_as_it_comes() -> None:
-    steps = _writing(world(machine()), PAIR[0], Options(rom_bar=False))
-    assert [(step.device, "<rom" in step.claim.xml) for step in steps if isinstance(step, Store)] == [
-        (PAIR[0].name, True),
-        (PAIR[1].name, False),
-    ]
-
-
-def test_the_policy_of_a_start_is_of_the_stored_configuration() -> None:
-    with pytest.raises(errors.InvalidOption, match="stored configuration"):
-        assign(world(machine(running=True)), STICK, Options(startup_policy="optional", config=False))
-
-
-def test_a_mediated_device_has_no_place_in_the_boot_order() -> None:
+def test_no_machine_boots_from_a_mediated_device() -> None:
     uuid = "0a0d3b5e-8a5b-4a4e-9b0e-2f6a1c9d7e10"
     vgpu = dataclasses.replace(pci("0000:01:00.0"), name="mdev_x", kind="mdev", facts=(Mdev(uuid, "x", "vfio-pci"),))
     state = state_of(vgpu)
     state.apply(MachineRead(machine()))
-    with pytest.raises(errors.InvalidOption, match="boot-order"):
+    with pytest.raises(errors.InvalidOption, match="leave the option boot-order out"):
         assign(state, vgpu, Options(boot_order=1))
 
 
-@pytest.mark.parametrize(("version", "taken"), [(0, False), (9_010_000, False), (10_000_000, True)])
-def test_a_variant_driver_takes_libvirt_10(version: int, taken: bool) -> None:
-    state = world(machine())
-    state.apply(HypervisorChanged(URI, True, version=version))
-    wanted = Options(driver="mlx5_vfio_pci")
-    if not taken:
-        with pytest.raises(errors.NotSupported, match=r"older than 10\.0"):
-            assign(state, NIC, wanted)
-        return
-    store = _writing(state, NIC, wanted)[0]
-    assert isinstance(store, Store) and '<driver name="vfio" model="mlx5_vfio_pci"/>' in store.claim.xml
+def said(plan: Plan) -> dict[str, Settings]:
+    """What each element that PLAN writes says of its device, but for what all say."""
+    written = [
+        (step, step.claim.xml if isinstance(step, Store) else step.xml)
+        for step in plan.steps
+        if isinstance(step, Store | Attach)
+    ]
+    return {
+        f"{step.code} {step.device}": dataclasses.replace(claim_of(xml).settings, managed=None) for step, xml in written
+    }
+
+
+def test_both_halves_say_what_was_chosen_and_what_moves_along_is_as_libvirt_has_it() -> None:
+    chosen = Options(driver="x", rom_bar=False, boot_order=2, guest_address="0000:04:00.0")
+    first, second = (d.name for d in PAIR)
+    wanted = Settings(driver="x", rom_bar=False, boot_order=2)
+    assert said(assign(current(machine()), PAIR[0], chosen)) == {
+        f"store {first}": wanted,
+        f"store {second}": Settings(),
+        f"attach {first}": wanted,
+        f"attach {second}": Settings(),
+    }
+
+
+def test_a_libvirt_that_would_ignore_a_driver_is_not_asked_for_it() -> None:
+    with pytest.raises(errors.NotSupported, match="older than 10"):
+        assign(current(machine(), version=9_999_999), NIC, Options(driver="vfio-pci"))
+    assert assign(current(machine(), version=9_999_999), NIC).steps
+
+
+def test_a_startup_policy_is_of_the_stored_half_and_of_nothing_else() -> None:
+    chosen = Options(startup_policy="mandatory")
+    plan = assign(world(machine()), STICK, chosen)
+    assert said(plan) == {
+        f"store {STICK.name}": Settings(startup_policy="mandatory"),
+        f"attach {STICK.name}": Settings(),
+    }
+    for given, options in ((machine(persistent=False), chosen), (machine(), dataclasses.replace(chosen, config=False))):
+        with pytest.raises(errors.InvalidOption, match="startup-policy"):
+            assign(world(given), STICK, options)
 
 
 DISK = Claim("disk", NodeSource("/dev/sda"), "virtio-disk0", "<disk/>", "disk:node:/dev/sda", "/dev/sda")
@@ -253,8 +269,9 @@ def test_of_several_devices_those_that_are_there_are_left_as_they_are() -> None:
         ([NIC.name, STICK.name], Options(instance=1), errors.InvalidOption),
         ([NIC.name, LUN.name], Options(guest_address="0000:04:00.0"), errors.InvalidOption),
         ([NIC.name, STICK.name], Options(rom_bar=False), errors.InvalidOption),
-        ([NIC.name, PAIR[0].name], Options(rom_file="/usr/share/x"), errors.InvalidOption),
         ([NIC.name, PAIR[0].name], Options(boot_order=1), errors.InvalidOption),
+        ([NIC.name, PAIR[0].name], Options(rom_file="/usr/share/x.rom"), errors.InvalidOption),
+        ([NIC.name, STICK.name], Options(startup_policy="optional"), errors.InvalidOption),
     ],
 )
 def test_what_is_wrong_with_one_of_several_refuses_all(

@@ -13,7 +13,7 @@ hypervisors = ["qemu:///system", "xen:///system"]
 excluded-classes = ["07", "0C05"]
 never = ["pci_0000_01_00_0"]
 timeout = 60
-rom-folders = ["/srv/roms"]
+rom-folders = ["/srv/roms", "/"]
 """
 
 # What is wrong, the line that is named, and what is said.
@@ -26,9 +26,12 @@ WRONG = {
     "hypervisors = 'qemu:///system'": (1, "a list of strings"),
     "excluded-classes = ['7']": (1, "two or four hexadecimal digits"),
     "never = ['0000:01:00.0']": (1, "as the tree has them"),
-    "rom-folders = ['roms']": (1, "whole paths of folders"),
-    "rom-folders = ['/']": (1, "whole paths of folders"),
-    "rom-folders = ['/srv/../etc']": (1, "whole paths of folders"),
+    "rom-folders = '/srv'": (1, "a list of strings"),
+    "rom-folders = ['roms']": (1, "absolute paths"),
+    "rom-folders = ['/srv/../etc']": (1, "absolute paths"),
+    "rom-folders = ['/srv/roms/']": (1, "absolute paths"),
+    "rom-folders = ['//srv']": (1, "absolute paths"),
+    "rom-folders = ['']": (1, "absolute paths"),
     "timeout = 1\nnever = [": (2, "not valid TOML"),
 }
 
@@ -50,7 +53,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         excluded_classes=("07", "0c05"),
         never=frozenset({"pci_0000_01_00_0"}),
         timeout=60,
-        rom_folders=("/usr/share", "/srv/roms"),
+        rom_folders=("/srv/roms", "/"),
     )
 
 

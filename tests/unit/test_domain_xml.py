@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 import subprocess
 import sys
@@ -522,11 +523,51 @@ def test_a_usb_device_is_optional_in_the_stored_half_only() -> None:
     stored = etree.fromstring(hostdev_xml(usb, alias="", config=True, unique=True))
     assert stored.find("source").get("startupPolicy") == "optional"
     assert stored.find("source/address") is None
-    strict = Settings(startup_policy="mandatory")
-    assert only(hostdev_xml(usb, alias="", config=True, unique=True, settings=strict)).settings == strict
-    live = etree.fromstring(hostdev_xml(usb, alias="", config=False, unique=True, settings=strict))
+    live = etree.fromstring(hostdev_xml(usb, alias="", config=False, unique=True))
     assert live.find("source").get("startupPolicy") is None
     assert dict(live.find("source/address").attrib) == {"bus": "1", "device": "10"}
+    chosen = Settings(startup_policy="mandatory")
+    assert only(hostdev_xml(usb, alias="", config=True, unique=True, settings=chosen)).settings == chosen
+    assert only(hostdev_xml(usb, alias="", config=False, unique=True, settings=chosen)).settings == Settings()
+
+
+CHOSEN = [
+    (DEVICES[0][0], Settings(rom_bar=True, boot_order=3)),
+    (DEVICES[1][0], Settings(startup_policy="mandatory", boot_order=1)),
+]
+
+
+@pytest.mark.parametrize(("given_device", "chosen"), CHOSEN)
+def test_libvirt_has_a_device_as_the_caller_chose(given_device: Device, chosen: Settings) -> None:
+    written = hostdev_xml(given_device, alias="", config=True, unique=True, settings=chosen)
+    whole = f"""<domain type='test'><name>x</name><memory>1024</memory><os><type>hvm</type></os>
+    <devices>{written}</devices></domain>"""
+    connection = libvirt.open("test:///default")
+    try:
+        flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE
+        taken = connection.defineXMLFlags(whole, flags).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        [claim] = read_claims(taken)[0]
+        assert dataclasses.replace(claim.settings, managed=None) == chosen
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("bar", [None, True, False])
+def test_a_rom_is_a_file_beside_its_bar(bar: bool | None) -> None:
+    said = {} if bar is None else {"bar": "on" if bar else "off"}
+    for file, wanted in (("", said), ("/usr/share/a&b,c.rom", {**said, "file": "/usr/share/a&b,c.rom"})):
+        written = hostdev_xml(
+            DEVICES[0][0], alias="", config=True, unique=True, rom_file=file, settings=Settings(rom_bar=bar)
+        )
+        assert [dict(rom.attrib) for rom in etree.fromstring(written).iterfind("rom")] == ([wanted] if wanted else [])
+        assert only(written).settings.rom_bar is bar
+
+
+def test_a_driver_is_written_as_libvirt_10_reads_it() -> None:
+    chosen = Settings(managed=True, driver="mlx5_vfio_pci")
+    written = hostdev_xml(DEVICES[0][0], alias="", config=False, unique=True, settings=chosen)
+    assert dict(etree.fromstring(written).find("driver").attrib) == {"model": "mlx5_vfio_pci"}
+    assert only(written).settings == chosen
 
 
 def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
@@ -537,15 +578,11 @@ def test_a_pci_device_is_managed_and_takes_its_place_in_the_guest() -> None:
         unique=True,
         guest_address="0000:04:00.0",
         multifunction=True,
-        settings=Settings(rom_bar=False, driver="mlx5_vfio_pci", boot_order=3),
-        rom_file="/usr/share/a&b.rom",
+        settings=Settings(rom_bar=False),
     )
     element = etree.fromstring(xml)
     assert element.get("managed") == "yes"
-    assert dict(element.find("rom").attrib) == {"bar": "off", "file": "/usr/share/a&b.rom"}
-    assert dict(element.find("driver").attrib) == {"name": "vfio", "model": "mlx5_vfio_pci"}
-    told = only(xml).settings
-    assert (told.rom_bar, told.driver, told.boot_order) == (False, "mlx5_vfio_pci", 3)
+    assert element.find("rom").get("bar") == "off"
     assert element.find("alias") is None
     address = {"domain": "0x0000", "bus": "0x04", "slot": "0x00", "function": "0x0", "multifunction": "on"}
     assert dict(element.find("address").attrib) == {"type": "pci", **address}

@@ -193,7 +193,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 async def test_all_machines_are_listed_with_both_halves(uri: str) -> None:
     async with running(uri) as (_, tape):
         listed = await tape.until_listed()
-        assert tape.events[0] == HypervisorChanged(uri, True, version=libvirt.getVersion())
+        assert tape.events[0] == HypervisorChanged(uri, True, "", libvirt.getVersion())
     machines = {machine.name: machine for machine in listed.machines}
     assert machines.keys() == {"gaming", "off", "trans"}
     gaming = machines["gaming"]
@@ -334,7 +334,9 @@ async def test_a_driver_that_cannot_attach_is_given_the_whole_machine_again(uri:
 async def test_a_machine_that_boots_by_its_os_element_takes_no_boot_order_and_is_told_why(uri: str) -> None:
     async with running(uri) as (hypervisor, tape):
         await tape.until_listed()
-        with pytest.raises(HypervisorRefused, match=r"cannot be used together with os/boot .*leave the option boot"):
+        with pytest.raises(
+            HypervisorRefused, match=r"cannot be used together with os/boot .*leave the option boot-order"
+        ):
             await hypervisor.attach_config(OFF, PCI.replace("<source>", "<boot order='1'/><source>"))
         assert "hostdev:pci:0000:06:00.0" not in stored(tape, OFF)
 

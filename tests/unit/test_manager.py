@@ -11,12 +11,14 @@ import pytest
 
 from hostpassd import errors, names
 from hostpassd.bus.access import Access
+from hostpassd.bus.present import hold_row
 from hostpassd.bus.router import Call, Variant
-from hostpassd.model.events import DeviceSeen, MachineRead
+from hostpassd.model.device import Device
+from hostpassd.model.events import DeviceSeen, HypervisorChanged, MachineRead
 from hostpassd.passthrough.permission import Check
 from tests.sim import world
 from tests.sim.house import CALLER, PAIR, STICK, House
-from tests.sim.world import UUID, hostdev, machine, usb
+from tests.sim.world import URI, UUID, hostdev, machine, usb
 
 OTHER = 1001
 
@@ -194,18 +196,42 @@ async def test_a_plans_authorization_is_the_worst_of_all_that_moves(
     assert [details["device.name"] for _, details in bus.asked] == [device.name for device in PAIR]
 
 
-async def test_a_path_that_a_caller_gives_is_looked_at_before_anything_is_planned(house: House, bus: Bus) -> None:
-    for member in ("Assign", "PlanAssign"):
-        for path in ("/etc/hostname", "/usr/share/../../etc/hostname"):
-            wanted = {"rom-file": Variant("s", path)}
-            with pytest.raises(errors.InvalidOption, match="below /usr/share"):
-                await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, member, "nobody", ["nothing"], wanted)
+async def test_a_rom_is_looked_up_before_anything_is_planned(house: House, bus: Bus) -> None:
+    """Debian has GPL there, as a link to the newest of its versions."""
+
+    async def operate(member: str, file: str) -> None:
+        given = {"rom-file": Variant("s", file)}
+        await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, member, "vm", [PAIR[0].name], given)
+
+    for member in ("PlanAssign", "Assign"):
+        with pytest.raises(errors.InvalidOption, match="rom-file"):
+            await operate(member, "/etc/hostname")
+        await operate(member, "/usr/share/common-licenses/GPL")
+    [first, second] = house.libvirt.machines[UUID].config
+    assert '<rom file="/usr/share/common-licenses/GPL-3"/>' in first.xml and "<rom" not in second.xml
 
 
-async def test_a_rom_below_the_folder_that_every_host_has_is_taken(house: House, bus: Bus) -> None:
-    wanted = {"rom-file": Variant("s", "/usr/share/misc/pci.ids")}
-    [plan] = await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, "PlanAssign", "vm", [PAIR[0].name], wanted)
-    assert plan["possible"].value
+@pytest.mark.parametrize(
+    ("device", "chosen"),
+    [
+        (
+            PAIR[0],
+            {"driver": Variant("s", "mlx5_vfio_pci"), "rom-bar": Variant("b", False), "boot-order": Variant("u", 3)},
+        ),
+        (STICK, {"startup-policy": Variant("s", "requisite"), "boot-order": Variant("u", 1)}),
+    ],
+    ids=["pci", "usb"],
+)
+async def test_a_hold_tells_what_was_chosen_and_a_dismiss_finds_it_again(
+    house: House, bus: Bus, device: Device, chosen: dict[str, Variant]
+) -> None:
+    house.emit(HypervisorChanged(URI, True, version=10_000_000))
+    await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, "Assign", "vm", [device.name], chosen)
+    [hold] = house.daemon.state.holds_on(device.name)
+    row = hold_row(hold)
+    assert {key: row[key] for key in chosen} == chosen and hold.live and hold.config
+    await house.do("dismiss", device)
+    assert not house.libvirt.machines[UUID].live and not house.libvirt.machines[UUID].config
 
 
 async def test_candidates_are_listed_by_what_moves_together_with_what_counts_for_the_machine(

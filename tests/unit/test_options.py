@@ -21,10 +21,10 @@ VALUES: dict[str, Any] = {
     "timeout": 5,
     "wait": False,
     "guest-address": "0000:04:00.0",
-    "startup-policy": "requisite",
-    "driver": "mlx5_vfio_pci",
     "rom-bar": True,
-    "rom-file": "/usr/share/roms/x.rom",
+    "rom-file": "/usr/share/x.rom",
+    "driver": "mlx5_vfio_pci",
+    "startup-policy": "requisite",
     "boot-order": 2,
     "override": ["mounted"],
     "plan": "0" * 32,
@@ -58,19 +58,28 @@ def test_each_is_of_its_type_alone(name: str) -> None:
         ("timeout", 3601, "from 1 to 3600"),
         ("guest-address", "04:00.0", "is a PCI address such as"),
         ("guest-address", "", "is a PCI address such as"),
-        ("override", ["mounted", "nonsense"], "no blocker 'nonsense'"),
-        ("startup-policy", "always", "is one of mandatory, requisite, optional"),
+        ("driver", "", "name of a kernel module"),
+        ("driver", "x" * 65, "name of a kernel module"),
+        ("driver", "../vfio-pci", "name of a kernel module"),
+        ("driver", "vfio pci", "name of a kernel module"),
         ("startup-policy", "", "is one of mandatory, requisite, optional"),
-        ("driver", "../vfio", "is the name of a driver"),
-        ("driver", "", "is the name of a driver"),
-        ("driver", "x" * 65, "is the name of a driver"),
-        ("boot-order", 0, "from 1 on"),
-        ("rom-file", "", "is the whole path of a file"),
+        ("startup-policy", "Optional", "is one of mandatory, requisite, optional"),
+        ("startup-policy", "optional\n", "is one of mandatory, requisite, optional"),
+        ("boot-order", 0, "from 1 to 2147483647"),
+        ("boot-order", 2**31, "from 1 to 2147483647"),
+        ("override", ["mounted", "nonsense"], "no blocker 'nonsense'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_words(name: str, value: Any, words: str) -> None:
     with pytest.raises(errors.InvalidOption, match=words):
         options.read({name: Variant(options.ASSIGN[name], value)}, options.ASSIGN, DEFAULT)
+
+
+def test_a_rom_that_is_hidden_is_not_to_be_another_one() -> None:
+    file, shown = Variant("s", "/usr/share/x.rom"), Variant("b", True)
+    assert options.read({"rom-file": file, "rom-bar": shown}, options.ASSIGN, DEFAULT).rom_bar
+    with pytest.raises(errors.InvalidOption, match="rom-bar hides it"):
+        options.read({"rom-file": file, "rom-bar": Variant("b", False)}, options.ASSIGN, DEFAULT)
 
 
 def test_an_unknown_one_is_refused_with_those_there_are() -> None:

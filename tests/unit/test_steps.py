@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 
+from hostpassd.machines.domain_xml import claim_of, hostdev_xml
+from hostpassd.model.machine import Settings
 from hostpassd.passthrough.steps import STEPS, Attach, Detach, Reattach, Seen, Step, Store, Unplug, Unstore
 from tests.sim.world import hostdev, machine, pci
 
@@ -42,6 +44,17 @@ def test_what_takes_a_step_back_is_about_the_same_device_and_is_not_taken_back_i
     back = step.undo()
     assert (back is None) == (step.asks_guest or step.is_owed)
     assert back is None or back.device == step.device
+
+
+def test_all_that_was_chosen_is_in_the_row_and_libvirts_own_words_for_it_show_the_step() -> None:
+    chosen = Settings(driver="mlx5_vfio_pci", rom_bar=True, boot_order=2)
+    xml = hostdev_xml(NIC, alias="ua-1", config=True, unique=True, rom_file="/usr/share/x.rom", settings=chosen)
+    store = Store("nic", claim_of(xml))
+    for step in (store, store.undo(), Attach("nic", "ua-1", xml)):
+        assert STEPS[step.code].of(step.device, step.fields()) == step
+    written = xml.replace('"', "'").replace("</hostdev>", "<address type='pci' bus='1'/></hostdev>")
+    taken = machine(config=(claim_of(written),))
+    assert store.is_to_be_undone(Seen(taken, ())) and not store.shows(Seen(machine(), ()))
 
 
 HERE, GONE = machine(live=(CLAIM,), config=(CLAIM,)), machine()
