@@ -123,6 +123,12 @@ def join(entries: Sequence[bytes]) -> bytes:
     return b"".join(parts[:-1])  # no padding after the last one
 
 
+def array(entries: Sequence[bytes]) -> bytes:
+    """The array of these elements, see `join`, as the first value of a body."""
+    data = join(entries)
+    return struct.pack("<I4x", len(data)) + data
+
+
 def _string_field(code: int, type_: bytes, value: str) -> bytes:
     raw = value.encode()
     return struct.pack("<BBcxI", code, 1, type_, len(raw)) + raw + b"\0" if raw else b""

@@ -18,10 +18,11 @@ from dbus_next import MessageType
 from dbus_next.signature import SignatureTree
 
 from hostpassd import errors, names
+from hostpassd.base import pieces
 from hostpassd.bus import connection, spec, wire
 from hostpassd.bus import router as router_module
 from hostpassd.bus.connection import Incoming
-from hostpassd.bus.router import Batch, BusCallError, Call, NameTaken, Router, Variant
+from hostpassd.bus.router import Batch, BusCallError, Call, NameTaken, Router, Rows, Variant
 from hostpassd.bus.spec import Specification
 from tests.bus import fakebus
 from tests.bus.busd import AGENT, DRIVER, PATIENCE, Client, PrivateBus
@@ -605,6 +606,32 @@ async def test_calls_that_read_wait_for_their_turn_however_many_come_together(se
     found = await asyncio.wait_for(asyncio.gather(*answers, other, return_exceptions=True), PATIENCE)
     assert str(found[0]) and found[1:] == [*[[[]]] * 100, []]
     assert most == router_module.READS_PER_SENDER and not served.reading and not served.running
+
+
+async def test_rows_are_marshalled_in_pieces_and_come_to_the_same(
+    served: Router, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "SHARE", 0)
+    reasons = [[ONE, "held-live", "never", {"machine-name": Variant("s", "vm")}, "Held."]]
+    rows = [[[ONE] * (number % 3), not number % 2, reasons * (number % 5), {}] for number in range(50)]
+    turns, at = 0, []
+
+    def taken() -> Iterator[Any]:
+        for row in rows:
+            at.append(turns)
+            yield row
+
+    async def listed(call: Call) -> Sequence[Any] | Rows:
+        return [rows] if call.args[0] == "whole" else Rows(taken())
+
+    served.handle(MANAGER, "ListCandidates", listed, reads=True)
+    whole = await client.call(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "whole", {})
+    pieced = asyncio.ensure_future(client.begin(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "pieces", {}))
+    while not pieced.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert pieced.result() == whole and len(whole[0]) == 50
+    assert len(set(at)) == 50  # each in a turn of its own
 
 
 async def test_calls_of_one_user_are_limited_however_many_connections(
