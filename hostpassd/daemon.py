@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import time
@@ -81,6 +82,10 @@ class Daemon:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             await self.start()
+            # Of what is there now little goes. The collector would look through all of it again and again, each time in
+            # one turn of the loop.
+            gc.collect()
+            gc.freeze()
             await self._until_over(stop)
         finally:
             notify("STOPPING=1")

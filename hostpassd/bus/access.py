@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import logging
 import unicodedata
@@ -42,6 +41,9 @@ QUIET_PLACES = 24
 QUIET_PLACES_PER_PERSON = 6
 PLACE_TIMEOUT = 25.0
 
+# Of one list, less than a person's places: whatever else they do has some, too.
+ROWS_AT_ONCE = 4
+
 # Prompts have the others, and wait for none. Nobody has many prompts open. While few places are left, only those who
 # have none open get one: to use up all places takes dozens of accounts.
 PROMPTS = 96
@@ -68,6 +70,10 @@ DETAIL_LIMIT = 4096
 CLAIMS = frozenset({"device.label", "device.serial", "machine.name"})
 
 
+class _NoAnswer(NotAuthorized):
+    """polkit does not say whether."""
+
+
 class Access:
     """Asks polkit about callers, through ROUTER. EMIT is told when polkit turns out not to be there, or to be back."""
 
@@ -88,16 +94,52 @@ class Access:
         Raises NotAuthorized if not, InteractiveAuthorizationRequired if a prompt would be needed that the caller did
         not allow, LimitExceeded if there is no place for one, Cancelled if the caller vanishes meanwhile.
         """
-        shown = [
-            (names.action_id(action), {key: _shown(key, text) for key, text in details.items()})
-            for action, details in checks
-        ]
+        shown = [_as_asked(check) for check in checks]
         async with self._router.vanished(call.sender) as gone:
             await _unless(gone, self._check(call, shown))
 
     async def would(self, call: Call, checks: Sequence[Check]) -> str:
         """What `check` would come to, without a prompt: yes, challenge (a prompt would be needed) or no."""
-        return await Asking(self, call).would(checks)
+        [answer] = await self.would_each(call, [checks])
+        return answer
+
+    async def would_each(self, call: Call, rows: Sequence[Sequence[Check]]) -> list[str]:
+        """What `check` of each of ROWS would come to, as `would` tells it; some are asked about at once.
+
+        Once polkit does not answer, all that have no answer yet are "no": nobody waits for each of thousands.
+        """
+        answers = ["no"] * len(rows)
+        async with self._router.vanished(call.sender) as gone:
+            await _unless(gone, self._would_each(call, rows, answers))
+        return answers
+
+    async def _would_each(self, call: Call, rows: Sequence[Sequence[Check]], answers: list[str]) -> None:
+        person = await _person(await self._router.uid_of(call.sender))
+        left = iter(enumerate(rows))
+
+        async def ask() -> None:
+            for index, checks in left:
+                answers[index] = await self._would(call, person, checks)
+
+        asking = [asyncio.create_task(ask()) for _ in rows[:ROWS_AT_ONCE]]
+        try:
+            await asyncio.gather(*asking)
+        except _NoAnswer:
+            pass
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+    async def _would(self, call: Call, person: str, checks: Sequence[Check]) -> str:
+        """Raises _NoAnswer."""
+        try:
+            wanted = [await self._wants_authentication(call, person, *_as_asked(check)) for check in checks]
+        except _NoAnswer:
+            raise
+        except NotAuthorized:
+            return "no"
+        return "challenge" if any(wanted) else "yes"
 
     async def _check(self, call: Call, checks: Sequence[Check]) -> None:
         person = await _person(await self._router.uid_of(call.sender))
@@ -118,7 +160,7 @@ class Access:
             async with self._quiet_place(person), asyncio.timeout(TIMEOUT):
                 authorized, challenge, _ = await self.ask(call, action, details, interactive=False)
         except TimeoutError:
-            raise _Silent("polkit does not answer: ask the administrator to restart it.") from None
+            raise _NoAnswer("polkit does not answer: ask the administrator to restart it.") from None
         except BusCallError as error:
             await self._without_answer(call, action, error)
             return False
@@ -193,7 +235,7 @@ class Access:
         if error.name.startswith(ABSENT):
             if await self._router.uid_of(call.sender) == 0:
                 return
-            raise NotAuthorized("polkit is not here, so only root may do this: have polkit installed and started.")
+            raise _NoAnswer("polkit is not here, so only root may do this: have polkit installed and started.")
         # Once: anybody can have it said as often as they like.
         if (action, error.name) not in self._troubles:
             self._troubles.add((action, error.name))
@@ -201,38 +243,12 @@ class Access:
                 self._log.error("polkit does not know %s: %s is missing or broken", action, POLICY_FILE)
             else:
                 self._log.error("polkit cannot say who may do %s: %s", action, error)
-        raise NotAuthorized("polkit cannot say whether you may do this: the log of hostpassd has the reason.")
+        raise _NoAnswer("polkit cannot say whether you may do this: the log of hostpassd has the reason.")
 
     def _note_absence(self, *, absent: bool) -> None:
         if absent != self._is_absent:
             self._is_absent = absent
             self._emit(ProblemChanged("no-polkit", absent))
-
-
-class Asking:
-    """What the sender of CALL would be allowed, one thing after the other."""
-
-    def __init__(self, access: Access, call: Call) -> None:
-        self._access = access
-        self._call = dataclasses.replace(call, interactive=False)
-        self._is_silent = False
-
-    async def would(self, checks: Sequence[Check]) -> str:
-        """As `Access.would`; once polkit has not answered in time it is no for all that follows, without asking."""
-        if self._is_silent:
-            return "no"
-        try:
-            await self._access.check(self._call, checks)
-        except InteractiveAuthorizationRequired:
-            return "challenge"
-        except NotAuthorized as error:
-            self._is_silent = isinstance(error, _Silent)
-            return "no"
-        return "yes"
-
-
-class _Silent(NotAuthorized):
-    """polkit does not answer."""
 
 
 async def _unless(gone: asyncio.Event, checking: Coroutine[Any, Any, None]) -> None:
@@ -283,6 +299,12 @@ def _together(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
         for key in rows[0]
     }
     return {key: _within(text, DETAIL_LIMIT) for key, text in joined.items()}
+
+
+def _as_asked(check: Check) -> Check:
+    """CHECK as polkit gets it."""
+    action, details = check
+    return names.action_id(action), {key: _shown(key, text) for key, text in details.items()}
 
 
 def _shown(key: str, text: str) -> str:

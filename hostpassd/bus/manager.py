@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hostpassd import errors, names
 from hostpassd.bus import options
-from hostpassd.bus.access import Access, Asking
+from hostpassd.bus.access import Access
 from hostpassd.bus.present import candidate_row, plan_row
 from hostpassd.bus.publisher import Publisher
 from hostpassd.bus.roms import RomFiles
-from hostpassd.bus.router import Call, Router
+from hostpassd.bus.router import Call, Router, Rows
 from hostpassd.bus.spelling import device_text, machine_text
 from hostpassd.model.events import CancelAnswered, Event
 from hostpassd.passthrough.assign import Assign
-from hostpassd.passthrough.candidates import plans, subjects
+from hostpassd.passthrough.candidates import candidates, ranks
 from hostpassd.passthrough.dismiss import Dismiss
 from hostpassd.passthrough.jobs import RunningJob
 from hostpassd.passthrough.operations import Operations
@@ -76,17 +75,16 @@ class ManagerMethods:
     async def _get_machine(self, call: Call) -> Sequence[Any]:
         return [names.machine_path(find.one_machine(self._state, machine_text(call.args[0])).uuid)]
 
-    async def _list_candidates(self, call: Call) -> Sequence[Any]:
+    async def _list_candidates(self, call: Call) -> Rows:
         text, wanted = call.args
         everything = options.given(wanted, options.LIST_CANDIDATES).get("all", False)
         machine = find.one_machine(self._state, machine_text(text))
-        asking = Asking(self._access, call)
-        rows = []
-        for plan in plans(self._state, machine, subjects(self._state), everything=everything):
-            await asyncio.sleep(0)  # a plan each turn of the loop: there can be thousands
-            if plan:
-                rows.append(candidate_row(plan, await asking.would(checks(self._state, plan))))
-        return [sorted(rows, key=lambda row: not row[1])]
+        pieces = self._router.pieces
+        ranked = sorted(filter(None, await pieces.all_of(ranks(self._state))))
+        steps = candidates(self._state, machine, [name for _, name in ranked], everything=everything)
+        found = sorted(filter(None, await pieces.all_of(steps)), key=lambda each: not each.possible)
+        answers = await self._access.would_each(call, [each.checks for each in found])
+        return Rows(candidate_row(each, answer) for each, answer in zip(found, answers, strict=True))
 
     async def _assign(self, call: Call) -> Sequence[Any]:
         return await self._operate(call, Assign, options.ASSIGN)

@@ -15,6 +15,7 @@ from hostpassd.model.job import Job
 from hostpassd.model.machine import Hold, Machine, Missing
 from hostpassd.model.naming import identity_id, location, role
 from hostpassd.model.order import in_tree_order
+from hostpassd.passthrough.candidates import Candidate
 from hostpassd.passthrough.request import Plan
 from hostpassd.passthrough.steps import told
 from hostpassd.state import Entity, HypervisorState, State, eligibility
@@ -236,11 +237,10 @@ def plan_row(state: State, plan: Plan, authorization: str) -> dict[str, Variant]
     }
 
 
-def candidate_row(plan: Plan, authorization: str) -> list[Any]:
+def candidate_row(candidate: Candidate, authorization: str) -> list[Any]:
     """What a machine could be given, as it goes over the bus: the devices, whether, the reasons, more."""
-    more = {"loses": Variant("ao", _paths(plan.loses)), "authorization": Variant("s", authorization)}
-    moving = dict.fromkeys((*plan.asked, *plan.devices))
-    return [_paths(moving), not plan.refused, [reason_row(b) for b in plan.blockers], more]
+    more = {"loses": Variant("ao", _paths(candidate.loses)), "authorization": Variant("s", authorization)}
+    return [_paths(candidate.devices), candidate.possible, [reason_row(b) for b in candidate.blockers], more]
 
 
 def job_properties(job: Job) -> Properties:

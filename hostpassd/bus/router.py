@@ -8,19 +8,20 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dbus_next import MessageFlag, MessageType, Variant
 
 from hostpassd import errors, names
+from hostpassd.base.pieces import Pieces
 from hostpassd.bus import peers, spec
 from hostpassd.bus.connection import MESSAGE_LIMIT, Connection, Incoming, TooMuch, Unreadable, marshal, read
 from hostpassd.bus.peers import BusCallError
 from hostpassd.bus.spec import InterfaceSpec, MethodSpec, Specification
 from hostpassd.bus.tree import Batch, Draft, Interfaces, Object, Signal, Table, Telling
-from hostpassd.bus.wire import Wire, array_of, frame
+from hostpassd.bus.wire import Wire, array, frame
 
 __all__ = [
     "Batch",
@@ -30,6 +31,7 @@ __all__ = [
     "Interfaces",
     "NameTaken",
     "Router",
+    "Rows",
     "Signal",
     "Variant",
 ]
@@ -50,8 +52,6 @@ CALLS_PER_TURN = 8
 # Bytes, about, of calls that came and wait for their turn.
 WAITING_PER_SENDER = 1024 * 1024
 WAITING = 16 * 1024 * 1024
-
-ROWS_PER_TURN = 32  # of an answer
 
 BODY_LIMIT = MESSAGE_LIMIT - 1024  # a reply's header has two names and a signature of 255 bytes at most
 
@@ -79,7 +79,17 @@ class Call:
     interactive: bool  # the caller allows a prompt
 
 
-Handler = Callable[[Call], Awaitable[Sequence[Any]]]
+class Rows:
+    """The answer of a method whose one out argument is an array of structs, of which there can be thousands.
+
+    ROWS are taken, and marshalled, a piece in each turn of the loop.
+    """
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.rows = rows
+
+
+Handler = Callable[[Call], Awaitable[Sequence[Any] | Rows]]
 """Answers a call with its out arguments, or raises HostpassError."""
 
 
@@ -210,6 +220,7 @@ class Router:
         self._spec = specification
         self._log = log
         self._wire = Wire(specification, log)
+        self.pieces = Pieces()
         self.table = Table()
         self._handlers: dict[tuple[str, str], Handler] = {}
         self._quick: set[tuple[str, str]] = set()
@@ -443,7 +454,7 @@ class Router:
             async with self._place(call):
                 results = await handler(call)
             if message.wants_reply:
-                self._answer(message, signature, await self._marshalled(signature, results))
+                self._answer(message, signature, await self._marshal(signature, results))
         except asyncio.CancelledError:
             self._answer_error(message, errors.Cancelled("hostpassd ended before this was done."))
             raise
@@ -452,16 +463,10 @@ class Router:
         finally:
             self._end(call)
 
-    async def _marshalled(self, signature: str, results: Sequence[Any]) -> bytes:
-        """RESULTS as bytes. Of an array of structs, which can have thousands, only some in each turn of the loop."""
-        if not signature.startswith("a("):
+    async def _marshal(self, signature: str, results: Sequence[Any] | Rows) -> bytes:
+        if not isinstance(results, Rows):
             return self._wire.marshal(signature, results)
-        rows: list[bytes] = []
-        for row in results[0]:
-            rows.append(self._wire.marshal(signature[1:], [row]))
-            if len(rows) % ROWS_PER_TURN == 0:
-                await asyncio.sleep(0)
-        return array_of(rows)
+        return array(await self.pieces.all_of(self._wire.marshal(signature[1:], [row]) for row in results.rows))
 
     def _end(self, call: Call) -> None:
         """CALL is at work no more."""
@@ -575,7 +580,7 @@ class Router:
         return values | {key: self._wire.fit_property(interface, key, value()) for key, value in live.items()}
 
     def managed_objects(self) -> bytes:
-        return array_of([self._entry(path, thing) for path, thing in self.table.objects.items()])
+        return array([self._entry(path, thing) for path, thing in self.table.objects.items()])
 
     def _entry(self, path: str, thing: Object) -> bytes:
         thing.entry = thing.entry or self._wire.entry(path, thing.interfaces)

@@ -123,10 +123,10 @@ def join(entries: Sequence[bytes]) -> bytes:
     return b"".join(parts[:-1])  # no padding after the last one
 
 
-def array_of(entries: Sequence[bytes]) -> bytes:
-    """The body that is an array of ENTRIES, as `join` takes them."""
-    array = join(entries)
-    return struct.pack("<I4x", len(array)) + array
+def array(entries: Sequence[bytes]) -> bytes:
+    """The array of these elements, see `join`, as the first value of a body."""
+    data = join(entries)
+    return struct.pack("<I4x", len(data)) + data
 
 
 def _string_field(code: int, type_: bytes, value: str) -> bytes:

@@ -1,14 +1,20 @@
-"""What a machine could be given: the list that an "add device" dialog shows. Pure."""
+"""What a machine could be given: the list that an "add device" dialog shows. Pure.
+
+There can be thousands of devices, so each part of it is made in steps, between which the state may change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 
 from hostpassd import errors
+from hostpassd.model.codes import Blocker
 from hostpassd.model.device import ASSIGNABLE_KINDS
 from hostpassd.model.machine import Machine
-from hostpassd.model.order import in_tree_order
+from hostpassd.model.order import Key, tree_key
 from hostpassd.passthrough.assign import Assign
+from hostpassd.passthrough.permission import Check, checks
 from hostpassd.passthrough.request import Options, Plan
 from hostpassd.state import State
 
@@ -16,14 +22,27 @@ from hostpassd.state import State
 _UNLISTED = frozenset({"hub", "bridge", "not-leaf"})
 
 
-def subjects(state: State) -> list[str]:
-    """The devices that an operation could be about, hubs and bridges included, in tree order."""
-    found = (d.name for d in state.devices.values() if d.kind in ASSIGNABLE_KINDS and state.target(d.name) == d.name)
-    return in_tree_order(state, found)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a machine could be given as one: of its plan only what is told, for there can be thousands."""
+
+    devices: tuple[str, ...]  # the one that it is about first
+    possible: bool
+    blockers: tuple[Blocker, ...]
+    loses: tuple[str, ...]
+    checks: Sequence[Check]  # what the caller has to be authorised for
 
 
-def plans(state: State, machine: Machine, names: list[str], *, everything: bool) -> Iterator[Plan | None]:
-    """The plan that hands each of the devices NAMES to MACHINE by itself; None of one that is not to be listed.
+def ranks(state: State) -> Iterator[tuple[Key, str] | None]:
+    """A step for each device: its place in tree order if an operation could be about it, hubs and bridges included."""
+    for name in list(state.devices):
+        device = state.device(name)
+        is_subject = device and device.kind in ASSIGNABLE_KINDS and state.target(name) == name
+        yield (tree_key(state, name), name) if is_subject else None
+
+
+def candidates(state: State, machine: Machine, names: Iterable[str], *, everything: bool) -> Iterator[Candidate | None]:
+    """A step for each of the devices NAMES: what a plan hands to MACHINE with it; None if it is not listed.
 
     Not listed is what the machine has in every half that the defaults ask for, what is gone by now, what moves with one
     before it, and, unless EVERYTHING is, what is a hub or a bridge or has others below it that can be assigned.
@@ -36,7 +55,8 @@ def plans(state: State, machine: Machine, names: list[str], *, everything: bool)
             yield None
             continue
         listed.add(moving)
-        yield plan
+        devices = tuple(dict.fromkeys((*plan.asked, *plan.devices)))
+        yield Candidate(devices, not plan.refused, plan.blockers, plan.loses, checks(state, plan))
 
 
 def _is_unlisted(plan: Plan) -> bool:

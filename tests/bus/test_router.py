@@ -18,10 +18,11 @@ from dbus_next import MessageType
 from dbus_next.signature import SignatureTree
 
 from hostpassd import errors, names
+from hostpassd.base import pieces
 from hostpassd.bus import connection, spec, wire
 from hostpassd.bus import router as router_module
 from hostpassd.bus.connection import Incoming
-from hostpassd.bus.router import Batch, BusCallError, Call, NameTaken, Router, Variant
+from hostpassd.bus.router import Batch, BusCallError, Call, NameTaken, Router, Rows, Variant
 from hostpassd.bus.spec import Specification
 from tests.bus import fakebus
 from tests.bus.busd import AGENT, DRIVER, PATIENCE, Client, PrivateBus
@@ -607,41 +608,30 @@ async def test_calls_that_read_wait_for_their_turn_however_many_come_together(se
     assert most == router_module.READS_PER_SENDER and not served.reading and not served.running
 
 
-async def test_an_answer_with_thousands_of_rows_leaves_the_loop_to_others_and_is_whole(
+async def test_rows_are_marshalled_in_pieces_and_come_to_the_same(
     served: Router, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def row(number: int) -> list[Any]:
-        details = {"kinds": Variant("as", ["x" * (number % 9)])}
-        path = f"/org/hostpassd1/devices/d{number}"
-        return [[path] * (number % 4), bool(number % 2), [[path, "c", "never", details, "m" * number]], {}]
+    monkeypatch.setattr(pieces, "SHARE", 0)
+    reasons = [[ONE, "held-live", "never", {"machine-name": Variant("s", "vm")}, "Held."]]
+    rows = [[[ONE] * (number % 3), not number % 2, reasons * (number % 5), {}] for number in range(50)]
+    turns, at = 0, []
 
-    rows = [row(number) for number in range(3 * router_module.ROWS_PER_TURN + 1)]
+    def taken() -> Iterator[Any]:
+        for row in rows:
+            at.append(turns)
+            yield row
 
-    async def candidates(call: Call) -> Sequence[Any]:
-        return [rows if call.args[0] else []]
+    async def listed(call: Call) -> Sequence[Any] | Rows:
+        return [rows] if call.args[0] == "whole" else Rows(taken())
 
-    served.handle(MANAGER, "ListCandidates", candidates, reads=True)
-    marshal, turn = served._wire.marshal, 0
-    turns: list[int] = []  # of each row
-
-    def counted(signature: str, body: Any) -> bytes:
-        if signature.startswith("(ao"):
-            turns.append(turn)
-        return marshal(signature, body)
-
-    async def count() -> None:
-        nonlocal turn
-        while True:
-            turn += 1
-            await asyncio.sleep(0)
-
-    monkeypatch.setattr(served._wire, "marshal", counted)
-    counting = asyncio.create_task(count())
-    [found] = await client.call(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "vm", {})
-    assert [(row[0], row[1], row[2][0][4], row[3]) for row in found] == [(r[0], r[1], r[2][0][4], {}) for r in rows]
-    counting.cancel()
-    assert len(turns) == len(rows) and max(map(turns.count, turns)) <= router_module.ROWS_PER_TURN
-    assert await client.call(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "", {}) == [[]]
+    served.handle(MANAGER, "ListCandidates", listed, reads=True)
+    whole = await client.call(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "whole", {})
+    pieced = asyncio.ensure_future(client.begin(MANAGER_PATH, MANAGER, "ListCandidates", "sa{sv}", "pieces", {}))
+    while not pieced.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert pieced.result() == whole and len(whole[0]) == 50
+    assert len(set(at)) == 50  # each in a turn of its own
 
 
 async def test_calls_of_one_user_are_limited_however_many_connections(

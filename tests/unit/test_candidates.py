@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from hostpassd.model.device import Device
+from hostpassd.model.device import ASSIGNABLE_KINDS, Device
 from hostpassd.model.events import MachineRead
-from hostpassd.passthrough.candidates import plans, subjects
+from hostpassd.model.order import in_tree_order
+from hostpassd.passthrough.candidates import candidates, ranks
 from hostpassd.state import State
 from tests.sim.plans import NIC, PAIR, PORT, STICK, world
 from tests.sim.world import hostdev, machine, pci, state_of, usb
@@ -15,12 +16,24 @@ from tests.sim.world import hostdev, machine, pci, state_of, usb
 def listed(state: State, *, everything: bool = False) -> dict[tuple[str, ...], list[str]]:
     """The codes of what blocks each set that moves together."""
     [here] = state.machines.values()
-    found = [plan for plan in plans(state, here, subjects(state), everything=everything) if plan]
-    return {plan.devices: [b.code for b in plan.blockers] for plan in found}
+    steps = candidates(state, here, subjects(state), everything=everything)
+    return {each.devices: [b.code for b in each.blockers] for each in steps if each}
+
+
+def subjects(state: State) -> list[str]:
+    return [name for _, name in sorted(filter(None, ranks(state)))]
 
 
 def names(*devices: Device) -> tuple[str, ...]:
     return tuple(device.name for device in devices)
+
+
+def test_what_an_operation_could_be_about_is_looked_for_in_a_step_for_each_device_and_is_in_tree_order() -> None:
+    state = world(machine())
+    assert len(list(ranks(state))) == len(state.devices)
+    assert subjects(state) == in_tree_order(
+        state, (d.name for d in state.devices.values() if d.kind in ASSIGNABLE_KINDS)
+    )
 
 
 def test_each_set_that_moves_together_is_listed_once_and_what_is_there_is_not() -> None:

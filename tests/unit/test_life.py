@@ -44,6 +44,15 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hostpassd.daemon.START_LIMIT", 0.0)
 
 
+@pytest.fixture(autouse=True)
+def frozen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How far the daemon was when it froze what is there: not that of this process, where tests are, too."""
+    found: list[str] = []
+    monkeypatch.setattr("hostpassd.daemon.gc.collect", lambda: found.append("collected"))
+    monkeypatch.setattr("hostpassd.daemon.gc.freeze", lambda: found.append("frozen"))
+    return found
+
+
 async def ends_by_itself(running: asyncio.Future[None]) -> None:
     with pytest.raises(errors.Failed, match="made a mistake"):
         await asyncio.wait_for(running, PATIENCE)
@@ -120,6 +129,18 @@ FAULTS = [
     take_an_event_in_a_task_that_goes_on,
     publish_in_a_handler,
 ]
+
+
+async def test_the_collector_does_not_look_through_what_was_there_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: list[str]
+) -> None:
+    monkeypatch.setattr(Daemon, "announce_running", lambda daemon: frozen.append("running"))
+    running = asyncio.ensure_future(daemon_on(simulated(tmp_path, hypervisors={URI: Still()})).run())
+    while "frozen" not in frozen:
+        await asyncio.sleep(0)
+    assert frozen == ["running", "collected", "frozen"]
+    running.cancel()
+    await asyncio.wait({running})
 
 
 @pytest.mark.parametrize("go_wrong", FAULTS)

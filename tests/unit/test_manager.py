@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 
 from hostpassd import errors, names
+from hostpassd.base import pieces
 from hostpassd.bus.access import Access
 from hostpassd.bus.present import hold_row
-from hostpassd.bus.router import Call, Variant
+from hostpassd.bus.router import Call, Rows, Variant
 from hostpassd.model.device import Device
-from hostpassd.model.events import DeviceSeen, HypervisorChanged, MachineRead
-from hostpassd.passthrough.permission import Check
+from hostpassd.model.events import DeviceGone, DeviceSeen, HypervisorChanged, MachineRead
 from tests.sim import world
 from tests.sim.house import CALLER, PAIR, STICK, House
 from tests.sim.world import URI, UUID, hostdev, machine, usb
@@ -31,21 +32,25 @@ class Bus:
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.denied: dict[str, type[errors.HostpassError]] = {}
 
-        async def check(_: Access, call: Call, checks: Sequence[Check]) -> None:
-            self.asked += [(action, dict(details)) for action, details in checks]
-            denied = [self.denied[row["device.name"]] for _, row in checks if row["device.name"] in self.denied]
-            for error in sorted(denied, key=lambda error: error is not errors.NotAuthorized):
-                raise error("no")
+        async def ask(
+            _: Access, call: Call, action: str, details: dict[str, str], *, interactive: bool
+        ) -> tuple[bool, bool, dict[str, str]]:
+            assert not interactive
+            self.asked.append((action.removeprefix(names.ACTION_PREFIX), details))
+            denied = self.denied.get(details["device.name"])
+            return denied is None, denied is errors.InteractiveAuthorizationRequired, {}
 
         async def uid_of(sender: str) -> int:
             return int(sender.removeprefix(":1."))
 
-        monkeypatch.setattr(Access, "check", check)
+        monkeypatch.setattr(Access, "ask", ask)
+        monkeypatch.setattr(house.daemon.router, "vanished", lambda sender: contextlib.nullcontext(asyncio.Event()))
         monkeypatch.setattr(house.daemon.router, "uid_of", uid_of)
 
     async def call(self, uid: int, path: str, interface: str, member: str, *args: Any) -> Sequence[Any]:
         call = Call(f":1.{uid}", path, interface, member, list(args), True)
-        return await self._handlers[interface, member](call)
+        answer = await self._handlers[interface, member](call)
+        return [list(answer.rows)] if isinstance(answer, Rows) else answer
 
     async def cancel(self, uid: int, number: int = 1) -> None:
         assert await self.call(uid, names.job_path(number), names.JOB, "Cancel") == []
@@ -193,7 +198,8 @@ async def test_a_plans_authorization_is_the_worst_of_all_that_moves(
     bus.denied = denied
     [plan] = await bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, f"Plan{operation}", "vm", [PAIR[0].name], {})
     assert plan["authorization"].value == answer
-    assert [details["device.name"] for _, details in bus.asked] == [device.name for device in PAIR]
+    asked = [details["device.name"] for _, details in bus.asked]
+    assert asked == [device.name for device in PAIR][: 1 if denied.get(PAIR[0].name) is errors.NotAuthorized else 2]
 
 
 async def test_a_rom_is_looked_up_before_anything_is_planned(house: House, bus: Bus) -> None:
@@ -264,3 +270,19 @@ async def test_candidates_are_listed_by_what_moves_together_with_what_counts_for
     assert hub.name not in await listed() and hub.name in await listed(all=Variant("b", True))
     with pytest.raises(errors.InvalidOption):
         await listed(every=Variant("b", True))
+
+
+async def test_what_comes_and_goes_while_candidates_are_listed_is_no_fault(
+    house: House, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "SHARE", 0)
+    listing = asyncio.create_task(bus.call(CALLER, names.MANAGER_PATH, names.MANAGER, "ListCandidates", "vm", {}))
+    number = 0
+    while not listing.done():
+        number += 1
+        house.emit(DeviceGone(STICK.sysfs_path) if number % 2 else DeviceSeen(STICK))
+        house.emit(DeviceSeen(usb(f"3-{number}", number=number)))
+        await asyncio.sleep(0)
+    [rows] = listing.result()
+    pair = [names.device_path(device.name) for device in PAIR]
+    assert pair in [row[0] for row in rows] and number > len(PAIR)
