@@ -123,7 +123,8 @@ class AuditLog:
 
     def _tell_foreign(self, changes: Changes, *, by_libvirt: bool) -> None:
         """What became of holds without a job of ours at work on them; only what libvirt tells did others do."""
-        for operation, text, hold in [*_missing(changes), *(_by_others(changes) if by_libvirt else _back(changes))]:
+        rest = _by_others(changes) if by_libvirt else _back(changes)
+        for operation, text, hold in (*self._missing(changes), *rest):
             if not self._is_ours(hold.machine, hold.device):
                 name = self._state.machine_name(hold.machine)
                 self._records.write(
@@ -133,6 +134,16 @@ class AuditLog:
                     **self._of_machine(hold.machine),
                     operation=operation,
                 )
+
+    def _missing(self, changes: Changes) -> _Moves:
+        for lost in changes.holds_missing:
+            if all(row.ambiguous for row in lost.rows):
+                why = "its claim fits more than one device now"
+            elif self._state.device(lost.hold.device):
+                why = "its claim finds it no longer"
+            else:
+                why = "its device is gone"
+            yield "missing", f"missing, {why} and nobody gave it back", lost.hold
 
     def _of_machine(self, uuid: str) -> dict[str, str]:
         return {"machine": uuid, "machine_name": self._state.machine_name(uuid)}
@@ -144,11 +155,6 @@ def _result(error: Exception | None) -> str:
 
 # A row of what became of a hold: in a word and in some, and the hold.
 _Moves = Iterator[tuple[str, str, Hold]]
-
-
-def _missing(changes: Changes) -> _Moves:
-    for lost in changes.holds_missing:
-        yield "missing", "missing, its device is gone or has a twin now, and nobody gave it back", lost.hold
 
 
 def _back(changes: Changes) -> _Moves:

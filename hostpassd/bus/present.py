@@ -187,7 +187,7 @@ def machine_properties(state: State, machine: Machine) -> Properties:
 
 
 def missing_row(row: Missing) -> dict[str, Variant]:
-    """A claim on something that is not here, as it goes over the bus. What is not known of it is left out."""
+    """A claim that means no device here, as it goes over the bus. What is not known of it is left out."""
     known = {"label": row.look.label, "category": row.look.category, "location": row.look.location}
     return {
         "id": Variant("s", row.id),
@@ -197,6 +197,7 @@ def missing_row(row: Missing) -> dict[str, Variant]:
         "alias": Variant("s", row.alias),
         "kind": Variant("s", row.kind),
         **{key: Variant("s", text) for key, text in known.items() if text},
+        **({"ambiguous": Variant("b", True)} if row.ambiguous else {}),
     }
 
 

@@ -269,7 +269,7 @@ class Look:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Missing:
-    """A claim on something that is not on this host now."""
+    """A claim that means no device of this host now."""
 
     id: str
     source: str
@@ -278,3 +278,4 @@ class Missing:
     alias: str
     kind: str = "hostdev"
     look: Look = Look()  # as last known; of a device that never was here nothing is
+    ambiguous: bool = False  # it fits several devices, which are here, and says not which of them it means

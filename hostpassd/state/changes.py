@@ -17,7 +17,10 @@ Row = tuple[str, str, str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lost:
-    """What becomes of a hold whose device goes while its claims stay: HOLD as it was last, ROWS that are missing."""
+    """What becomes of a hold whose claims stay and stand on its device no more, as it is gone or they fit others, too.
+
+    HOLD as it was last, ROWS that are missing.
+    """
 
     hold: Hold
     rows: tuple[Missing, ...]
@@ -54,7 +57,7 @@ class Changes:
 
     @property
     def holds_missing(self) -> list[Lost]:
-        """The holds whose devices went, while their claims stay."""
+        """The holds whose claims stay and stand on their devices no more."""
         pairs = self.holds.values()
         return [after for before, after in pairs if isinstance(after, Lost) and not isinstance(before, Lost)]
 

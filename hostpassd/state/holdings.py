@@ -211,7 +211,8 @@ class Holdings:
                     places[claim.id] = self._place(device)
                     _merge_hold(rows, self._hold(machine, claim, device, live))
                 if not devices and not self._is_here(claim):
-                    _merge_missing(missing, claim, live, places.get(claim.id, _Place()).look)
+                    look, fits = places.get(claim.id, _Place()).look, self._targets(claim)
+                    _merge_missing(missing, claim, live, look, ambiguous=bool(fits))
             own = frozenset(device for device, _ in rows)
         self.by_machine[key], self.missing_in[key] = rows, tuple(missing.values())
         self._show(key.uuid, gone=gone)
@@ -231,13 +232,17 @@ class Holdings:
         OWN: what the machine holds live, which tells the twins of a stored claim apart. None: CLAIM is live itself,
         one of the twins is in use, and none of them is free as long as nobody knows which.
         """
-        # A serial port on the mainboard is below nothing that can be assigned: it is held itself.
-        targets = list(dict.fromkeys(self._tree.target(name) or name for name in self._candidates(claim)))
+        targets = self._targets(claim)
         if len(targets) > 1 and isinstance(claim.source, UsbSource) and own is not None:
             # libvirt refuses an ambiguous vendor and product; the live half says which of the twins it is.
             targets = [name for name in targets if name in own]
             return targets if len(targets) == 1 else []
         return targets
+
+    def _targets(self, claim: Claim) -> list[str]:
+        """The devices that CLAIM fits."""
+        # A serial port on the mainboard is below nothing that can be assigned: it is held itself.
+        return list(dict.fromkeys(self._tree.target(name) or name for name in self._candidates(claim)))
 
     def _is_here(self, claim: Claim) -> bool:
         """Whether CLAIM means something of this host that is on no device: a loop, a bridge without members."""
@@ -376,9 +381,11 @@ def _left(
     return before if others and isinstance(before, Lost) else None
 
 
-def _merge_missing(missing: dict[str, Missing], claim: Claim, live: bool, look: Look) -> None:
+def _merge_missing(
+    missing: dict[str, Missing], claim: Claim, live: bool, look: Look, *, ambiguous: bool = False
+) -> None:
     old = missing.get(claim.id)
-    row = Missing(claim.id, claim.text, live, not live, claim.alias, claim.kind, look)
+    row = Missing(claim.id, claim.text, live, not live, claim.alias, claim.kind, look, ambiguous)
     if old:
         row = dataclasses.replace(old, live=old.live or live, config=old.config or not live)
     missing[claim.id] = row

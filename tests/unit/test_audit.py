@@ -74,13 +74,31 @@ async def test_what_is_unplugged_is_missing_and_nobody_gave_it_back(house: House
     house.emit(DeviceSeen(STICK))
     missing, found = house.records()
     assert (missing["KIND"], missing["DEVICE"], missing["OPERATION"]) == ("foreign", STICK.name, "missing")
-    words = "hold missing, its device is gone or has a twin now, and nobody gave it back"
+    words = "hold missing, its device is gone and nobody gave it back"
     assert missing["MESSAGE"] == f"{words}: vm and {STICK.name}"
     assert (found["DEVICE"], found["OPERATION"]) == (STICK.name, "found")
     house.emit(DeviceGone(STICK.sysfs_path))
     house.records()
     house.emit(MachineRead(machine()))
     assert [row["OPERATION"] for row in house.records()] == ["removed"]
+
+
+async def test_what_is_missing_and_did_not_go_is_not_said_to_be_gone(house: House) -> None:
+    stored, twin = hostdev(STICK, config=True), usb("1-5", number=9)
+    house.emit(MachineRead(machine(running=False, config=(stored,))))
+    house.records()
+    house.emit(DeviceSeen(twin))
+    house.emit(DeviceGone(twin.sysfs_path))
+    ambiguous, found = house.records()
+    assert (ambiguous["DEVICE"], ambiguous["OPERATION"]) == (STICK.name, "missing")
+    why = "its claim fits more than one device now and nobody gave it back"
+    assert ambiguous["MESSAGE"] == f"hold missing, {why}: vm and {STICK.name}"
+    assert (found["DEVICE"], found["OPERATION"]) == (STICK.name, "found")
+    house.emit(MachineRead(machine(live=(hostdev(STICK),))))
+    house.records()
+    house.emit(DeviceSeen(dataclasses.replace(STICK, facts=usb("1-1", number=7).facts)))
+    [other] = house.records()
+    assert other["MESSAGE"].startswith("hold missing, its claim finds it no longer and")
 
 
 def hostdev_alias(house: House) -> str:

@@ -161,6 +161,17 @@ def test_what_is_missing_says_what_it_was_and_leaves_out_what_is_not_known() -> 
     assert second.keys() == {"id", "source", "live", "config", "alias", "kind"}
 
 
+def test_what_is_here_more_than_once_is_missing_and_says_so() -> None:
+    state = state_of(XHCI, HUB, STICK)
+    state.apply(MachineRead(machine(config=(hostdev(STICK, config=True),))))
+    twin = usb("1-2", HUB, number=9)
+    state.apply(DeviceSeen(twin))
+    [row] = machine_properties(state, state.machines[UUID])["Missing"]
+    assert row["ambiguous"] == Variant("b", True) and row["location"].value == "1-1"
+    state.apply(DeviceGone(twin.sysfs_path))
+    assert machine_properties(state, state.machines[UUID])["Missing"] == []
+
+
 def test_a_reason_has_its_details_by_their_types_and_its_message_is_made_of_them() -> None:
     state = state_of(PORT, NIC)
     state.apply(MachineRead(machine(live=(hostdev(NIC),), config=(hostdev(NIC),))))

@@ -145,8 +145,15 @@ def test_what_comes_back_elsewhere_is_held_there_and_was_never_given_back() -> N
 def test_what_another_device_makes_ambiguous_is_missing_and_not_given_back() -> None:
     state = state_of(STICK)
     state.apply(MachineRead(machine(config=(by_ids(),))))
-    assert moved(state.apply(DeviceSeen(TWIN))) == [("missing", STICK.name)]
+    [batch] = state.apply(DeviceSeen(TWIN))
+    [lost] = batch.holds_missing
+    [row] = lost.rows
+    assert moved([batch]) == [("missing", STICK.name)] and row.ambiguous and (row,) == state.missing[UUID]
     assert moved(state.apply(DeviceGone(TWIN.sysfs_path))) == [("added", STICK.name)]
+    state.apply(DeviceSeen(TWIN))
+    assert moved(state.apply(DeviceGone(STICK.sysfs_path))) == [("added", TWIN.name)]
+    assert moved(state.apply(DeviceGone(TWIN.sysfs_path))) == [("missing", TWIN.name)]
+    assert not state.missing[UUID][0].ambiguous
 
 
 def test_a_hold_beside_a_stale_claim_is_given_back_by_itself() -> None:
