@@ -212,7 +212,7 @@ def host(simulated: bool) -> Iterator[tuple[dict[str, str], str]]:
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser("./dev run", description="The daemon on a private bus, and what it says.")
-    parser.add_argument("--simulated", action="store_true", help="on a made-up host, with one assign and one dismiss")
+    parser.add_argument("--simulated", action="store_true", help="on a made-up host, with an assign and two dismisses")
     parser.add_argument("--once", action="store_true", help="end after showing it, instead of serving until Ctrl-C")
     arguments = parser.parse_args()
     try:

@@ -73,6 +73,7 @@ class Assign(Request):
         held = {d.name: hold_of(state, machine, d.name) for d in devices}
         to_store = [d for d in devices if config and not _half(held[d.name], live=False)]
         to_attach = [d for d in devices if live and not _half(held[d.name], live=True)]
+        _check_used(self.options, asked, to_store, to_attach)
         return dataclasses.replace(
             plan,
             steps=(*self._store(state, machine, lacked, to_store), *self._attach(state, lacked, devices, to_attach)),
@@ -150,9 +151,29 @@ def _check_fits(asked: list[Device], options: Options) -> None:
                 )
 
 
+def _check_used(options: Options, asked: list[Device], to_store: list[Device], to_attach: list[Device]) -> None:
+    """Raises InvalidOption if one of OPTIONS would change nothing: those ASKED for are there, and stay as they are."""
+    stored, attached = ([d for d in asked if d in written] for written in (to_store, to_attach))
+    for option, is_given, written in (
+        ("startup-policy", options.startup_policy is not None, stored),
+        ("guest-address", bool(options.guest_address), stored + attached),
+        ("rom-bar", options.rom_bar is not None, stored + attached),
+        ("rom-file", options.rom_file is not None, stored + attached),
+        ("driver", options.driver is not None, stored + attached),
+        ("boot-order", options.boot_order is not None, stored + attached),
+    ):
+        if is_given and not written:
+            names = ", ".join(d.name for d in asked)
+            raise errors.InvalidOption(
+                f"The machine has {names} already and leaves it as it is: dismiss it first, or leave the option "
+                f"{option} out."
+            )
+
+
 def _check_version(state: State, machine: Machine, options: Options) -> None:
     """Raises NotSupported for what the machine's libvirt would ignore."""
-    if options.driver is not None and state.hypervisors[machine.uri].version < _TAKES_DRIVERS:
+    known = state.hypervisors.get(machine.uri)
+    if options.driver is not None and (known is None or known.version < _TAKES_DRIVERS):
         raise errors.NotSupported(
             f"The libvirt at {machine.uri} is older than 10.0 and takes no VFIO driver: leave the option driver out."
         )

@@ -21,6 +21,7 @@ from hostpassd import bus
 bus.leave_out_glib()
 
 from hostpassd.base.logs import Lines  # noqa: E402
+from hostpassd.base.tasks import Tasks  # noqa: E402
 from hostpassd.config import Config  # noqa: E402
 from hostpassd.daemon import Daemon  # noqa: E402
 from hostpassd.ends import Ends, Inlet  # noqa: E402
@@ -138,11 +139,11 @@ class Demonstration:
         line = [stick, *self._host.below(stick)]
         while True:
             await asyncio.sleep(STICK_STAYS)
-            if stick.sysfs_path in self._guests.taken:
+            if any(device.sysfs_path in self._guests.taken for device in line):
                 continue
             if stick.sysfs_path in self._host.present:
                 self._guests.unplug(stick, parent_first=False)
-            else:
+            elif self._host.has_room_for(stick):
                 for device in line:
                     self._host.plug(device)
 
@@ -186,9 +187,11 @@ async def main() -> None:
     """Serves until a signal."""
     address, folder = sys.argv[1:]
     shown = Demonstration(await read_devices(), address, Path(folder))
-    playing = asyncio.create_task(shown.play())
-    await Daemon(Config(hypervisors=(URI,)), shown.ends).run()
-    playing.cancel()
+    daemon = Daemon(Config(hypervisors=(URI,)), shown.ends)
+    playing = Tasks()  # a fault in it ends the daemon
+    playing.start(shown.play())
+    await daemon.run()
+    await playing.stop()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ URI = "qemu:///system"
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
 KEY = MachineKey(URI, UUID)
+VERSION = 10_000_000  # of libvirt
 
 
 REQUESTS: dict[str, type[Request]] = {"assign": Assign, "dismiss": Dismiss}
@@ -291,7 +292,7 @@ class Libvirt(truth.Libvirt):
     def come_back(self) -> None:
         """It is there again, and all machines are listed."""
         self.connected = True
-        self.emit(HypervisorChanged(self.uri, True))
+        self.emit(HypervisorChanged(self.uri, True, version=VERSION))
         self.emit(MachinesListed(self.uri, tuple(self.machines.values())))
 
     def calm(self) -> None:

@@ -188,6 +188,26 @@ def test_both_halves_say_what_was_chosen_and_what_moves_along_is_as_libvirt_has_
     }
 
 
+def test_an_option_that_would_change_nothing_is_refused() -> None:
+    stored = current(machine(config=(hostdev(STICK, config=True),)))
+    with pytest.raises(errors.InvalidOption, match="leave the option startup-policy out"):
+        assign(stored, STICK, Options(startup_policy="mandatory"))
+    assert said(assign(stored, STICK, Options(boot_order=3))) == {f"attach {STICK.name}": Settings(boot_order=3)}
+    first = hostdev(PAIR[0])
+    lacking = current(machine(live=(first,), config=(hostdev(PAIR[0], config=True),)))
+    assert [step.device for step in assign(lacking, PAIR[0]).steps if isinstance(step, Store | Attach)] == [
+        PAIR[1].name
+    ] * 2
+    for options in (
+        Options(rom_bar=False),
+        Options(rom_file="/usr/share/x"),
+        Options(driver="x"),
+        Options(boot_order=1),
+    ):
+        with pytest.raises(errors.InvalidOption, match="leaves it as it is"):
+            assign(lacking, PAIR[0], options)
+
+
 def test_a_libvirt_that_would_ignore_a_driver_is_not_asked_for_it() -> None:
     with pytest.raises(errors.NotSupported, match="older than 10"):
         assign(current(machine(), version=9_999_999), NIC, Options(driver="vfio-pci"))
