@@ -69,6 +69,8 @@ def _take_down(item: pytest.Item) -> None:
     """Ends every fixture, the host's own too; the next test sets them up anew."""
     if HOST in item.session.stash:
         del item.session.stash[HOST]
+    # What spoke to the lost host is closed by the collector, in the middle of whatever test is on then.
+    item.config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
     with contextlib.suppress(Exception):  # most of them want to tidy up on a host that is no longer there
         item.session._setupstate.teardown_exact(None)
 

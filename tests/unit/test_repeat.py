@@ -18,7 +18,7 @@ RESTARTS = Path(__file__).with_name("restarts")
 
 class Host:
     def __init__(self):
-        self.why, self.closed = "", False
+        self.why, self.closed, self.pipe, self.me = "", False, open(__file__), self
     def lost(self):
         assert not self.closed
         return self.why
@@ -32,6 +32,7 @@ def host(request):
     made.closed = True
     if made.why:
         raise RuntimeError("nothing to tidy up")
+    made.pipe.close()
 """
 TESTS = """
 def lose(host, why):
@@ -47,7 +48,10 @@ def test_a(host): pass
 def test_b(host): lose(host, {why!r})
 """
 AFTER = """
-def test_c(host): assert host.why == ""
+import gc
+def test_c(host):
+    gc.collect()
+    assert host.why == ""
 """
 
 
@@ -66,6 +70,8 @@ def test_c(host): assert host.why == ""
 def test_what_a_lost_host_does_to_the_tests(
     tmp_path: Path, why: str, times: int, ends: dict[str, int], after: str
 ) -> None:
+    strict = "[pytest]\nfilterwarnings =\n  error::ResourceWarning\n  error::pytest.PytestUnraisableExceptionWarning\n"
+    (tmp_path / "pytest.ini").write_text(strict)
     (tmp_path / "conftest.py").write_text(LAB)
     (tmp_path / "test_it.py").write_text(TESTS.format(why=why, times=times) + after)
     project = Path(__file__).parents[2]
