@@ -1,9 +1,8 @@
 """The host is an emulated machine, and the emulator itself can restart it in the middle of a test, without a word.
 
-A test during which that happened says nothing about hostpassd. It is run once more, on a new host. That happens twice
-at most: the third time ends the tests. (Once the console told of a stack that was corrupted in the kernel's KVM, which
-is what the nested guests run on.) A host that no longer answers is a failure like any other, after which no test is
-begun.
+A test during which that happened says nothing about hostpassd. It is run once more, on a new host. That happens three
+times at most: the fourth ends the tests. (Twice the console told of a corrupted stack in the kernel's KVM, which the
+nested guests run on.) A host that no longer answers is a failure like any other, after which no test is begun.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from tests.lab.machine import Host
 
 HOST = pytest.StashKey[Host]()
 RESTARTS = pytest.StashKey[int]()
-LIMIT = 2
+LIMIT = 3
 END = pytest.StashKey[str]()  # what had become of the last host when its tests were over
 
 
