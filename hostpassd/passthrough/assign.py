@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from hostpassd import errors
 from hostpassd.machines.domain_xml import claim_of, hostdev_xml
@@ -136,33 +136,17 @@ def _moving(state: State, asked: list[Device]) -> list[Device]:
 
 def _check_fits(asked: list[Device], options: Options) -> None:
     """Raises InvalidOption if one of OPTIONS is not for the devices ASKED for."""
-    for device in asked:
-        for option, is_given, fits, why in (
-            ("guest-address", bool(options.guest_address), _is_pci_in_guest(device), "gets no PCI address"),
-            ("rom-bar", options.rom_bar is not None, device.pci, "has no ROM to show"),
-            ("rom-file", options.rom_file is not None, device.pci, "has no ROM to show"),
-            ("driver", options.driver is not None, device.pci, "has no VFIO driver"),
-            ("startup-policy", options.startup_policy is not None, device.usb, "no machine starts without"),
-            ("boot-order", options.boot_order is not None, device.kind != "mdev", "no machine boots from"),
-        ):
-            if is_given and not fits:
-                raise errors.InvalidOption(
-                    f"{device.name} is {device.kind}, which {why}: leave the option {option} out."
-                )
+    for option, (fits, why) in _FITTING.items():
+        unfit = next((d for d in asked if not fits(d)), None)
+        if unfit and option in options.given:
+            raise errors.InvalidOption(f"{unfit.name} is {unfit.kind}, which {why}: leave the option {option} out.")
 
 
 def _check_used(options: Options, asked: list[Device], to_store: list[Device], to_attach: list[Device]) -> None:
     """Raises InvalidOption if one of OPTIONS would change nothing: those ASKED for are there, and stay as they are."""
-    stored, attached = ([d for d in asked if d in written] for written in (to_store, to_attach))
-    for option, is_given, written in (
-        ("startup-policy", options.startup_policy is not None, stored),
-        ("guest-address", bool(options.guest_address), stored + attached),
-        ("rom-bar", options.rom_bar is not None, stored + attached),
-        ("rom-file", options.rom_file is not None, stored + attached),
-        ("driver", options.driver is not None, stored + attached),
-        ("boot-order", options.boot_order is not None, stored + attached),
-    ):
-        if is_given and not written:
+    for option in (option for option in _FITTING if option in options.given):
+        written = to_store if option == "startup-policy" else to_store + to_attach
+        if not any(d in written for d in asked):
             names = ", ".join(d.name for d in asked)
             raise errors.InvalidOption(
                 f"The machine has {names} already and leaves it as it is: dismiss it first, or leave the option "
@@ -181,6 +165,17 @@ def _check_version(state: State, machine: Machine, options: Options) -> None:
 
 def _is_pci_in_guest(device: Device) -> bool:
     return device.pci is not None or any(isinstance(f, Mdev) and f.api == VFIO_PCI for f in device.facts)
+
+
+# The options that say how a machine is to have a device: which devices each is for, and what the others are.
+_FITTING: Mapping[str, tuple[Callable[[Device], object], str]] = {
+    "guest-address": (_is_pci_in_guest, "gets no PCI address"),
+    "rom-bar": (lambda device: device.pci, "has no ROM to show"),
+    "rom-file": (lambda device: device.pci, "has no ROM to show"),
+    "driver": (lambda device: device.pci, "has no VFIO driver"),
+    "startup-policy": (lambda device: device.usb, "no machine starts without"),
+    "boot-order": (lambda device: device.kind != "mdev", "no machine boots from"),
+}
 
 
 def _halves(machine: Machine, options: Options) -> tuple[bool, bool]:

@@ -93,15 +93,14 @@ def check_instance(asked: Sequence[Device], options: Options) -> None:
         )
 
 
+_FOR_ONE = ("instance", "guest-address", "rom-file", "boot-order")
+
+
 def check_single(asked: Sequence[object], options: Options) -> None:
     """Raises InvalidOption if OPTIONS have what only one device can have, and ASKED are more."""
-    given = {
-        "instance": options.instance is not None,
-        "guest-address": bool(options.guest_address),
-        "rom-file": options.rom_file is not None,
-        "boot-order": options.boot_order is not None,
-    }
-    for option in (name for name, is_given in given.items() if is_given and len(asked) > 1):
+    if len(asked) <= 1:
+        return
+    for option in (option for option in _FOR_ONE if option in options.given):
         raise errors.InvalidOption(f"The option {option} is for one device: leave it out, or name one device only.")
 
 

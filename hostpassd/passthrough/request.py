@@ -36,6 +36,12 @@ class Options:
     override: frozenset[str] = frozenset()  # codes of blockers that the caller accepts
     plan: str = ""  # the token of the plan that this must still be
 
+    @property
+    def given(self) -> frozenset[str]:
+        """The names, as callers write them, of those that are not as they are by themselves."""
+        fields = dataclasses.fields(self)
+        return frozenset(f.name.replace("_", "-") for f in fields if getattr(self, f.name) != f.default)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request(abc.ABC):
